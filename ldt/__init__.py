@@ -1,0 +1,1 @@
+"""ldt: distributed training of latent diffusion Transformers."""

@@ -1,0 +1,142 @@
+"""Typed configuration: dataclass schema ← YAML file ← `key=value` overrides.
+
+A schema is a dataclass (of dataclasses). Every mistake is an `InputError` that names the key, what is allowed and the
+nearest match. Loading never changes a value that the user wrote; `__post_init__` may only refuse.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ldt.errors import InputError
+
+Schema = TypeVar("Schema")
+
+
+def choice(default: str, *others: str) -> Any:
+    """A dataclass field that takes one of these strings."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+def required() -> Any:
+    """A dataclass field that every config must set."""
+    return dataclasses.field(default="???")
+
+
+def section(schema: type) -> Any:
+    """A dataclass field that holds another schema, by default with its defaults."""
+    return dataclasses.field(default_factory=schema)
+
+
+def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
+    """The schema filled from a YAML file and then from `key=value` overrides."""
+    merged = OmegaConf.structured(schema)
+    where = "the command line"
+    try:
+        if path is not None:
+            where = str(path)
+            merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
+        where = "the command line"
+        merged = OmegaConf.merge(merged, _parse_overrides(overrides))
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key} is not set; give it in the config or as {error.full_key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise InputError(_explain(error, schema, where)) from None
+    _check_choices(config)
+    return config  # type: ignore[return-value]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The whole config as plain dicts, lists, numbers and strings."""
+    out = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(out, dict)
+    return {str(k): v for k, v in out.items()}
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config as YAML, in the order of the schema."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        raise InputError(_explain(error, schema, "the saved config")) from None
+    return config  # type: ignore[return-value]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level of dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        out |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return out
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise InputError(f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise InputError(f"config {path} must hold `key: value` lines, not a {type(content).__name__}")
+    return OmegaConf.create(content)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        key, separator, _ = item.partition("=")
+        if not separator or not key:
+            raise InputError(f"argument {item!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        raise InputError(f"arguments {list(overrides)} hold a value that is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: OmegaConfBaseException, schema: type, where: str) -> str:
+    key = error.full_key or error.key
+    message = str(error.msg or error).splitlines()[0]
+    known = list(_keys(schema))
+    if key is not None and str(key) not in known and "not in" in message:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        parent = str(key).rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(siblings or known)}"
+        return f"unknown key {key} in {where}; {hint}"
+    return f"{key} in {where}: {message}"
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, sections included."""
+    for field in dataclasses.fields(schema):
+        yield prefix + field.name
+        factory = field.default_factory
+        if dataclasses.is_dataclass(factory) and isinstance(factory, type):
+            yield from _keys(factory, f"{prefix}{field.name}.")
+
+
+def _check_choices(config: Any, prefix: str = "") -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{field.name}.")
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {near[0]}?" if near else ""
+            raise InputError(f"{prefix}{field.name}={value} is not one of {', '.join(choices)}; {hint or 'choose one of these'}")

@@ -1,0 +1,79 @@
+"""Logging: lines for people, JSONL for programs, wandb behind them."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger under `ldt`; only rank 0 speaks below WARNING."""
+    return logging.getLogger(name if name.startswith("ldt") else f"ldt.{name}")
+
+
+def configure(rank: int, quiet: bool = False) -> None:
+    """Send the package's log lines to stderr: rank 0 from INFO on, others from WARNING on."""
+    root = logging.getLogger("ldt")
+    root.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
+    root.propagate = False
+
+
+def progress(total: int, unit: str, description: str, initial: int = 0, show: bool = True) -> tqdm:
+    """A progress bar on stderr; silent where stderr is not a terminal or `show` is false."""
+    hidden = not show or not sys.stderr.isatty() or not logging.getLogger("ldt").isEnabledFor(logging.INFO)
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True, unit_scale=True
+    )
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one object as one line, in a single write."""
+    line = json.dumps(record, allow_nan=True, separators=(",", ":")) + "\n"
+    with path.open("a") as f:
+        f.write(line)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, in order. A torn last line (a killed writer) is left out."""
+    if not path.exists():
+        return
+    lines = path.read_text().split("\n")
+    for i, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if i == len(lines) - 1:
+                return
+            raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
+        yield record
+
+
+def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
+    """Cut a JSONL file back to the records whose `key` is at most `limit`; returns how many were cut.
+
+    What is cut goes to `<name>.cut` beside it, so nothing is lost.
+    """
+    records = list(read_jsonl(path))
+    kept = [r for r in records if r[key] <= limit]
+    cut = [r for r in records if r[key] > limit]
+    if path.exists():
+        for record in cut:
+            append_jsonl(path.with_suffix(".cut.jsonl"), record)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w") as f:
+            f.writelines(json.dumps(r, separators=(",", ":")) + "\n" for r in kept)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    return len(cut)

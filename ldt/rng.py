@@ -1,0 +1,145 @@
+"""Counter-based random numbers: every draw is a function of (seed, purpose, index) and of nothing else.
+
+The bits are Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the key
+(seed, purpose), at counters that belong to one index alone. Bits become uniforms and normals by operations that
+IEEE 754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no library upgrade, thread count or CPU type can change a
+single one of them. Golden tests pin the results; VERSION goes into every checkpoint.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+VERSION = 1
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The values are part of the format of a run: append, never renumber."""
+
+    NOISE = 1
+    TIMESTEP = 2
+    POSTERIOR = 3
+    FLIP = 4
+    CONDITION_DROP = 5
+    TOKEN_ROUTING = 6
+    ORDER_SHARDS = 7
+    ORDER_WINDOW = 8
+    SPLIT = 9
+    INIT = 10
+    SAMPLE_NOISE = 11
+    SAMPLE_LABEL = 12
+    SAMPLE_STEP = 13
+    SOURCE = 14
+
+
+def _words(seed: int, purpose: int, key: tuple[int, ...], n: int) -> NDArray[np.uint64]:
+    counter = np.zeros(4, np.uint64)  # word 0 counts blocks; words 1-3 name the stream
+    counter[1 : 1 + len(key)] = key
+    return np.random.Philox(key=np.array([seed, int(purpose)], np.uint64), counter=counter).random_raw(n)
+
+
+def bits(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.uint64]:
+    """`n` raw 64-bit words for each index: uint64 [B, n]."""
+    index_B = np.asarray(index_B, np.int64)
+    assert index_B.ndim == 1, index_B.shape
+    out = np.empty((len(index_B), n), np.uint64)
+    for row, index in zip(out, index_B.tolist(), strict=True):
+        row[:] = _words(seed, purpose, (index,), n)
+    return out
+
+
+def uniform(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.float64]:
+    """`n` numbers for each index, uniform on [0, 1) in steps of 2⁻⁵³: float64 [B, n]."""
+    return (bits(seed, purpose, index_B, n) >> np.uint64(11)) * 2.0**-53
+
+
+def normal(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.float32]:
+    """`n` standard normal numbers for each index: float32 [B, n]. Tails reach ±6.7."""
+    words = bits(seed, purpose, index_B, (n + 1) // 2)
+    out = np.empty((*words.shape, 2), np.float32)
+    for row, word in zip(out, words, strict=True):  # one sample at a time stays in the cache
+        row[:, 0], row[:, 1] = _box_muller(word)
+    return out.reshape(len(words), -1)[:, :n]
+
+
+def _box_muller(word: NDArray[np.uint64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two independent normals a word (Box and Muller 1958): the high half is the radius, the low half the angle."""
+    high = (word >> np.uint64(32)).astype(np.float64)
+    low = word.astype(np.uint32)
+    radius = np.sqrt(-2.0 * _log((high + 0.5) * 2.0**-32))
+    angle = ((low & np.uint32(0x3FFFFFFF)) + 0.5) * (np.pi / 2 * 2.0**-30)  # within one quadrant
+    sin, cos = _sin_cos(angle)
+    # the two top bits choose the quadrant
+    cos *= 1.0 - 2.0 * ((low >> np.uint32(31)) & np.uint32(1))
+    sin *= 1.0 - 2.0 * ((low >> np.uint32(30)) & np.uint32(1))
+    return radius * cos, radius * sin
+
+
+def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithm by the atanh series; np.log differs in the last bit between CPUs."""
+    mantissa, exponent = np.frexp(x)
+    small = mantissa < np.sqrt(0.5)
+    mantissa = np.where(small, 2.0 * mantissa, mantissa)
+    s = (mantissa - 1.0) / (mantissa + 1.0)  # |s| < 0.172: ten terms leave less than 1e-16
+    return 2.0 * s * _polynomial(s * s, [1 / (2 * k + 1) for k in range(10)]) + (exponent - small) * np.log(2.0)
+
+
+def _sin_cos(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sine and cosine on [0, π/2] by their Taylor series, to 1e-13."""
+    square = x * x
+    factorial = [1.0]
+    for k in range(1, 20):
+        factorial.append(factorial[-1] * k)
+    cos = _polynomial(square, [(-1) ** k / factorial[2 * k] for k in range(10)])
+    sin = x * _polynomial(square, [(-1) ** k / factorial[2 * k + 1] for k in range(10)])
+    return sin, cos
+
+
+def _polynomial(x: NDArray[np.float64], coefficients: list[float]) -> NDArray[np.float64]:
+    """Horner's rule; numpy never contracts the two steps into a fused multiply-add."""
+    out = np.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        out *= x
+        out += c
+    return out
+
+
+ROUNDS = 12
+
+
+def permute(position: ArrayLike, size: int, seed: int, purpose: int, *key: int) -> NDArray[np.int64]:
+    """Images of `position` (any shape, values in [0, size)) under a pseudo-random permutation of range(size).
+
+    The permutation belongs to (seed, purpose, key) with up to three key words. Nothing of length `size` is made: it
+    is an alternating Feistel network over the grid a × b ⊇ range(size) with modular addition (FE1 of Bellare et al., "Format-preserving
+    encryption", SAC 2009); results outside the range walk on until they fall inside.
+    """
+    x = np.array(position, np.int64)
+    assert size > 0 and (x.size == 0 or (x.min() >= 0 and x.max() < size)), (size, x)
+    a = int(np.ceil(np.sqrt(size)))
+    b = -(-size // a)
+    round_keys = _words(seed, purpose, key, ROUNDS)
+    todo = np.ones(x.shape, bool)
+    while todo.any():
+        x[todo] = _feistel(x[todo], a, b, round_keys)
+        todo = x >= size
+    return x
+
+
+def _feistel(x: NDArray[np.int64], a: int, b: int, round_keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    left, right = np.divmod(x.astype(np.uint64), np.uint64(b))
+    for i, round_key in enumerate(round_keys):
+        if i % 2 == 0:
+            left = (left + _mix(right, round_key) % np.uint64(a)) % np.uint64(a)
+        else:
+            right = (right + _mix(left, round_key) % np.uint64(b)) % np.uint64(b)
+    return (left * np.uint64(b) + right).astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014) over x combined with the key."""
+    z = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ key
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
