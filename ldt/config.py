@@ -15,23 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.errors import InputError
+from ldt.options import choice, required, section
+
+__all__ = ["choice", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
 
 Schema = TypeVar("Schema")
-
-
-def choice(default: str, *others: str) -> Any:
-    """A dataclass field that takes one of these strings."""
-    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
-
-
-def required() -> Any:
-    """A dataclass field that every config must set."""
-    return dataclasses.field(default="???")
-
-
-def section(schema: type) -> Any:
-    """A dataclass field that holds another schema, by default with its defaults."""
-    return dataclasses.field(default_factory=schema)
 
 
 def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
@@ -85,7 +73,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        raise InputError(f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml")
+        raise InputError(
+            f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml"
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,7 +95,8 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except yaml.YAMLError as error:
-        raise InputError(f"arguments {list(overrides)} hold a value that is not YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"arguments {list(overrides)} hold a value that is not YAML: {reason}") from None
 
 
 def _explain(error: OmegaConfBaseException, schema: type, where: str) -> str:
@@ -138,5 +129,5 @@ def _check_choices(config: Any, prefix: str = "") -> None:
         choices = field.metadata.get("choices")
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"did you mean {near[0]}?" if near else ""
-            raise InputError(f"{prefix}{field.name}={value} is not one of {', '.join(choices)}; {hint or 'choose one of these'}")
+            hint = f"did you mean {near[0]}?" if near else "choose one of these"
+            raise InputError(f"{prefix}{field.name}={value} is not one of {', '.join(choices)}; {hint}")

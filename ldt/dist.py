@@ -1,7 +1,7 @@
 """Who am I among how many: ranks, devices and the few collectives that everything else needs.
 
-The launchers (torchrun, deepspeed, srun, none) differ only in the environment variables they set; `discover` reads them and the
-rest of the code sees a `World`. Without a process group the collectives are the identity.
+The launchers (torchrun, deepspeed, srun, none) differ only in the environment variables they set; `discover` reads
+them and the rest of the code sees a `World`. Without a process group the collectives are the identity.
 """
 
 import datetime
@@ -49,7 +49,8 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one process a GPU"
+                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+                "start one process a GPU"
             )
         device = torch.device("cuda", local_rank)
     else:
@@ -76,7 +77,9 @@ def process_group() -> Iterator[World]:
     else:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise InputError(f"{world.size} processes but no {name}; start them with torchrun, deepspeed or slurm/train.sh")
+                raise InputError(
+                    f"{world.size} processes but no {name}; start them with torchrun, deepspeed or slurm/train.sh"
+                )
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:

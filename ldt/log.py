@@ -21,7 +21,7 @@ def configure(rank: int, quiet: bool = False) -> None:
     root = logging.getLogger("ldt")
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     root.propagate = False

@@ -1,9 +1,9 @@
 """Counter-based random numbers: every draw is a function of (seed, purpose, index) and of nothing else.
 
 The bits are Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the key
-(seed, purpose), at counters that belong to one index alone. Bits become uniforms and normals by operations that
-IEEE 754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no library upgrade, thread count or CPU type can change a
-single one of them. Golden tests pin the results; VERSION goes into every checkpoint.
+(seed, purpose), at counters that belong to one index alone. Bits become uniforms and normals by operations that IEEE
+754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no library upgrade, thread count or CPU type can
+change a single one of them. Golden tests pin the results; VERSION goes into every checkpoint.
 """
 
 from enum import IntEnum
@@ -68,7 +68,7 @@ def _box_muller(word: NDArray[np.uint64]) -> tuple[NDArray[np.float64], NDArray[
     high = (word >> np.uint64(32)).astype(np.float64)
     low = word.astype(np.uint32)
     radius = np.sqrt(-2.0 * _log((high + 0.5) * 2.0**-32))
-    angle = ((low & np.uint32(0x3FFFFFFF)) + 0.5) * (np.pi / 2 * 2.0**-30)  # within one quadrant
+    angle = ((low & np.uint32(0x3FFFFFFF)).astype(np.float64) + 0.5) * (np.pi / 2 * 2.0**-30)  # within one quadrant
     sin, cos = _sin_cos(angle)
     # the two top bits choose the quadrant
     cos *= 1.0 - 2.0 * ((low >> np.uint32(31)) & np.uint32(1))
@@ -80,7 +80,7 @@ def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Natural logarithm by the atanh series; np.log differs in the last bit between CPUs."""
     mantissa, exponent = np.frexp(x)
     small = mantissa < np.sqrt(0.5)
-    mantissa = np.where(small, 2.0 * mantissa, mantissa)
+    mantissa = mantissa * np.where(small, 2.0, 1.0)
     s = (mantissa - 1.0) / (mantissa + 1.0)  # |s| < 0.172: ten terms leave less than 1e-16
     return 2.0 * s * _polynomial(s * s, [1 / (2 * k + 1) for k in range(10)]) + (exponent - small) * np.log(2.0)
 
@@ -112,8 +112,8 @@ def permute(position: ArrayLike, size: int, seed: int, purpose: int, *key: int) 
     """Images of `position` (any shape, values in [0, size)) under a pseudo-random permutation of range(size).
 
     The permutation belongs to (seed, purpose, key) with up to three key words. Nothing of length `size` is made: it
-    is an alternating Feistel network over the grid a × b ⊇ range(size) with modular addition (FE1 of Bellare et al., "Format-preserving
-    encryption", SAC 2009); results outside the range walk on until they fall inside.
+    is an alternating Feistel network over the grid a × b ⊇ range(size) with modular addition (FE1 of Bellare et al.,
+    "Format-preserving encryption", SAC 2009); results outside the range walk on until they fall inside.
     """
     x = np.array(position, np.int64)
     assert size > 0 and (x.size == 0 or (x.min() >= 0 and x.max() < size)), (size, x)

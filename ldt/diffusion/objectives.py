@@ -1,0 +1,108 @@
+"""Training objectives: what the network predicts, what the loss compares, and how either becomes (x0, ε).
+
+Every prediction is a known combination y = a(t)·x0 + b(t)·ε:
+
+    eps    (0, 1)           Ho et al. 2006.11239
+    x      (1, 0)           the clean latent
+    v      (−σ, α)          Salimans and Ho 2202.00512
+    flow   (α', σ')         the velocity dx/dt; ε − x0 on the rectified flow
+
+With x_t = α·x0 + σ·ε this is a 2×2 linear system, so one formula converts all of them. Its determinant α·b − σ·a
+vanishes where a prediction says nothing (eps at t = 1, x at t = 0); it is kept away from zero by `SINGULAR`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldt.diffusion.schedules import Schedule, make_schedule
+from ldt.errors import InputError
+from ldt.nn.condition import Condition
+from ldt.options import choice
+
+SINGULAR = 1e-3
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+class Prediction(NamedTuple):
+    """The network's opinion of the clean latent and of the noise, both [B, C, H, W]."""
+
+    x0_BCHW: Tensor
+    eps_BCHW: Tensor
+
+
+@dataclass
+class ObjectiveConfig:
+    """`loss` names the space of the squared error; `same` compares what the network predicts."""
+
+    prediction: str = choice("flow", "eps", "v", "x")
+    loss: str = choice("same", "flow", "eps", "v", "x")
+    schedule: str = choice("rectified_flow", "cosine", "linear_vp")
+    timesteps: str = choice("logit_normal", "uniform")
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    condition_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.condition_drop <= 1:
+            raise InputError(f"objective.condition_drop={self.condition_drop} must be a probability between 0 and 1")
+        if self.logit_std <= 0:
+            raise InputError(f"objective.logit_std={self.logit_std} must be positive")
+
+
+class Objective:
+    """The loss of a denoiser, and the view of its output that samplers need."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.schedule: Schedule = make_schedule(config.schedule)
+        self.loss_space = config.prediction if config.loss == "same" else config.loss
+
+    def timesteps(self, uniform_B: Tensor) -> Tensor:
+        """Training times in (0, 1) from uniform numbers (float64 [B]): float32 [B].
+
+        `logit_normal`: t = sigmoid(m + s·z), z normal (Esser et al. 2403.03206, eq. 19).
+        """
+        inside_B = uniform_B.double().clamp(1e-7, 1 - 1e-7)
+        if self.config.timesteps == "uniform":
+            return inside_B.float()
+        z_B = torch.special.ndtri(inside_B)
+        return torch.sigmoid(self.config.logit_mean + self.config.logit_std * z_B).float()
+
+    def loss(self, denoiser: Denoiser, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """Mean squared error of each sample, in float32: [B]."""
+        t_B111 = t_B[:, None, None, None]
+        xt_BCHW = self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
+        y_BCHW = denoiser(xt_BCHW, t_B, condition).float()
+        if self.loss_space != self.config.prediction:
+            y_BCHW = self._combine(self.loss_space, self.predict(y_BCHW, xt_BCHW, t_B), t_B111)
+        target_BCHW = self._combine(self.loss_space, Prediction(x0_BCHW, eps_BCHW), t_B111)
+        return (y_BCHW - target_BCHW).square().mean((1, 2, 3))
+
+    def predict(self, y_BCHW: Tensor, xt_BCHW: Tensor, t_B: Tensor) -> Prediction:
+        """(x0, ε) from the network's output at x_t."""
+        t_B111 = t_B[:, None, None, None]
+        a, b = self._coefficients(self.config.prediction, t_B111)
+        alpha, sigma = self.schedule.alpha(t_B111), self.schedule.sigma(t_B111)
+        determinant = alpha * b - sigma * a
+        determinant = torch.where(determinant < 0, -1.0, 1.0) * determinant.abs().clamp(min=SINGULAR)
+        x0 = (b * xt_BCHW - sigma * y_BCHW) / determinant
+        eps = (alpha * y_BCHW - a * xt_BCHW) / determinant
+        return Prediction(x0, eps)
+
+    def _combine(self, kind: str, p: Prediction, t: Tensor) -> Tensor:
+        a, b = self._coefficients(kind, t)
+        return a * p.x0_BCHW + b * p.eps_BCHW
+
+    def _coefficients(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == "eps":
+            return torch.zeros_like(t), torch.ones_like(t)
+        if kind == "x":
+            return torch.ones_like(t), torch.zeros_like(t)
+        if kind == "v":
+            return -self.schedule.sigma(t), self.schedule.alpha(t)
+        return self.schedule.slope(t)

@@ -1,0 +1,1 @@
+"""Denoisers: plain torch modules, tensors in and tensors out."""
