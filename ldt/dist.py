@@ -71,6 +71,8 @@ def process_group() -> Iterator[World]:
     world = discover()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    # whatever the launcher was, DeepSpeed and torch look for these
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.size == 1:  # an in-memory store: a lone process needs no port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
@@ -80,7 +82,6 @@ def process_group() -> Iterator[World]:
                 raise InputError(
                     f"{world.size} processes but no {name}; start them with torchrun, deepspeed or slurm/train.sh"
                 )
-        os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield world

@@ -1,0 +1,180 @@
+"""Where DeepSpeed keeps this rank's share of the float32 weights and of the optimizer's moments.
+
+At every ZeRO stage a rank owns one contiguous range of each flattened parameter, so a model is fully described by
+`Fragment`s: (parameter, start, count). EMA and checkpoints are written in terms of fragments and need not know the
+stage. This file touches DeepSpeed's private attributes; `tests/test_partition.py` fails loudly when a new version
+moves them.
+
+    stage 0     all of it is on every rank; rank r owns the r-th slice of the concatenated parameters
+    stage 1, 2  `param._hp_mapping` says which part of the flat float32 group is this parameter's
+    stage 3     `optimizer.grad_position` does
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + count) of the flattened parameter `name`; `count` may be 0 on this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    owner: Tensor | None  # the tensor that the optimizer updates: a flat group, or the parameter itself at stage 0
+    offset: int  # of the fragment in the flattened owner
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """The fragment's elements in a tensor laid out like the owner: a view, 1-D."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.count]
+
+    @property
+    def master(self) -> Tensor:
+        """The fragment's float32 weights: a view, 1-D."""
+        assert self.owner is not None
+        return self.slice_of(self.owner)
+
+
+class Partition:
+    """The fragments of a DeepSpeed engine, and what is needed to write to them."""
+
+    def __init__(self, engine: Any, stage: int) -> None:
+        self.engine = engine
+        self.stage = stage
+        self.all = list(_FIND[stage](engine))
+        self.owned = [f for f in self.all if f.count]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and full shape of every trainable parameter, in the model's order."""
+        return {f.name: f.shape for f in self.all}
+
+    def whole(self) -> list[Fragment]:
+        """What must be loaded on this rank: its own fragments, or at stage 0 the whole replica."""
+        if self.stage > 0:
+            return self.owned
+        parameters = dict(self.engine.module.named_parameters())
+        return [Fragment(f.name, f.shape, 0, parameters[f.name].numel(), parameters[f.name], 0) for f in self.all]
+
+    def moments(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Adam's moments of a fragment: 1-D views."""
+        state = self._state(fragment)
+        return {k: fragment.slice_of(state[k]) for k in MOMENTS}
+
+    def optimizer_steps(self) -> int:
+        """How many steps the optimizer has taken; 0 before the first."""
+        return max((int(s["step"]) for s in self._base_optimizer().state.values() if "step" in s), default=0)
+
+    def materialise_moments(self, steps: int) -> None:
+        """Make Adam's state (it appears at the first step otherwise), ready to be filled from a checkpoint."""
+        optimizer = self._base_optimizer()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {"step": torch.tensor(float(steps))}
+                optimizer.state[p] |= {k: torch.zeros_like(p, dtype=torch.float32).detach() for k in MOMENTS}
+        if self.stage in (1, 2):  # the parameters' own links into the state
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def publish(self) -> None:
+        """Model weights ← float32 masters, on all ranks (collective)."""
+        optimizer = self.engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer.checkpoint_event_prologue()  # partitions the parameters that are kept whole
+            for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()
+
+    @contextmanager
+    def swapped(self, average: list[Tensor]) -> Iterator[None]:
+        """Run the block with `average` (one tensor an owned fragment) in place of the weights (collective)."""
+        if self.stage == 0:
+            saved = [f.owner.detach().clone() for f in self.whole() if f.owner is not None]
+            _spread(self.whole(), self.owned, average)
+        else:
+            saved = [f.master.clone() for f in self.owned]
+            for f, value in zip(self.owned, average, strict=True):
+                f.master.copy_(value)
+            self.publish()
+        try:
+            yield
+        finally:
+            for f, value in zip(self.whole(), saved, strict=True):
+                f.master.copy_(value.view(-1))
+            self.publish()
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    def _state(self, fragment: Fragment) -> dict[str, Tensor]:
+        assert fragment.owner is not None
+        return self._base_optimizer().state[fragment.owner]
+
+
+def _spread(whole: list[Fragment], owned: list[Fragment], values: list[Tensor]) -> None:
+    """Fill the whole replica from the values that the ranks own, one parameter at a time (collective)."""
+    mine = {f.name: (f, value) for f, value in zip(owned, values, strict=True)}
+    for f in whole:
+        assert f.owner is not None
+        full = torch.zeros(f.count, dtype=torch.float32, device=f.owner.device)
+        if f.name in mine:
+            fragment, value = mine[f.name]
+            full[fragment.start : fragment.start + fragment.count] = value
+        dist.all_reduce(full)
+        f.master.copy_(full)
+
+
+def _trainable(engine: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _fragments_stage_0(engine: Any) -> Iterator[Fragment]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parameters = _trainable(engine)
+    total = sum(p.numel() for _, p in parameters)
+    low, high = total * rank // size, total * (rank + 1) // size
+    position = 0
+    for name, p in parameters:
+        start, stop = max(low - position, 0), min(high - position, p.numel())
+        count = max(stop - start, 0)
+        yield Fragment(name, tuple(p.shape), start if count else 0, count, p, start if count else 0)
+        position += p.numel()
+
+
+def _fragments_stage_1_2(engine: Any) -> Iterator[Fragment]:
+    groups = engine.optimizer.optimizer.param_groups
+    for name, p in _trainable(engine):
+        mapping = p._hp_mapping
+        if mapping is None:  # another rank's
+            yield Fragment(name, tuple(p.shape), 0, 0, None, 0)
+            continue
+        flat = groups[mapping.param_group_index]["params"][0]
+        local, master = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield Fragment(name, tuple(p.shape), local.start, local.numel, flat, master.start)
+
+
+def _fragments_stage_3(engine: Any) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    for name, p in _trainable(engine):
+        group, offset, share = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = min(share * optimizer._get_param_partition_rank(p), p.ds_numel)
+        count = min(share, p.ds_numel - start)  # the last share is padded
+        yield Fragment(name, tuple(p.ds_shape), start, count, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+_FIND: dict[int, Callable[[Any], Iterator[Fragment]]] = {
+    0: _fragments_stage_0,
+    1: _fragments_stage_1_2,
+    2: _fragments_stage_1_2,
+    3: _fragments_stage_3,
+}
