@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ldt.errors import InputError
 from ldt.options import choice, required, section
 
-__all__ = ["choice", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
+__all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
 
 Schema = TypeVar("Schema")
 
@@ -51,6 +51,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The whole config as YAML, in the order of the schema."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def defaults_yaml(schema: type) -> str:
+    """The schema's keys with their defaults as YAML; `???` marks what must be given."""
+    return OmegaConf.to_yaml(OmegaConf.structured(schema))
 
 
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:

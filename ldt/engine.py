@@ -4,6 +4,8 @@ Everything about DeepSpeed is in this file and in `partition`. The engine is tol
 it has no schedule and no clock of its own.
 """
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,7 +92,7 @@ class Engine:
             eps=optimizer.eps,
             fused=world.device.type == "cuda",
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=denoiser, optimizer=adam, config=_deepspeed_config(config, optimizer, micro_batches)

@@ -1,0 +1,124 @@
+"""The `ldt` command: finds the program, its config and its overrides, and turns the outcome into an exit code."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ldt import __version__, config, log
+from ldt.errors import InputError
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+
+class Command(NamedTuple):
+    """A program: its module has `Config` and `run(config) -> exit code`."""
+
+    module: str
+    usage: str
+    summary: str
+    positional: str  # the field that takes arguments which are neither a YAML file nor key=value
+
+
+COMMANDS = {
+    "encode": Command("ldt.encode", "CONFIG [key=value ...]", "images → latent shards and a manifest", ""),
+    "train": Command("ldt.train", "CONFIG [key=value ...]", "train a denoiser, or resume where it stopped", ""),
+    "sample": Command("ldt.sample", "RUN|CHECKPOINT [key=value ...]", "draw images from a checkpoint", "run"),
+    "evaluate": Command("ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run"),
+    "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
+    "inspect": Command("ldt.inspect", "PATH", "what a directory is, and whether it is whole", "path"),
+}
+
+HELP = """\
+ldt {version}: distributed training of latent diffusion Transformers
+
+usage: ldt COMMAND [CONFIG.yaml] [key=value ...] [--dry-run] [--quiet]
+
+{commands}
+
+A run goes through four of them; each stage is a job of its own and re-running it resumes:
+
+  ldt encode configs/encode/fashion_mnist.yaml        images → data/fashion_mnist
+  ldt train configs/debug.yaml                        latents → runs/debug
+  ldt evaluate runs/debug evaluate.images=1000        checkpoint → runs/debug/evaluations.jsonl
+  ldt report runs/debug                               everything → runs/debug/report.html
+
+On several processes or nodes the same program runs under any launcher:
+
+  torchrun --nproc_per_node 8 -m ldt train CONFIG.yaml
+  deepspeed --hostfile hosts --module ldt train CONFIG.yaml
+  srun python -m ldt train CONFIG.yaml
+
+Every key of the YAML can be given as key=value; `ldt COMMAND --help` lists a command's keys with their defaults, and
+--dry-run prints the resolved config without doing anything.
+Exit codes: 0 done, 1 failed, 2 wrong config or input, 75 stopped on request after a checkpoint.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    # the deepspeed launcher puts --local_rank=N before the command
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return DONE
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return DONE
+    name, rest = arguments[0], arguments[1:]
+    try:
+        return _run(name, rest)
+    except InputError as error:
+        print(f"ldt {name}: error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    program = importlib.import_module(command.module)
+    flags = [a for a in arguments if a.startswith("-")]
+    for flag in flags:
+        if flag not in ("-h", "--help", "--dry-run", "--quiet"):
+            raise InputError(f"unknown flag {flag}; settings are given as key=value, flags are --dry-run, --quiet, --help")
+    if "-h" in flags or "--help" in flags:
+        print(_command_help(name, command, program))
+        return DONE
+    path, overrides = _split(command, [a for a in arguments if not a.startswith("-")])
+    settings = config.load(program.Config, path, overrides)
+    if "--dry-run" in flags:
+        print(config.to_yaml(settings), end="")
+        return DONE
+    log.configure(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))), quiet="--quiet" in flags)
+    return program.run(settings)
+
+
+def _split(command: Command, words: list[str]) -> tuple[str | None, list[str]]:
+    """The YAML file, if any, and the overrides, positional arguments among them."""
+    overrides = [w for w in words if "=" in w]
+    files = [w for w in words if "=" not in w and w.endswith((".yaml", ".yml"))]
+    others = [w for w in words if "=" not in w and w not in files]
+    if len(files) > 1:
+        raise InputError(f"one config at a time, not {' and '.join(files)}")
+    if others and not command.positional:
+        raise InputError(f"argument {others[0]!r} is neither a .yaml file nor key=value; usage: {command.usage}")
+    if others and command.positional == "runs":
+        overrides.insert(0, f"runs=[{','.join(others)}]")
+    elif others:
+        if len(others) > 1:
+            raise InputError(f"one {command.positional} at a time, not {' and '.join(others)}")
+        overrides.insert(0, f"{command.positional}={others[0]}")
+    return (files[0] if files else None), overrides
+
+
+def _help() -> str:
+    width = max(len(f"{name} {c.usage}") for name, c in COMMANDS.items())
+    lines = [f"  {f'{name} {c.usage}':<{width}}  {c.summary}" for name, c in COMMANDS.items()]
+    return HELP.format(version=__version__, commands="\n".join(lines))
+
+
+def _command_help(name: str, command: Command, program: Any) -> str:
+    defaults = config.defaults_yaml(program.Config)
+    return f"usage: ldt {name} {command.usage}\n\n{(program.__doc__ or '').strip()}\n\nKeys and defaults:\n\n{defaults}"
