@@ -1,0 +1,150 @@
+"""Samplers against the closed-form solution on Gaussian data, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from ldt.diffusion.objectives import Objective, ObjectiveConfig, Prediction
+from ldt.diffusion.samplers import (
+    SAMPLERS,
+    SamplerConfig,
+    as_predict,
+    guide,
+    sample,
+    sampling_times,
+)
+from ldt.diffusion.schedules import SCHEDULES, Schedule, make_schedule
+from ldt.errors import InputError
+from ldt.nn.condition import Condition
+
+MEAN, STD = 0.7, 0.4
+ORDER = {"euler": 1, "heun": 2}
+
+
+def gaussian_predict(schedule: Schedule, calls: list[float] | None = None):
+    """E[x0 | x_t] and E[ε | x_t] for data N(MEAN, STD²)."""
+
+    def predict(x: torch.Tensor, t: float) -> Prediction:
+        if calls is not None:
+            calls.append(t)
+        time = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+        deviation = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        return Prediction(MEAN + alpha * STD**2 * deviation, sigma * deviation)
+
+    return predict
+
+
+def exact(schedule: Schedule, x1: torch.Tensor) -> torch.Tensor:
+    """The end at t = 0 of the probability-flow ODE: deviations scale like the marginal standard deviation."""
+    one = torch.ones((), dtype=torch.float64)
+    alpha, sigma = schedule.alpha(one), schedule.sigma(one)
+    return MEAN + STD * (x1 - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
+
+
+def noise(n: int = 64) -> torch.Tensor:
+    return torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+@pytest.mark.parametrize("name", ORDER)
+def test_convergence_order_on_gaussian_data(name: str, schedule_name: str) -> None:
+    schedule = make_schedule(schedule_name)
+    errors = []
+    for steps in (40, 80, 160):
+        end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(), sampling_times(steps))
+        errors.append((end - exact(schedule, noise())).abs().max().item())
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert orders[-1] == pytest.approx(ORDER[name], abs=0.15), (errors, orders)
+
+
+def test_every_sampler_has_a_tested_order() -> None:
+    assert set(ORDER) == set(SAMPLERS)
+
+
+def test_calls_of_the_network() -> None:
+    schedule = make_schedule("rectified_flow")
+    for name, expected in (("euler", 8), ("heun", 15)):
+        calls: list[float] = []
+        SAMPLERS[name](gaussian_predict(schedule, calls), schedule, noise(1), sampling_times(8))
+        assert len(calls) == expected
+        assert min(calls) > 0, "never asked at t = 0, where some predictions say nothing"
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_times_go_from_noise_to_data(shift: float) -> None:
+    times = sampling_times(10, shift)
+    assert times[0] == 1 and times[-1] == 0 and len(times) == 11
+    assert times == sorted(times, reverse=True)
+    assert times[5] == pytest.approx(shift / (1 + shift))
+
+
+class Marked:
+    """A denoiser whose output tells the label it was given, and which records every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float]] = []
+
+    def __call__(self, x: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        self.calls.append((len(x), t_B[0].item()))
+        return x * 0 + condition.label_B.to(x.dtype)[:, None, None, None]
+
+
+def test_guidance_combines_on_all_channels_in_one_call() -> None:
+    denoiser = Marked()
+    x = torch.zeros(3, 4, 2, 2)
+    label_B = torch.tensor([1, 2, 3])
+    y = guide(denoiser, null_label=10, scale=2.5)(x, torch.full((3,), 0.5), Condition(label_B))
+    expected = 10 + 2.5 * (label_B - 10.0)
+    assert torch.equal(y, expected[:, None, None, None].expand(3, 4, 2, 2))
+    assert denoiser.calls == [(6, 0.5)]
+
+
+def test_guidance_only_inside_its_interval() -> None:
+    denoiser = Marked()
+    config = SamplerConfig(guidance=2.0, guidance_low=0.25, guidance_high=0.75)
+    predict = as_predict(denoiser, Objective(ObjectiveConfig()), Condition(torch.tensor([1])), 10, config)
+    for t in (1.0, 0.75, 0.5, 0.25, 0.1):
+        predict(torch.zeros(1, 1, 1, 1), t)
+    assert [n for n, _ in denoiser.calls] == [1, 2, 2, 1, 1]
+
+
+def test_no_guidance_costs_no_second_half() -> None:
+    denoiser = Marked()
+    condition = Condition(torch.tensor([0, 1]))
+    sample(denoiser, Objective(ObjectiveConfig()), noise(2).float(), condition, 10, SamplerConfig(steps=3))
+    assert {n for n, _ in denoiser.calls} == {2}
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow", "x"])
+def test_every_prediction_leads_to_the_data(prediction: str) -> None:
+    """The optimal network of each kind, through the objective's conversion, samples the same data."""
+    objective = Objective(ObjectiveConfig(prediction=prediction, schedule="cosine"))
+    optimal = gaussian_predict(objective.schedule)
+
+    def denoiser(x: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        p = optimal(x, t_B[0].item())
+        t = t_B[:, None, None, None]
+        alpha, sigma = objective.schedule.alpha(t), objective.schedule.sigma(t)
+        d_alpha, d_sigma = objective.schedule.slope(t)
+        return {
+            "eps": p.eps_BCHW,
+            "x": p.x0_BCHW,
+            "v": alpha * p.eps_BCHW - sigma * p.x0_BCHW,
+            "flow": d_alpha * p.x0_BCHW + d_sigma * p.eps_BCHW,
+        }[prediction]
+
+    label_B = torch.zeros(len(noise()), dtype=torch.int64)
+    end = sample(denoiser, objective, noise(), Condition(label_B), 1, SamplerConfig(sampler="heun", steps=100))
+    expected = SAMPLERS["heun"](optimal, objective.schedule, noise(), sampling_times(100))
+    # eps says nothing about x0 at t = 1, which spoils the first of the 100 steps a little
+    assert torch.allclose(end, expected, rtol=0, atol=4e-3 if prediction == "eps" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"steps": 0}, {"shift": 0.0}, {"guidance_low": 0.5, "guidance_high": 0.5}, {"guidance_high": 1.5}]
+)
+def test_impossible_settings_are_refused(mistake: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(mistake))):
+        SamplerConfig(**mistake)  # type: ignore[arg-type]
