@@ -1,0 +1,1 @@
+"""Images, latent shards, the order in which samples are read, and the loader."""

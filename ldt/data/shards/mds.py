@@ -1,0 +1,102 @@
+"""The MDS format of mosaicml-streaming, version 2, without needing that package.
+
+File: sample count n (uint32), n + 1 offsets (uint32), a JSON description of the columns, the samples. A sample is the
+sizes (uint32) of its columns of variable size, then the columns in alphabetical order. All ours have fixed sizes.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldt.data.shards.layout import FLIPPED, LABEL, MOMENTS, STORED, Index, Layout, Samples
+from ldt.errors import InputError
+
+SUFFIX = ".mds"
+SIZE_LIMIT = 1 << 26  # written into each shard's description by MDSWriter; has no effect on reading
+LARGEST = 2**32 - 1  # offsets are 32 bits wide
+
+
+def pack(samples: Samples, layout: Layout, first: int) -> bytes:
+    """One shard file, the same bytes as MDSWriter's. `first` (the first sample's number) is not stored in MDS."""
+    parts = [samples.label_n.astype("<i8")[:, None].view(np.uint8), _rows(samples.moments_n2CHW)]
+    if samples.flipped_n2CHW is not None:
+        parts.append(_rows(samples.flipped_n2CHW))
+    record = np.concatenate(parts, axis=1)
+    description = json.dumps(_description(layout), sort_keys=True).encode()
+    start = 4 + 4 * (len(samples) + 1) + len(description)
+    if start + record.nbytes > LARGEST:
+        raise InputError(f"an MDS shard of {record.nbytes:,} bytes exceeds the format's 4 GB; lower shard_samples")
+    offsets = start + np.arange(len(samples) + 1) * record.shape[1]
+    head = np.array([len(samples)], "<u4").tobytes() + offsets.astype("<u4").tobytes() + description
+    return head + record.tobytes()
+
+
+def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
+    """Find the samples in a shard's bytes; anything that does not fit together is an InputError."""
+    if len(content) < 8:
+        raise InputError(f"shard {name} is damaged: {len(content)} bytes are no MDS file; encode it again")
+    n = int(content[:4].view("<u4")[0])
+    if len(content) < 8 + 4 * n:
+        raise InputError(f"shard {name} is damaged: it ends within its offsets; encode it again")
+    offset = content[4 : 8 + 4 * n].view("<u4").astype(np.int64)
+    if offset[0] < 8 + 4 * n or offset[-1] != len(content) or (np.diff(offset) < 0).any():
+        raise InputError(f"shard {name} is damaged: its offsets do not fit its {len(content):,} bytes; encode it again")
+    columns = _read_columns(bytes(content[8 + 4 * n : offset[0]]), name)
+    expected = dict(_columns(layout))
+    if columns != [(k, expected[k], _size(k, layout)) for k in expected]:
+        raise InputError(f"shard {name} has columns {columns}, but its manifest describes {expected}; index it again")
+    place, end = {}, 0
+    for column, _, size in columns:
+        place[column], end = end, end + size
+    if (np.diff(offset) != end).any():
+        raise InputError(f"shard {name} is damaged: its samples are not of {end} bytes each; encode it again")
+    first = offset[:-1]
+    label_n = content[first[:, None] + (place[LABEL] + np.arange(8))].view("<i8")[:, 0].astype(np.int64)
+    return Index(label_n, first + place[MOMENTS], first + place[FLIPPED] if layout.flips else None)
+
+
+def library_index(names: list[str], sizes: list[int], samples: list[int], hashes: list[str], layout: Layout) -> bytes:
+    """The `index.json` with which StreamingDataset opens a directory of shards."""
+    shards = [
+        _description(layout)
+        | {"raw_data": {"basename": name, "bytes": size, "hashes": {"xxh64": value}}, "samples": n, "zip_data": None}
+        for name, size, n, value in zip(names, sizes, samples, hashes, strict=True)
+    ]
+    return json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
+
+
+def _rows(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+
+
+def _columns(layout: Layout) -> list[tuple[str, str]]:
+    array = f"ndarray:{STORED[layout.dtype].name}:{','.join(map(str, layout.moments_shape))}"
+    return [(LABEL, "int"), (MOMENTS, array)] + ([(FLIPPED, array)] if layout.flips else [])
+
+
+def _size(column: str, layout: Layout) -> int:
+    return 8 if column == LABEL else layout.moments_bytes
+
+
+def _description(layout: Layout) -> dict[str, Any]:
+    columns = _columns(layout)
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": None,
+        "hashes": ["xxh64"],
+        "size_limit": SIZE_LIMIT,
+        "column_names": [k for k, _ in columns],
+        "column_encodings": [encoding for _, encoding in columns],
+        "column_sizes": [_size(k, layout) for k, _ in columns],
+    }
+
+
+def _read_columns(text: bytes, name: str) -> list[tuple[str, str, int]]:
+    try:
+        d = json.loads(text)
+        return list(zip(d["column_names"], d["column_encodings"], d["column_sizes"], strict=True))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"shard {name} is damaged: its column description is unreadable; encode it again") from None

@@ -1,0 +1,156 @@
+"""Reading samples out of latent shards by (shard, sample), in any order, from several threads at once."""
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import ArrayLike, NDArray
+
+from ldt.data.shards import mds, tar
+from ldt.data.shards.layout import Index, Layout
+from ldt.data.shards.manifest import Manifest
+from ldt.errors import InputError
+
+T = TypeVar("T")
+
+INDEX: dict[str, Callable[[NDArray[np.uint8], Layout, str], Index]] = {"tar": tar.index, "mds": mds.index}
+INDEXES_KEPT = 4096  # at 4096 samples each 64 KB or so
+FILES_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Records:
+    """Samples as float32. moments_n2CHW: raw posterior mean and standard deviation; label_n: int64."""
+
+    moments_n2CHW: NDArray[np.float32]
+    label_n: NDArray[np.int64]
+
+    @property
+    def mean_nCHW(self) -> NDArray[np.float32]:
+        return self.moments_n2CHW[:, 0]
+
+    @property
+    def std_nCHW(self) -> NDArray[np.float32]:
+        return self.moments_n2CHW[:, 1]
+
+
+class _File:
+    """An open descriptor that closes when its last reader lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.fd)
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        stat = os.fstat(self.fd)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class LatentShards:
+    """The shards of one directory.
+
+    A shard's size, hash and structure are checked against the manifest when it is first opened; damage is an
+    InputError that names the shard, and nothing of it is ever returned.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._index: OrderedDict[int, tuple[Index, tuple[int, int, int]]] = OrderedDict()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+        self._opening = [threading.Lock() for _ in range(64)]  # striped: one shard is checked once, others meanwhile
+
+    def read(self, shard_n: ArrayLike, sample_n: ArrayLike, flip_n: ArrayLike | None = None) -> Records:
+        """The samples in the order asked. flip_n: bool, take the mirrored image's moments (stored with `flips`)."""
+        shard_n, sample_n = np.asarray(shard_n, np.int64), np.asarray(sample_n, np.int64)
+        layout = self.manifest.layout
+        assert flip_n is None or layout.flips, "no mirrored moments stored"
+        raw_nb = np.empty((len(shard_n), layout.moments_bytes), np.uint8)
+        label_n = np.empty(len(shard_n), np.int64)
+        for shard in np.unique(shard_n).tolist():
+            here = np.flatnonzero(shard_n == shard)
+            file, index = self._open(shard)
+            label_n[here] = index.label_n[sample_n[here]]
+            offset = index.moments_n[sample_n[here]]
+            if flip_n is not None and index.flipped_n is not None:
+                offset = np.where(np.asarray(flip_n)[here], index.flipped_n[sample_n[here]], offset)
+            for row, at in zip(here.tolist(), offset.tolist(), strict=True):
+                if os.preadv(file.fd, [raw_nb[row].data], at) != layout.moments_bytes:
+                    raise InputError(
+                        f"shard {self._name(shard)} was cut short while being read; restore or re-encode it"
+                    )
+        return Records(layout.unpack(raw_nb), label_n)
+
+    def check(self, shard: int) -> Index:
+        """Verify one shard fully (size, hash, structure, labels)."""
+        return self._open(shard)[1]
+
+    def _name(self, shard: int) -> str:
+        return str(self.path / self.manifest.table["name"][shard].decode())
+
+    def _open(self, shard: int) -> tuple[_File, Index]:
+        with self._opening[shard % len(self._opening)]:
+            with self._lock:
+                file, known = self._files.get(shard), self._index.get(shard)
+            if file is None:
+                try:
+                    file = _File(self.path / self.manifest.table["name"][shard].decode())
+                except FileNotFoundError:
+                    raise InputError(
+                        f"shard {self._name(shard)} is missing; restore it or encode the data again"
+                    ) from None
+            if known is None or known[1] != file.identity:
+                known = self._verify(shard, file), file.identity
+            with self._lock:
+                _remember(self._files, shard, file, FILES_KEPT)
+                _remember(self._index, shard, known, INDEXES_KEPT)
+            return file, known[0]
+
+    def _verify(self, shard: int, file: _File) -> Index:
+        """Read the whole file once: hash it and find its samples."""
+        row, name = self.manifest.table[shard], self._name(shard)
+        size = file.identity[1]
+        if size != row["bytes"]:
+            raise InputError(f"shard {name} is damaged: {size:,} bytes instead of {int(row['bytes']):,}; re-encode it")
+        content = np.empty(size, np.uint8)
+        done = 0
+        while done < size:
+            read = os.preadv(file.fd, [content[done:].data], done)  # at most 2 GB a call
+            if read == 0:
+                raise InputError(f"shard {name} was cut short while being read; restore it or encode the data again")
+            done += read
+        if xxhash.xxh64_intdigest(content.data) != row["xxh64"]:
+            raise InputError(
+                f"shard {name} is damaged: its hash is not the manifest's; restore it or encode the data again"
+            )
+        index = INDEX[self.manifest.format](content, self.manifest.layout, name)
+        if len(index) != row["samples"]:
+            raise InputError(
+                f"shard {name} holds {len(index)} samples, its manifest says {row['samples']}; re-index it"
+            )
+        if len(index) and not 0 <= index.label_n.min() <= index.label_n.max() < len(self.manifest.classes):
+            raise InputError(
+                f"shard {name} has labels outside of its {len(self.manifest.classes)} classes; re-index it"
+            )
+        return index
+
+
+def _remember(kept: OrderedDict[int, T], key: int, value: T, limit: int) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > limit:
+        kept.popitem(last=False)
+
+
+def open_shards(path: str | Path, cache_dir: str | None = None) -> LatentShards:
+    """Open an output directory of `ldt encode` (or its `validation` split)."""
+    directory = Path(path)
+    return LatentShards(directory, Manifest.load(directory))

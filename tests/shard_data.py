@@ -1,0 +1,66 @@
+"""Small shard directories for tests, written by the same functions as `ldt encode`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from ldt.data.shards import mds, tar
+from ldt.data.shards.files import write_atomic
+from ldt.data.shards.layout import Layout, Samples
+from ldt.data.shards.manifest import Manifest, make_table
+
+PACK = {"tar": tar.pack, "mds": mds.pack}
+CLASSES = ["ant", "bee", "cat"]
+
+
+def make_samples(count: int, layout: Layout, seed: int = 0, classes: int = len(CLASSES)) -> Samples:
+    rng = np.random.default_rng(seed)
+
+    def moments() -> np.ndarray:
+        mean = rng.standard_normal((count, 1, *layout.latent_shape))
+        std = 0.05 + 0.2 * rng.random((count, 1, *layout.latent_shape))
+        return layout.pack(torch.from_numpy(np.concatenate([mean, std], 1)))
+
+    return Samples(rng.integers(0, classes, count), moments(), moments() if layout.flips else None)
+
+
+def write_shards(
+    directory: Path,
+    counts: list[int],
+    format: str = "tar",
+    dtype: str = "fp16",
+    flips: bool = False,
+    latent_shape: tuple[int, int, int] = (4, 2, 2),
+) -> list[Samples]:
+    """Shards of the given sizes with a manifest; returns what was written."""
+    layout = Layout(latent_shape, dtype, flips)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, written, first = [], [], 0
+    for i, count in enumerate(counts):
+        samples = make_samples(count, layout, seed=i)
+        content = PACK[format](samples, layout, first)
+        name = f"shard-{i:08d}.{format}"
+        write_atomic(directory / name, content)
+        rows.append((name, len(content), count, xxhash.xxh64_intdigest(content), samples.content_hash()))
+        written.append(samples)
+        first += count
+    label = np.concatenate([s.label_n for s in written])
+    manifest = Manifest(
+        format=format,
+        latent_shape=latent_shape,
+        dtype=dtype,
+        flips=flips,
+        classes=CLASSES,
+        class_counts=np.bincount(label, minlength=len(CLASSES)).tolist(),
+        mean_C=np.linspace(-0.5, 0.5, latent_shape[0]),
+        std_C=np.linspace(0.5, 2.0, latent_shape[0]),
+        autoencoder="test",
+        autoencoder_hash="0" * 16,
+        image_size=8,
+        image_channels=1,
+        table=make_table(rows),
+    )
+    manifest.save(directory)
+    return written
