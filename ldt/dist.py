@@ -7,7 +7,7 @@ them and the rest of the code sees a `World`. Without a process group the collec
 import datetime
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -122,6 +122,17 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if not _alone():
         dist.all_reduce(tensor)
     return tensor
+
+
+def in_block_order(blocks: int, produce: Callable[[int], T], world: World) -> Iterator[T]:
+    """`produce(k)` for every block k, in order, on every rank; rank r makes blocks r, r + size, r + 2·size, …
+
+    What is produced and its order are the same for any number of processes.
+    """
+    for first in range(0, blocks, world.size):
+        k = first + world.rank
+        mine = [produce(k)] if k < blocks else []
+        yield from (result for results in all_gather(mine) for result in results)
 
 
 def free_port() -> int:
