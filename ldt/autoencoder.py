@@ -1,0 +1,92 @@
+"""The autoencoder between images and latents: diffusers' AutoencoderKL, by hub name, local path or embedded.
+
+Latents are the raw moments of its posterior (no scaling factor): whitening belongs to the data, not to the network.
+"""
+
+import importlib.resources
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ldt.errors import InputError
+
+EMBEDDED = "embedded:fashion_mnist"
+
+
+class Autoencoder:
+    """Images uint8 [B, H, W, C] ↔ latent moments float32 [B, C, H/f, W/f], f the `downsample` factor.
+
+    hash: xxh64 of the weights in name order, whatever file they came from.
+    """
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.image_channels: int = model.config.in_channels
+        self.latent_channels: int = model.config.latent_channels
+        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+        self.hash = _weights_hash(model)
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Self:
+        """`embedded:fashion_mnist`, a directory in diffusers' layout, or a name on the model hub."""
+        path: Any = name_or_path
+        if name_or_path == EMBEDDED:
+            path = importlib.resources.files("ldt") / "assets" / "autoencoder_fashion_mnist"
+        elif name_or_path.startswith("embedded:"):
+            raise InputError(f"there is no embedded autoencoder {name_or_path}; the only one is {EMBEDDED}")
+        elif Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
+            raise InputError(f"autoencoder {name_or_path} has no config.json; give a directory saved by diffusers")
+        return cls(name_or_path, _from_pretrained(name_or_path, str(path)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network; returns itself."""
+        self.device = torch.device(device)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        return self
+
+    @torch.inference_mode()
+    def encode(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior of uint8 images: float32 [B, C, H/f, W/f] each."""
+        batch, height, width, channels = image_BHWC.shape
+        if channels != self.image_channels or height % self.downsample or width % self.downsample:
+            raise InputError(
+                f"autoencoder {self.name} takes images with {self.image_channels} channels and sides divisible by "
+                f"{self.downsample}, not {height}x{width} with {channels}; change images.size"
+            )
+        x_BCHW = image_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = self.model.encode(x_BCHW).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    @torch.inference_mode()
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """Images of raw latents: uint8 [B, H, W, C], rounded and clipped."""
+        x_BCHW = self.model.decode(latent_BCHW.to(self.device)).sample.float()
+        return ((x_BCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _from_pretrained(name: str, path: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers warns of its own dependencies while it is imported
+        from diffusers import AutoencoderKL
+    try:
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True)
+    except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"autoencoder {name} can't be loaded as diffusers' AutoencoderKL from safetensors ({reason}); "
+            f"give a hub name, a directory saved by diffusers, or {EMBEDDED}"
+        ) from None
+
+
+def _weights_hash(model: Any) -> str:
+    digest = xxhash.xxh64()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""Labelled images from a folder, a tar file or the embedded set, in one sorted order, read one at a time.
+
+A class is a first-level sub-directory, as in torchvision's ImageFolder; images directly under the root form one class
+called `images`. Archives are read in place: nothing is extracted, and members that point outside or are links are refused.
+"""
+
+import importlib.resources
+import io
+import tarfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ldt.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+SINGLE_CLASS = "images"
+EMBEDDED = "embedded:fashion_mnist"
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+
+
+class ImageSource(ABC):
+    """Images with a class each. `classes` are names in label order; `len` is the number of images."""
+
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def label(self, i: int) -> int:
+        """Class number of image i."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """Where image i comes from, for messages."""
+
+    @abstractmethod
+    def image(self, i: int) -> Image.Image:
+        """Image i, decoded; `InputError` names a file that is not a readable image."""
+
+
+def open_images(path: str) -> ImageSource:
+    """The images at a path: a directory, a .tar file, or `embedded:fashion_mnist`."""
+    if path == EMBEDDED:
+        return FashionMNIST()
+    if path.startswith("embedded:"):
+        raise InputError(f"there is no embedded image set {path}; the only one is {EMBEDDED}")
+    where = Path(path)
+    if not where.exists():
+        raise InputError(f"image path {path} does not exist; give a directory of images, a .tar file or {EMBEDDED}")
+    if where.is_dir():
+        return ImageFolder(where)
+    if tarfile.is_tarfile(where):
+        return ImageTar(where)
+    raise InputError(f"image path {path} is neither a directory nor a tar file; give one of these, or {EMBEDDED}")
+
+
+class _Files(ImageSource):
+    """Images named by relative paths `class/…/file`, or `file` for a single class."""
+
+    def __init__(self, where: Path, names: Sequence[str]) -> None:
+        self.where = where
+        self.names = sorted(n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
+        if not self.names:
+            raise InputError(f"{where} holds no images ({', '.join(SUFFIXES)}); put them into a sub-directory a class")
+        tops = [self._top(n) for n in self.names]
+        self.classes = tuple(sorted(set(tops)))
+        if len(self.classes) > 1 and SINGLE_CLASS in tops and any("/" not in n for n in self.names):
+            stray = next(n for n in self.names if "/" not in n)
+            raise InputError(
+                f"{where} has images both in class directories and outside of them, such as {stray}; move these"
+            )
+        number = {c: k for k, c in enumerate(self.classes)}
+        self._labels = np.array([number[t] for t in tops], np.int32)
+
+    @staticmethod
+    def _top(name: str) -> str:
+        top, separator, _ = name.partition("/")
+        return top if separator else SINGLE_CLASS
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
+
+    def name(self, i: int) -> str:
+        return f"{self.where}/{self.names[i]}"
+
+    def image(self, i: int) -> Image.Image:
+        return _decode(self._content(i), self.name(i))
+
+    @abstractmethod
+    def _content(self, i: int) -> bytes:
+        """The bytes of file i."""
+
+
+class ImageFolder(_Files):
+    """Images below a directory."""
+
+    def __init__(self, where: Path) -> None:
+        super().__init__(where, [p.relative_to(where).as_posix() for p in where.rglob("*") if p.is_file()])
+
+    def _content(self, i: int) -> bytes:
+        try:
+            return (self.where / self.names[i]).read_bytes()
+        except OSError as error:
+            raise InputError(f"image {self.name(i)} can't be read: {error.strerror}; check the file") from None
+
+
+class ImageTar(_Files):
+    """Images in a tar file, read by their offsets."""
+
+    def __init__(self, where: Path) -> None:
+        self._members: dict[str, tuple[int, int]] = {}
+        try:
+            with tarfile.open(where, "r:") as archive:
+                for member in archive:
+                    self._add(where, member)
+        except tarfile.TarError as error:
+            raise InputError(f"{where} is not a whole, uncompressed tar file ({error}); make it again") from None
+        super().__init__(where, list(self._members))
+        self._file = where.open("rb")
+        self._lock = threading.Lock()
+
+    def _add(self, where: Path, member: tarfile.TarInfo) -> None:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{where} has a member outside of the archive, {member.name}; make it with relative names")
+        if member.issym() or member.islnk():
+            raise InputError(
+                f"{where} has a link, {member.name}; make it with the files themselves (tar --dereference)"
+            )
+        if member.isfile():
+            self._members[path.as_posix()] = (member.offset_data, member.size)
+
+    def _content(self, i: int) -> bytes:
+        offset, size = self._members[self.names[i]]
+        with self._lock:
+            self._file.seek(offset)
+            content = self._file.read(size)
+        if len(content) != size:
+            raise InputError(f"{self.where} ends inside of {self.names[i]}; make the tar file again")
+        return content
+
+
+class FashionMNIST(ImageSource):
+    """The 10,000 test images of Fashion-MNIST, 28 × 28 and grey, 1,000 a class (MIT, (c) 2017 Zalando SE)."""
+
+    side, columns = 28, 100
+
+    def __init__(self) -> None:
+        assets = importlib.resources.files("ldt") / "assets" / "fashion_mnist"
+        self.classes = tuple((assets / "classes.txt").read_text().split())
+        self._labels = np.frombuffer((assets / "labels.bin").read_bytes(), np.uint8)
+        with (assets / "images.webp").open("rb") as f:
+            self._sheet = np.asarray(Image.open(f).convert("L"))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
+
+    def name(self, i: int) -> str:
+        return f"{EMBEDDED}/{i}"
+
+    def image(self, i: int) -> Image.Image:
+        y, x = (self.side * k for k in divmod(i, self.columns))
+        return Image.fromarray(self._sheet[y : y + self.side, x : x + self.side])
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"image {name} is not readable ({' '.join(str(error).split())}); remove or replace it"
+        ) from None
+    if image.mode in SIXTEEN_BIT:
+        raise InputError(f"image {name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    return image
+
+
+def prepare(image: Image.Image, size: int, channels: int, fit: str) -> NDArray[np.uint8]:
+    """An image as the autoencoder takes it: uint8 [size, size, channels], 1 (grey) or 3 (RGB) channels.
+
+    `crop`: ADM's centre crop (Dhariwal and Nichol 2105.05233): halve by box while at least twice the size, then
+    bicubic so that the short side is `size`, then the middle. `pad`: centred on black, never resized; it must fit.
+    Transparent pixels are laid over white.
+    """
+    image = _flatten(image).convert({1: "L", 3: "RGB"}[channels])
+    image = _centre_crop(image, size) if fit == "crop" else _pad(image, size)
+    return np.asarray(image, np.uint8).reshape(size, size, channels)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    if max(image.size) > size:
+        raise InputError(
+            f"an image of {image.width}x{image.height} does not fit into {size}x{size}; use images.fit=crop"
+        )
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return canvas

@@ -1,0 +1,97 @@
+"""Train the small autoencoder of the embedded images, the stand-in for SD-VAE that needs no download.
+
+    OMP_NUM_THREADS=1 python tools/train_autoencoder.py ldt/assets/autoencoder_fashion_mnist --steps 4000
+
+32 × 32 grey images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the weights are an
+average over the last steps. One seed and one thread: the same machine makes the same file again.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+SHEET = Path(__file__).parents[1] / "ldt/assets/fashion_mnist/images.webp"
+HELD_OUT = 500
+KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
+
+
+def images() -> Tensor:
+    """All embedded images, black border to 32 × 32, in [-1, 1]: [10000, 1, 32, 32]."""
+    sheet = np.asarray(Image.open(SHEET).convert("L"))
+    tiles = sheet.reshape(100, 28, 100, 28).transpose(0, 2, 1, 3).reshape(-1, 1, 28, 28)
+    return F.pad(torch.from_numpy(tiles.astype(np.float32)) / 127.5 - 1, (2, 2, 2, 2), value=-1)
+
+
+def make_autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[16, 32, 64],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    ).to(memory_format=torch.channels_last)
+
+
+def loss(model: AutoencoderKL, x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    posterior = model.encode(x_BCHW).latent_dist
+    difference = model.decode(posterior.sample(generator)).sample - x_BCHW
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return difference.abs().mean() + difference.square().mean() + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, x_BCHW: Tensor) -> float:
+    """Peak signal-to-noise ratio of the reconstruction of the posterior's mean, in dB, mean over images."""
+    y_BCHW = model.decode(model.encode(x_BCHW).latent_dist.mean).sample.clamp(-1, 1)
+    return float((10 * torch.log10(4 / (y_BCHW - x_BCHW).square().mean((1, 2, 3)))).mean())
+
+
+def main(target: Path, steps: int, batch: int) -> None:
+    torch.set_num_threads(1)
+    everything = images()
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))
+    held_out, train = everything[order[:HELD_OUT]], everything[order[HELD_OUT:]]
+    model, generator = make_autoencoder(), torch.Generator().manual_seed(2)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
+    start = time.time()
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        x_BCHW = train[torch.randint(len(train), (batch,), generator=generator)]
+        flip_B111 = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        value = loss(model, torch.where(flip_B111, x_BCHW.flip(3), x_BCHW), generator)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        keep = min(0.995, step / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+        if step % 250 == 0 or step == steps:
+            print(
+                f"step {step} loss {value.item():.4f} held-out PSNR {psnr(average, held_out):.2f} dB "
+                f"{(time.time() - start) / 60:.1f} min",
+                flush=True,
+            )
+    average.save_pretrained(target, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    arguments = parser.parse_args()
+    main(arguments.target, arguments.steps, arguments.batch)
