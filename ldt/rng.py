@@ -61,7 +61,7 @@ def normal(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.fl
     rows = max(1, 4096 // max(1, words.shape[1]))  # a block at a time stays in the cache
     for i in range(0, len(words), rows):
         out[i : i + rows, :, 0], out[i : i + rows, :, 1] = _box_muller(words[i : i + rows])
-    return out.reshape(len(words), -1)[:, :n]
+    return out.reshape(len(words), 2 * words.shape[1])[:, :n]
 
 
 def _box_muller(word: NDArray[np.uint64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

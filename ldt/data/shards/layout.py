@@ -43,7 +43,7 @@ class Layout:
 
     def unpack(self, raw_nb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Stored bytes of n samples as float32 [n, 2, C, H, W]."""
-        stored = torch.from_numpy(raw_nb).view(_TORCH[self.dtype])
+        stored = torch.from_numpy(raw_nb.reshape(-1).view(STORED[self.dtype])).view(_TORCH[self.dtype])
         return stored.to(torch.float32).numpy().reshape(-1, *self.moments_shape)
 
 

@@ -1,0 +1,108 @@
+"""Everything random about a sample, as functions of (seed, purpose, key), and what the network is given of it.
+
+The key of a training sample is its global index. Ranks, threads, micro-batches, shard formats and time play no part,
+and the digest proves it: a sum over samples, so it does not depend on how they are divided either.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from ldt import rng
+from ldt.data.shards import LatentShards
+from ldt.rng import Purpose
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Rows of weight 0 are padding: finite, and to be left out of every mean.
+
+    index_B: int64 global sample index (-1 for padding); latent_BCHW: whitened posterior draw, float32;
+    noise_BCHW: standard normal, float32; uniform_B: float32 strictly between 0 and 1, for the timestep;
+    label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0.
+    """
+
+    index_B: torch.Tensor
+    latent_BCHW: torch.Tensor
+    noise_BCHW: torch.Tensor
+    uniform_B: torch.Tensor
+    label_B: torch.Tensor
+    weight_B: torch.Tensor
+
+    @classmethod
+    def padding(cls, rows: int, latent_shape: tuple[int, int, int], classes: int, pin: bool) -> "Batch":
+        """Rows of padding, to be overwritten."""
+        return cls(
+            index_B=torch.full((rows,), -1, dtype=torch.int64, pin_memory=pin),
+            latent_BCHW=torch.zeros((rows, *latent_shape), pin_memory=pin),
+            noise_BCHW=torch.zeros((rows, *latent_shape), pin_memory=pin),
+            uniform_B=torch.full((rows,), 0.5, pin_memory=pin),
+            label_B=torch.full((rows,), classes, dtype=torch.int64, pin_memory=pin),
+            weight_B=torch.zeros(rows, pin_memory=pin),
+        )
+
+    def __len__(self) -> int:
+        return len(self.index_B)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """A view of some rows."""
+        return Batch(**{name: value[start:stop] for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on a device; asynchronous from pinned memory. On the CPU the batch itself."""
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def fill(
+    batch: Batch, shards: LatentShards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, label_drop: float,
+    flip: bool,
+) -> None:  # fmt: skip
+    """Write the samples of `key_n` into the first rows of a CPU batch.
+
+    latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same bits.
+    """
+    manifest, n = shards.manifest, len(key_n)
+    flip_n = rng.bits(seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if flip else None
+    records = shards.read(shard_n, sample_n, flip_n)
+    latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
+    elements = int(np.prod(manifest.latent_shape))
+    np.multiply(records.std_nCHW, rng.normal(seed, Purpose.POSTERIOR, key_n, elements).reshape(shape), out=latent)
+    latent += records.mean_nCHW
+    latent -= manifest.mean_C.astype(np.float32)[:, None, None]
+    latent /= manifest.std_C.astype(np.float32)[:, None, None]
+    batch.noise_BCHW.numpy()[:n] = rng.normal(seed, Purpose.NOISE, key_n, elements).reshape(shape)
+    # 23 bits and a half: exact in float32, never 0 and never 1
+    step = rng.bits(seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)
+    batch.uniform_B.numpy()[:n] = (step + 0.5) * 2.0**-23
+    drop = rng.uniform(seed, Purpose.CONDITION_DROP, key_n, 1)[:, 0] < label_drop
+    batch.label_B.numpy()[:n] = np.where(drop, len(manifest.classes), records.label_n)
+    batch.index_B.numpy()[:n] = key_n
+    batch.weight_B.numpy()[:n] = 1.0
+
+
+def digest(batch: Batch, ordinal_n: Ints) -> int:
+    """Sum over the real rows of an xxh64 of all that the network could see of each, modulo 2⁶⁴, as a signed int64.
+
+    ordinal_n: each sample's place in the data set. Flip and posterior draw enter through the latent they made.
+    """
+    n = len(ordinal_n)
+    head = np.stack([batch.index_B.numpy()[:n], ordinal_n, batch.label_B.numpy()[:n]], axis=1)
+    uniform, latent, noise = batch.uniform_B.numpy(), batch.latent_BCHW.numpy(), batch.noise_BCHW.numpy()
+    total = 0
+    for i in range(n):
+        h = xxhash.xxh64(head[i].data)
+        h.update(uniform[i : i + 1].data)
+        h.update(latent[i].data)
+        h.update(noise[i].data)
+        total += h.intdigest()
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def digest_text(total: int) -> str:
+    """The sum over ranks, as it is logged: 16 hexadecimal digits."""
+    return f"{total % 2**64:016x}"

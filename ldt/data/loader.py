@@ -1,0 +1,238 @@
+"""The loader: this rank's micro-batches of each optimizer step, drawn ahead of time by threads.
+
+Rank r of W takes slots [r·B//W, (r+1)·B//W) of every global batch of B samples, so the samples of a step never depend
+on W. Every rank makes the same number of equal micro-batches; a rank short of samples pads with rows of weight 0.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+
+from ldt.data.draws import Batch, digest, fill
+from ldt.data.order import Order
+from ldt.data.shards import LatentShards
+from ldt.errors import InputError
+
+Job = TypeVar("Job")
+VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training sample
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step's share of this rank.
+
+    first: global index of the global batch's first sample; micro_batches: on the loader's device, valid until
+    the next step is asked for; digest: int64, to be summed over ranks (wrapping) and shown by `digest_text`;
+    waited: seconds the caller waited for it.
+    """
+
+    first: int
+    micro_batches: list[Batch]
+    digest: int
+    waited: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """How `total` samples fall to one of `ranks` ranks: rows [start, stop), in `count` micro-batches of `size` rows."""
+
+    start: int
+    stop: int
+    count: int
+    size: int
+
+    @classmethod
+    def of(cls, total: int, rank: int, ranks: int, micro_batch: int) -> "Share":
+        """micro_batch: the most rows in one micro-batch; 0 for all at once."""
+        largest = -(-total // ranks)
+        count = -(-largest // micro_batch) if micro_batch else 1
+        return cls(rank * total // ranks, (rank + 1) * total // ranks, count, -(-largest // count))
+
+    @property
+    def rows(self) -> int:
+        return self.count * self.size
+
+
+class _Buffer:
+    """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
+
+    def __init__(self, share: Share, shards: LatentShards, device: torch.device) -> None:
+        manifest = shards.manifest
+        self._share, self._device = share, device
+        cuda = device.type == "cuda"
+        self.host = Batch.padding(share.rows, manifest.latent_shape, len(manifest.classes), pin=cuda)
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._copied = torch.cuda.Event() if cuda else None
+        self._on_device = self.host
+        self.digest = 0
+
+    def wait_until_free(self) -> None:
+        """Block until the last copy out of this buffer is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def send(self) -> None:
+        """Start the copy to the device."""
+        if self._stream is not None and self._copied is not None:
+            with torch.cuda.stream(self._stream):
+                self._on_device = self.host.to(self._device)
+                self._copied.record(self._stream)
+
+    def batches(self) -> list[Batch]:
+        """The micro-batches, ordered after the copy on the caller's stream."""
+        if self._copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(self._copied)
+            for value in vars(self._on_device).values():
+                value.record_stream(current)
+        size = self._share.size
+        return [self._on_device.rows(i * size, (i + 1) * size) for i in range(self._share.count)]
+
+
+class _Loader:
+    """Threads that fill buffers in order. Close it, or use it as a context manager."""
+
+    def __init__(
+        self, share: Share, shards: LatentShards, device: torch.device | str, threads: int, ahead: int
+    ) -> None:
+        self.share, self.shards, self.device = share, shards, torch.device(device)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ldt-loader")
+        self._buffers = [_Buffer(share, shards, self.device) for _ in range(ahead + 1)]
+
+    def _run(self, work: Callable[[Job, _Buffer], None], jobs: Iterator[Job]) -> Iterator[tuple[Job, _Buffer, float]]:
+        """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
+
+        def task(job: Job, buffer: _Buffer) -> None:
+            buffer.wait_until_free()
+            work(job, buffer)
+            buffer.send()
+
+        pending: deque[tuple[Job, _Buffer, Future[None]]] = deque()
+        try:
+            for buffer, job in zip(self._buffers, jobs, strict=False):
+                pending.append((job, buffer, self._pool.submit(task, job, buffer)))
+            while pending:
+                job, buffer, future = pending.popleft()
+                started = time.perf_counter()
+                future.result()
+                yield job, buffer, time.perf_counter() - started
+                for job in jobs:
+                    pending.append((job, buffer, self._pool.submit(task, job, buffer)))
+                    break
+        finally:  # nobody may still write into buffers that a next run hands out
+            wait([future for _, _, future in pending if not future.cancel()])
+
+    def close(self) -> None:
+        """Stop the threads; what they are doing is finished first."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Loader(_Loader):
+    """Endless training steps.
+
+    shards: the data; batch: global batch size; seed, streams, window: of the order and of all draws; micro_batch: most
+    samples of one forward pass, 0 for the rank's whole share; label_drop: probability with which a sample's label is
+    replaced by the null label; threads, ahead: how many fill buffers and how many steps ahead.
+    """
+
+    def __init__(
+        self,
+        shards: LatentShards,
+        *,
+        batch: int,
+        seed: int,
+        streams: int = 8,
+        window: int = 1 << 16,
+        rank: int = 0,
+        ranks: int = 1,
+        micro_batch: int = 0,
+        label_drop: float = 0.0,
+        device: torch.device | str = "cpu",
+        threads: int = 2,
+        ahead: int = 4,
+    ) -> None:
+        self.order = Order(shards.manifest.counts, seed, batch, streams, window)
+        self.batch, self.seed, self.label_drop = batch, seed, label_drop
+        self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
+        super().__init__(Share.of(batch, rank, ranks, micro_batch), shards, device, threads, ahead)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches every step has."""
+        return self.share.count
+
+    def steps(self, samples_seen: int = 0) -> Iterator[Step]:
+        """Steps from a multiple of the global batch on, at once, wherever that is."""
+        if samples_seen % self.batch:
+            raise InputError(f"samples_seen={samples_seen} is not a multiple of the global batch of {self.batch}")
+        firsts = iter(range(samples_seen, 1 << 62, self.batch))
+        for first, buffer, waited in self._run(self._fill, firsts):
+            yield Step(first, buffer.batches(), buffer.digest, waited)
+
+    def _fill(self, first: int, buffer: _Buffer) -> None:
+        index_n = first + np.arange(self.share.start, self.share.stop)
+        shard_n, sample_n = self.order.locate(index_n)
+        flip = self.shards.manifest.flips
+        fill(buffer.host, self.shards, index_n, shard_n, sample_n, self.seed, self.label_drop, flip)
+        buffer.digest = digest(buffer.host, self._start_of_shard[shard_n] + sample_n)
+
+
+class ValidationLoader(_Loader):
+    """The held-out samples, each once, with the same draws every time: no flips, no dropped labels.
+
+    limit: use only the first so many (0 for all). index_B is the sample's number in the split.
+    """
+
+    def __init__(
+        self,
+        shards: LatentShards,
+        *,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+        limit: int = 0,
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        ahead: int = 2,
+    ) -> None:
+        total = min(limit or shards.manifest.samples, shards.manifest.samples)
+        if total == 0:
+            raise InputError(f"{shards.path} holds no samples; encode with a larger validation_fraction")
+        self.seed, self.total = seed, total
+        self._whole = Share.of(total, rank, ranks, micro_batch)
+        self._ends = np.cumsum(shards.manifest.counts)
+        one = Share(0, self._whole.size, 1, self._whole.size)
+        super().__init__(one, shards, device, threads, ahead)
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass; every rank yields the same number of batches of the same size."""
+        size = self._whole.size
+        for _, buffer, _ in self._run(self._fill, iter(range(0, self._whole.rows, size))):
+            yield buffer.batches()[0]
+
+    def _fill(self, offset: int, buffer: _Buffer) -> None:
+        start = self._whole.start + offset
+        number_n = np.arange(start, max(start, min(start + self.share.size, self._whole.stop)))
+        shard_n = np.searchsorted(self._ends, number_n, "right")
+        sample_n = number_n - (self._ends - self.shards.manifest.counts)[shard_n]
+        key_n = VALIDATION_KEYS + number_n
+        buffer.host.weight_B.zero_()
+        fill(buffer.host, self.shards, key_n, shard_n, sample_n, self.seed, 0.0, flip=False)
+        buffer.host.index_B.numpy()[:] = -1
+        buffer.host.index_B.numpy()[: len(number_n)] = number_n

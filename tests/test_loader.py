@@ -1,0 +1,168 @@
+"""The loader: what a step holds depends on the config alone, never on ranks, threads, micro-batches or the format."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from shard_data import write_shards
+
+from ldt import rng
+from ldt.data.draws import digest_text
+from ldt.data.loader import Loader, Share, ValidationLoader
+from ldt.data.order import Order
+from ldt.data.shards import open_shards
+from ldt.errors import InputError
+from ldt.rng import Purpose
+
+COUNTS = [7, 12, 1, 10]  # 30 samples: with a batch of 8 the epoch ends within a batch
+SETTINGS = {"batch": 8, "seed": 5, "streams": 3, "window": 6, "label_drop": 0.3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    for format in ("tar", "mds"):
+        write_shards(root / format, COUNTS, format, "fp16", flips=True)
+    return root
+
+
+def collect(path, ranks=1, steps=8, start=0, **settings):
+    """All real rows of all ranks, in global order, and the digest of each step."""
+    rows, digests = [], [0] * steps
+    for rank in range(ranks):
+        with Loader(open_shards(path), rank=rank, ranks=ranks, **(SETTINGS | settings)) as loader:
+            for k, step in enumerate(itertools.islice(loader.steps(start), steps)):
+                assert step.first == start + k * SETTINGS["batch"]
+                assert len(step.micro_batches) == loader.micro_batches
+                digests[k] += step.digest
+                for batch in step.micro_batches:
+                    assert all(torch.isfinite(v).all() for v in vars(batch).values())
+                    real = batch.weight_B == 1
+                    assert (batch.index_B[~real] == -1).all() and (batch.weight_B[~real] == 0).all()
+                    rows += [{k: v[i].clone().numpy() for k, v in vars(batch).items()} for i in real.nonzero()[:, 0]]
+    rows.sort(key=lambda row: int(row["index_B"]))
+    return rows, [digest_text(d) for d in digests]
+
+
+def assert_same(rows, others):
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        for name in row:
+            np.testing.assert_array_equal(row[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
+def test_steps_do_not_depend_on_ranks_or_micro_batches(data, ranks, micro_batch):
+    rows, digests = collect(data / "tar")
+    assert [int(r["index_B"]) for r in rows] == list(range(64))
+    others, other_digests = collect(data / "tar", ranks=ranks, micro_batch=micro_batch)
+    assert_same(rows, others)
+    assert digests == other_digests
+
+
+@pytest.mark.parametrize("settings", [{"threads": 1, "ahead": 1}, {"threads": 7, "ahead": 9}])
+def test_steps_do_not_depend_on_threads_or_format(data, settings):
+    rows, digests = collect(data / "tar")
+    others, other_digests = collect(data / "mds", **settings)
+    assert_same(rows, others)
+    assert digests == other_digests
+
+
+def test_resume_anywhere_with_other_ranks(data):
+    rows, digests = collect(data / "tar", steps=12)
+    for start in (1, 3, 4, 9):
+        others, other_digests = collect(data / "mds", ranks=3, steps=12 - start, start=start * 8, micro_batch=2)
+        assert_same(rows[start * 8 :], others)
+        assert digests[start:] == other_digests
+    with Loader(open_shards(data / "tar"), **SETTINGS) as loader, pytest.raises(InputError, match="multiple"):
+        next(loader.steps(7))
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"window": 5}, {"streams": 2}, {"label_drop": 0.6}])
+def test_the_digest_sees_every_identity_key(data, change):
+    assert set(collect(data / "tar")[1]).isdisjoint(collect(data / "tar", **change)[1]) or "label_drop" in change
+    assert collect(data / "tar")[1] != collect(data / "tar", **change)[1]
+
+
+def test_each_row_is_what_the_formulas_say(data):
+    """Recomputed sample by sample, in float64, from the stored moments."""
+    shards = open_shards(data / "tar")
+    manifest = shards.manifest
+    order = Order(manifest.counts, SETTINGS["seed"], SETTINGS["batch"], SETTINGS["streams"], SETTINGS["window"])
+    rows, _ = collect(data / "tar")
+    flips, drops = [], []
+    for g, row in enumerate(rows):
+        shard, sample = order.locate([g])
+        flip = rng.bits(5, Purpose.FLIP, [g], 1)[0] >> np.uint64(63) == 1
+        record = shards.read(shard, sample, flip)
+        shape = record.mean_nCHW[0].shape
+        eps = rng.normal(5, Purpose.POSTERIOR, [g], 16).reshape(shape)
+        draw = record.mean_nCHW[0].astype(np.float64) + record.std_nCHW[0] * eps.astype(np.float64)
+        white = (draw - manifest.mean_C[:, None, None]) / manifest.std_C[:, None, None]
+        np.testing.assert_allclose(row["latent_BCHW"], white, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(row["noise_BCHW"], rng.normal(5, Purpose.NOISE, [g], 16).reshape(shape))
+        uniform = rng.uniform(5, Purpose.TIMESTEP, [g], 1)[0, 0]
+        assert 0 < row["uniform_B"] < 1 and abs(row["uniform_B"] - uniform) <= 2**-23
+        dropped = rng.uniform(5, Purpose.CONDITION_DROP, [g], 1)[0, 0] < 0.3
+        assert row["label_B"] == (3 if dropped else record.label_n[0])
+        flips.append(flip[0])
+        drops.append(dropped)
+    assert 0.25 < np.mean(flips) < 0.75 and 0.1 < np.mean(drops) < 0.5
+
+
+def test_share_gives_every_row_once_and_equal_shapes():
+    for total, ranks, micro in itertools.product((1, 7, 8, 64), (1, 2, 3, 9), (0, 1, 3, 100)):
+        shares = [Share.of(total, r, ranks, micro) for r in range(ranks)]
+        assert [i for s in shares for i in range(s.start, s.stop)] == list(range(total))
+        assert len({(s.count, s.size) for s in shares}) == 1
+        assert all(s.stop - s.start <= s.rows and (micro == 0 or s.size <= micro) for s in shares)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 40])
+@pytest.mark.parametrize("limit", [0, 11])
+def test_validation_shows_each_sample_once_with_fixed_draws(data, ranks, limit):
+    def passes(ranks, rank, micro_batch):
+        shards = open_shards(data / "tar")
+        with ValidationLoader(shards, seed=5, micro_batch=micro_batch, rank=rank, ranks=ranks, limit=limit) as loader:
+            return [[[{k: v[i].clone() for k, v in vars(b).items()} for i in range(len(b))] for b in loader.batches()]
+                    for _ in range(2)]  # fmt: skip
+
+    def real(batches):
+        return sorted((r for b in batches for r in b if r["weight_B"] == 1), key=lambda r: int(r["index_B"]))
+
+    reference = real(passes(1, 0, 4)[0])
+    assert [int(r["index_B"]) for r in reference] == list(range(limit or sum(COUNTS)))
+    by_rank = [passes(ranks, rank, 3) for rank in range(ranks)]
+    assert len({tuple(map(len, p[0])) for p in by_rank}) == 1  # same number, same shapes
+    for turn in range(2):
+        rows = real([b for p in by_rank for b in p[turn]])
+        assert_same(reference, rows)
+    records = open_shards(data / "tar").read(*[np.array(v) for v in zip(*LOCATIONS[: len(reference)], strict=True)])
+    assert [int(r["label_B"]) for r in reference] == records.label_n.tolist()
+
+
+LOCATIONS = [(shard, sample) for shard, count in enumerate(COUNTS) for sample in range(count)]
+
+
+def test_damage_surfaces_in_the_consumer_and_threads_end(tmp_path):
+    write_shards(tmp_path, [20, 20], "mds")
+    path = tmp_path / "shard-00000001.mds"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = threading.active_count()
+    with (
+        Loader(open_shards(tmp_path), batch=4, seed=0, streams=1, window=4) as loader,
+        pytest.raises(InputError, match="shard-00000001"),
+    ):
+        for _ in itertools.islice(loader.steps(), 20):
+            pass
+    assert threading.active_count() == before
+
+
+def test_a_second_run_over_the_same_loader_starts_clean(data):
+    with Loader(open_shards(data / "tar"), **SETTINGS) as loader:
+        first = [s.digest for s in itertools.islice(loader.steps(), 3)]
+        assert [s.digest for s in itertools.islice(loader.steps(), 3)] == first
+        assert [s.digest for s in itertools.islice(loader.steps(16), 1)] == first[2:]
