@@ -5,6 +5,7 @@ is good to rounding whatever the mean. Merging is not associative in the last bi
 belongs to the blocks alone.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,14 @@ class Moments:
     @property
     def width(self) -> int:
         return len(self.mean_D)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all the bits."""
+        digest = hashlib.sha256(self.count.to_bytes(8, "little"))
+        digest.update(self.mean_D.tobytes())
+        digest.update(self.scatter_DD.tobytes())
+        return digest.hexdigest()
 
     @property
     def covariance_DD(self) -> NDArray[np.float64]:

@@ -1,0 +1,246 @@
+"""Score checkpoints: images are sampled, a detector looks at them, and their statistics meet those of real images.
+
+One file for each (checkpoint, evaluation) under `evaluations/` beside the run's checkpoints, and `evaluations.jsonl`
+derived from them all. What is there already is not computed again. Statistics are float64 and merged in the order of
+image ids, so that they do not depend on the number of processes.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldt import log
+from ldt.checkpoint import MANIFEST, Loaded, listed, load_denoiser, newest, versions
+from ldt.config import to_dict
+from ldt.data.shards.manifest import read_head
+from ldt.dist import World, broadcast, in_block_order, process_group
+from ldt.errors import InputError
+from ldt.metrics.detectors import Detector, make_detector
+from ldt.metrics.frechet import frechet_distance
+from ldt.metrics.moments import Moments, MomentStream
+from ldt.metrics.reference import Reference, reference_of_images
+from ldt.options import choice, section
+from ldt.rundir import write_json
+from ldt.sample import DrawConfig, block_ids, image_model, sample_images
+
+logger = log.get_logger(__name__)
+
+Section = dict[str, Any]
+
+
+@dataclass
+class EvaluateConfig(DrawConfig):
+    """How checkpoints are scored.
+
+    `checkpoint`: newest, all, or one's number of samples. `reference`: real images (directory, tar or embedded:NAME);
+    empty for those the run's data were encoded from, in which case `fit` must stay `as_encoded`. `output`: the
+    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
+    """
+
+    images: int = 50_000
+    detector: str = choice("efficientnet_lite0")
+    checkpoint: str = "newest"
+    reference: str = ""
+    fit: str = choice("as_encoded", "crop", "pad")
+    output: str = ""
+    cache_dir: str = "~/.cache/ldt/references"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 2:
+            raise InputError(f"evaluate.images={self.images} must be at least 2; published scores use 50000")
+        if self.reference and self.fit == "as_encoded":
+            raise InputError(
+                f"evaluate.reference={self.reference} needs evaluate.fit=crop or pad: how its images come to the "
+                "size of the generated ones"
+            )
+        if not self.reference and self.fit != "as_encoded":
+            raise InputError(f"evaluate.fit={self.fit} belongs to evaluate.reference, which is not set")
+
+
+@dataclass
+class Config:
+    """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
+
+    The other sections are those of a training config, so that the same file serves both; they are not read here.
+    """
+
+    run: str = ""
+    run_dir: str = ""
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    seed: int = 0
+    data: Section = field(default_factory=dict)
+    model: Section = field(default_factory=dict)
+    objective: Section = field(default_factory=dict)
+    train: Section = field(default_factory=dict)
+    engine: Section = field(default_factory=dict)
+    optimizer: Section = field(default_factory=dict)
+    ema: Section = field(default_factory=dict)
+    checkpoint: Section = field(default_factory=dict)
+    log: Section = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (self.run or self.run_dir):
+            raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
+
+
+NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir")
+"""Keys that say where things are, not what is computed."""
+
+
+def run(config: Config) -> int:
+    """Score the checkpoints asked for, all ranks together."""
+    with process_group() as world:
+        evaluate(config, world)
+    return 0
+
+
+def evaluate(config: Config, world: World) -> None:
+    """`run` inside of a process group."""
+    torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
+    settings = config.evaluate
+    checkpoints = broadcast(select(Path(config.run or config.run_dir), settings.checkpoint))
+    detector = make_detector(settings.detector, world.device)
+    reference = None
+    for path in checkpoints:
+        loaded = load_denoiser(path, settings.weights, world.device)
+        output = Path(settings.output) if settings.output else path.parent.parent / "evaluations.jsonl"
+        if reference is None:  # all checkpoints of a run have the same
+            reference = open_reference(settings, loaded, detector, world)
+        score_once(settings, loaded, reference, detector, output, world)
+
+
+def select(path: Path, which: str) -> list[Path]:
+    """The checkpoints meant by a run directory and `newest`, `all` or a number of samples; or the one that is given."""
+    if (path / MANIFEST).exists():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
+    if which == "newest":
+        return [newest(path)]
+    whole = [p for p in listed(path / "checkpoints") if (p / MANIFEST).exists()]
+    chosen = whole if which == "all" else [p for p in whole if which.isdigit() and int(p.name) == int(which)]
+    if not chosen:
+        there = ", ".join(str(int(p.name)) for p in whole) or "none"
+        raise InputError(f"evaluate.checkpoint={which} is not among the checkpoints of {path}: {there}")
+    return chosen
+
+
+def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
+    """Statistics of the real images to compare with."""
+    path, fit = config.reference, config.fit
+    if not path:
+        shards = Path(loaded.config["data"]["path"])
+        recipe = read_head(shards)["recipe"]
+        if "images.path" not in recipe:
+            raise InputError(
+                f"the data in {shards} do not say which images they were encoded from; give evaluate.reference and "
+                "evaluate.fit"
+            )
+        path, fit = recipe["images.path"], recipe["images.fit"]
+    sampling = loaded.sampling
+    cache_dir = Path(config.cache_dir).expanduser()
+    return reference_of_images(path, sampling.image_size, sampling.image_channels, fit, detector, cache_dir, world)
+
+
+def score_once(
+    config: EvaluateConfig, loaded: Loaded, reference: Reference, detector: Detector, output: Path, world: World
+) -> None:
+    """Score a checkpoint unless its result is there; rank 0 writes and says where."""
+    identity = {k: v for k, v in to_dict(config).items() if k not in NOT_IN_RESULT}
+    identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
+    file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{_short_hash(identity)}.json"
+    result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
+    if result is None:
+        start = time.time()
+        moments = generated_moments(config, loaded, detector, world)
+        assert moments.count == config.images, (moments.count, config.images)
+        if world.rank != 0:
+            return
+        score = frechet_distance(moments.mean_D, moments.covariance_DD, reference.mean_D, reference.covariance_DD)
+        result = {
+            "samples_seen": loaded.samples_seen,
+            detector.score: score,
+            **identity,
+            "rank_deficient": min(moments.count, reference.images) <= detector.width,
+            "reference_images": reference.images,
+            "moments_hash": moments.hash,
+            "checkpoint_hash": loaded.hash,
+            "autoencoder_hash": loaded.sampling.autoencoder_hash,
+            "world_size": world.size,
+            "device": _device_name(world.device),
+            "seconds": round(time.time() - start, 3),
+            "time": time.time(),
+            **versions(),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
+        _warn_of_few(result, detector)
+    if world.rank == 0:
+        derive_jsonl(output)
+        print(f"{detector.score} {result[detector.score]:.4f} at {loaded.samples_seen} samples seen: {output}")
+
+
+def generated_moments(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Moments:
+    """Moments of the features of images 0 to config.images − 1, on every rank."""
+    model = image_model(loaded, config.precision, world.device)
+
+    def features(k: int) -> NDArray[np.float32]:
+        ids = block_ids(k, config.block)
+        image_BHWC = sample_images(model, ids, config)
+        # the padded block goes through the detector as well: the size of its batch matters as little
+        return detector(image_BHWC).feature_BD.cpu().numpy()[: config.images - ids.start]
+
+    stream = MomentStream(detector.width)
+    with log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar:
+        for feature_BD in in_block_order(-(-config.images // config.block), features, world):
+            stream.add(feature_BD)
+            bar.update(len(feature_BD))
+    return stream.moments()
+
+
+def derive_jsonl(output: Path) -> None:
+    """Rewrite evaluations.jsonl from the result files beside it, in the order of samples seen."""
+    results = [json.loads(p.read_text()) for p in sorted((output.parent / "evaluations").glob("*.json"))]
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
+    temporary.replace(output)
+
+
+def _read_result(file: Path, checkpoint_hash: str) -> dict[str, Any] | None:
+    """The result in a file, if it is of this very checkpoint."""
+    if not file.exists():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    if result["checkpoint_hash"] != checkpoint_hash:
+        logger.warning("%s is of another checkpoint with the same number of samples; it is made again", file)
+        return None
+    logger.info("already scored: %s", file)
+    return result
+
+
+def _short_hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _warn_of_few(result: dict[str, Any], detector: Detector) -> None:
+    if result["rank_deficient"]:
+        logger.warning(
+            "%s of %d generated and %d real images is biased upwards: the detector has %d features and wants more "
+            "images than that; compare only scores of equal numbers of images",
+            detector.score,
+            result["images"],
+            result["reference_images"],
+            detector.width,
+        )

@@ -1,0 +1,96 @@
+"""Images on disk and on one page: grids, folders of PNGs, .npz files. A file appears under its name only when whole."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Images = Iterator[NDArray[np.uint8]]
+Labels = NDArray[np.int64]
+Writer = Callable[[Path, Images, Labels, dict[str, Any]], None]
+
+
+def grid(rows: Sequence[NDArray[np.uint8]], gap: int = 2) -> Image.Image:
+    """Rows of uint8 images [n, H, W, C] as one picture on white."""
+    height, width, channels = rows[0].shape[1:]
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image_HWC in enumerate(row):
+            y, x = gap + r * (height + gap), gap + c * (width + gap)
+            canvas[y : y + height, x : x + width] = image_HWC
+    return to_pil(canvas)
+
+
+def class_grid(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = 16) -> Image.Image:
+    """One row a class where there are at most `most_rows` classes, else a nearly square grid in id order."""
+    present = np.unique(label_N)
+    if len(present) <= most_rows:
+        return grid([image_NHWC[label_N == label] for label in present])
+    columns = int(np.ceil(np.sqrt(len(image_NHWC))))
+    return grid([image_NHWC[i : i + columns] for i in range(0, len(image_NHWC), columns)])
+
+
+def to_pil(image_HWC: NDArray[np.uint8]) -> Image.Image:
+    """uint8 [H, W, 1 or 3] as a grey or colour picture."""
+    return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
+
+
+def write_picture(output: Path, picture: Image.Image) -> None:
+    """Save a PNG, whole or not at all."""
+    temporary = _temporary(output)
+    picture.save(temporary, format="PNG")
+    temporary.replace(output)
+
+
+def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
+    """One PNG with `class_grid` of all images."""
+    write_picture(output, class_grid(np.concatenate(list(blocks)), label_N))
+
+
+def write_folder(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
+    """`000000.png`, … by image id, and samples.json with the labels and the record."""
+    temporary = _temporary(output)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    i = 0
+    for block_NHWC in blocks:
+        for image_HWC in block_NHWC:
+            to_pil(image_HWC).save(temporary / f"{i:06d}.png")
+            i += 1
+    assert i == len(label_N), (i, len(label_N))
+    (temporary / "samples.json").write_text(json.dumps(record | {"labels": label_N.tolist()}) + "\n")
+    temporary.rename(output)
+
+
+def write_npz(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
+    """arr_0 (uint8 [N, H, W, C]) and arr_1 (labels): the layout of ADM's evaluator (Dhariwal and Nichol 2105.05233)."""
+    array_path, temporary = output.with_name(f".{output.name}.npy"), _temporary(output)
+    array, start = None, 0
+    for block_NHWC in blocks:
+        if array is None:  # on disk: 50,000 images of 256 pixels are 10 GB
+            shape = (len(label_N), *block_NHWC.shape[1:])
+            array = np.lib.format.open_memmap(array_path, mode="w+", dtype=np.uint8, shape=shape)
+        array[start : start + len(block_NHWC)] = block_NHWC
+        start += len(block_NHWC)
+    assert array is not None and start == len(label_N), (start, len(label_N))
+    array.flush()
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
+        z.write(array_path, "arr_0.npy")
+        with z.open("arr_1.npy", "w") as f:
+            np.lib.format.write_array(f, label_N, allow_pickle=False)
+    array_path.unlink()
+    temporary.replace(output)
+
+
+def _temporary(output: Path) -> Path:
+    return output.with_name(f".{output.name}.tmp")
+
+
+WRITERS: dict[str, Writer] = {"grid": write_grid, "folder": write_folder, "npz": write_npz}

@@ -1,0 +1,193 @@
+"""Draw images from a checkpoint: a grid, a folder of PNGs, or one .npz.
+
+Image i is a function of the checkpoint, the sampling keys and (seed, i): of no rank, no world size, no number of
+images. The network always sees whole blocks of `block` consecutive ids, because the last bits of its output depend on
+the size of its batch; images beyond the number asked for are dropped.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldt import log, rng
+from ldt.autoencoder import Autoencoder
+from ldt.checkpoint import Loaded, Sampling, load_denoiser
+from ldt.config import to_dict
+from ldt.diffusion.objectives import Denoiser, Objective
+from ldt.diffusion.samplers import SamplerConfig, sample
+from ldt.dist import World, broadcast, in_block_order, process_group
+from ldt.errors import InputError
+from ldt.nn.condition import Condition
+from ldt.options import choice, required
+from ldt.pictures import WRITERS
+from ldt.rng import Purpose
+
+logger = log.get_logger(__name__)
+
+
+@dataclass
+class DrawConfig(SamplerConfig):
+    """What decides image i besides the checkpoint. `labels`: class i mod classes, or random by (seed, i)."""
+
+    seed: int = 0
+    labels: str = choice("balanced", "random")
+    block: int = 50
+    weights: str = choice("ema", "master")
+    precision: str = choice("fp32", "bf16")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise InputError(f"block={self.block} must be at least 1; it is how many images the network makes at once")
+
+
+@dataclass
+class Config(DrawConfig):
+    """`run`: a run directory (its newest checkpoint) or a checkpoint; `classes`: names or numbers, none for all."""
+
+    run: str = required()
+    images: int = 80
+    classes: list[str] = field(default_factory=list)
+    format: str = choice("grid", "folder", "npz")
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise InputError(f"images={self.images} must be at least 1")
+
+
+# ----------------------------------------------------------------------------------------------------- ids to images
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """Everything that turns noise into images."""
+
+    denoiser: Denoiser
+    objective: Objective
+    sampling: Sampling
+    autoencoder: Autoencoder
+    device: torch.device
+
+
+def image_model(loaded: Loaded, precision: str, device: torch.device) -> ImageModel:
+    """The image model of a loaded checkpoint; under `bf16` the denoiser's weights are rounded, as in training."""
+    autoencoder = load_autoencoder(loaded.sampling, device)
+    denoiser = loaded.denoiser.bfloat16() if precision == "bf16" else loaded.denoiser
+    return ImageModel(denoiser, loaded.objective, loaded.sampling, autoencoder, device)
+
+
+def load_autoencoder(sampling: Sampling, device: torch.device) -> Autoencoder:
+    """The autoencoder that a denoiser was trained with; refuses one with other weights."""
+    autoencoder = Autoencoder.load(sampling.autoencoder).to(device)
+    if autoencoder.hash != sampling.autoencoder_hash:
+        raise InputError(
+            f"autoencoder {sampling.autoencoder} has weights {autoencoder.hash[:12]}, but the data were encoded with "
+            f"{sampling.autoencoder_hash[:12]}; put the original weights back, or encode and train again"
+        )
+    return autoencoder
+
+
+def labels_of(id_B: Sequence[int], classes: int, config: DrawConfig) -> NDArray[np.int64]:
+    """The class of each image id: int64 [B]."""
+    ids = np.asarray(id_B, np.int64)
+    if config.labels == "balanced":
+        return ids % classes
+    return (rng.uniform(config.seed, Purpose.SAMPLE_LABEL, ids, 1)[:, 0] * classes).astype(np.int64)
+
+
+@torch.no_grad()  # not inference mode: a training engine may own the denoiser
+def sample_images(
+    model: ImageModel, id_B: Sequence[int], config: DrawConfig, label_B: NDArray[np.int64] | None = None
+) -> Tensor:
+    """Images of these ids as one batch: uint8 [B, H, W, C] on the CPU. Labels are `labels_of` the ids unless given."""
+    classes, shape = len(model.sampling.classes), model.sampling.latent_shape
+    labels = torch.from_numpy(labels_of(id_B, classes, config) if label_B is None else label_B)
+    noise = torch.from_numpy(rng.normal(config.seed, Purpose.SAMPLE_NOISE, id_B, int(np.prod(shape))))
+    noise_BCHW = noise.view(-1, *shape).to(model.device)
+    condition = Condition(label_B=labels.to(model.device))
+    latent_BCHW = sample(model.denoiser, model.objective, noise_BCHW, condition, classes, config)
+    mean_C11 = torch.tensor(model.sampling.mean_C, device=model.device)[:, None, None]
+    std_C11 = torch.tensor(model.sampling.std_C, device=model.device)[:, None, None]
+    return model.autoencoder.decode(latent_BCHW * std_C11 + mean_C11).cpu()
+
+
+def block_ids(k: int, block: int) -> range:
+    """The ids of block k, always `block` of them."""
+    return range(k * block, (k + 1) * block)
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+def run(config: Config) -> int:
+    """Draw the images on all ranks; rank 0 writes them."""
+    with process_group() as world:
+        loaded = load_denoiser(config.run, config.weights, world.device)
+        model = image_model(loaded, config.precision, world.device)
+        chosen = np.array(_chosen_classes(config.classes, loaded.sampling.classes), np.int64)
+        output = _output(config, loaded, world)
+
+        def labels(ids: Sequence[int]) -> NDArray[np.int64]:
+            if len(chosen):
+                return chosen[np.asarray(ids) % len(chosen)]
+            return labels_of(ids, len(loaded.sampling.classes), config)
+
+        def produce(k: int) -> NDArray[np.uint8]:
+            ids = block_ids(k, config.block)
+            return sample_images(model, ids, config, labels(ids)).numpy()[: config.images - ids.start]
+
+        blocks = in_block_order(-(-config.images // config.block), produce, world)
+        with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:
+            blocks = _counted(blocks, bar.update)
+            if world.rank == 0:
+                record = {"samples_seen": loaded.samples_seen, "checkpoint_hash": loaded.hash, **to_dict(config)}
+                WRITERS[config.format](output, blocks, labels(range(config.images)), record)
+            else:
+                deque(blocks, maxlen=0)
+        if world.rank == 0:
+            print(f"{config.images} images of the checkpoint at {loaded.samples_seen} samples: {output}")
+    return 0
+
+
+def _counted(blocks: Iterator[NDArray[np.uint8]], update: Callable[[int], object]) -> Iterator[NDArray[np.uint8]]:
+    for block_NHWC in blocks:
+        yield block_NHWC
+        update(len(block_NHWC))
+
+
+def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Numbers of the classes asked for by name or number."""
+    chosen = []
+    for word in wanted:
+        if word in classes:
+            chosen.append(classes.index(word))
+        elif word.isdigit() and int(word) < len(classes):
+            chosen.append(int(word))
+        else:
+            names = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+            raise InputError(
+                f"class {word} is not one of the checkpoint's {len(classes)} ({names}); give a name or number"
+            )
+    return chosen
+
+
+def _output(config: Config, loaded: Loaded, world: World) -> Path:
+    """Where the images go, found free before any is made."""
+    suffix = {"grid": ".png", "folder": "", "npz": ".npz"}[config.format]
+    default = loaded.path.parent.parent / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
+    output = Path(config.output) if config.output else default
+    if config.format == "folder" and broadcast(output.exists()):
+        raise InputError(f"output {output} exists; remove it, or give another output=")
+    if config.format != "folder" and output.is_dir():
+        raise InputError(f"output {output} is a directory, but format={config.format} writes a file; give its name")
+    if world.rank == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    return output

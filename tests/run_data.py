@@ -1,0 +1,124 @@
+"""A small but complete run to sample from and to score: real checkpoints, autoencoder and images, nothing trained."""
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldt.autoencoder import Autoencoder
+from ldt.checkpoint import Progress, Sampling, save
+from ldt.config import to_dict
+from ldt.diffusion.objectives import ObjectiveConfig
+from ldt.dist import process_group
+from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.nn.build import build
+from ldt.nn.config import ModelConfig
+
+CLASSES = ["boot", "coat", "shirt"]
+
+
+@pytest.fixture
+def kept_logger() -> Iterator[None]:
+    """Undo what the command line does to the logger: it would keep writing to this test's stderr."""
+    root = logging.getLogger("ldt")
+    before = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.level, root.propagate = before
+
+
+def shared_run(factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints at 1000 and 2000 samples, made once a session, on 90 images in three classes."""
+    root = factory.getbasetemp() / "small"
+    if not root.exists():  # in a process of its own: DeepSpeed stands only one process group in its life
+        subprocess.run([sys.executable, __file__, root], check=True)
+    return root / "run"
+
+
+def _make_run(root: Path) -> None:
+    autoencoder = make_autoencoder(root / "autoencoder")
+    make_images(root / "images", 90)
+    make_manifest_head(root / "shards", root / "images")
+    sampling = Sampling(
+        latent_shape=(4, 8, 8),
+        classes=CLASSES,
+        mean_C=[0.1, -0.2, 0.0, 0.3],
+        std_C=[1.0, 0.9, 1.1, 1.2],
+        autoencoder=str(root / "autoencoder"),
+        autoencoder_hash=autoencoder.hash,
+        image_size=32,
+        image_channels=1,
+    )
+    model = ModelConfig(width=32, depth=2, heads=2)
+    config = {
+        "model": to_dict(model),
+        "objective": to_dict(ObjectiveConfig()),
+        "data": {"path": str(root / "shards")},
+    }
+    denoiser = randomised(build(model, sampling.latent_shape, len(CLASSES), seed=0))
+    with process_group() as world:
+        engine = Engine(denoiser, EngineConfig(zero_stage=0), OptimizerConfig(), world, 1)
+        engine.partition.materialise_moments(0)
+        ema = [f.master.clone() for f in engine.partition.owned]
+        for samples_seen in (1000, 2000):
+            progress = Progress(samples_seen, data_fingerprint="test", skipped=[], attempt=1)
+            save(root / "run" / "checkpoints", engine.partition, ema, progress, sampling, config, world)
+            for average in ema:
+                average.mul_(0.8)
+
+
+def randomised(denoiser: torch.nn.Module) -> torch.nn.Module:
+    """Random weights throughout: a fresh denoiser's output layer is zero and would hide every mistake."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return denoiser
+
+
+def make_autoencoder(path: Path) -> Autoencoder:
+    """A random AutoencoderKL, 1×32×32 ↔ 4×8×8, in diffusers' layout."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderKL
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
+        network = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            **blocks,
+        )
+    network.save_pretrained(path)
+    return Autoencoder.load(str(path))
+
+
+def make_images(path: Path, count: int) -> None:
+    """Grey 28 × 28 noise of three brightnesses, one directory a class."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        folder = path / CLASSES[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(40 * (i % 3), 120 + 40 * (i % 3), (28, 28), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+
+
+def make_manifest_head(path: Path, images: Path) -> None:
+    """The part of a shard directory that evaluation reads: where the images came from."""
+    path.mkdir(parents=True)
+    recipe = {"images.path": str(images), "images.fit": "pad"}
+    head = {"kind": "ldt latent shards", "version": 1, "recipe": recipe}
+    (path / "manifest.json").write_text(json.dumps(head))
+
+
+if __name__ == "__main__":
+    _make_run(Path(sys.argv[1]))

@@ -1,0 +1,189 @@
+"""The evaluation job: the same numbers from any number of processes, each computed once, nothing silent."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pool import Pool
+from run_data import kept_logger, shared_run
+
+from ldt.checkpoint import load_denoiser
+from ldt.cli import main
+from ldt.config import load
+from ldt.data.images import open_images, prepare
+from ldt.dist import World
+from ldt.errors import InputError
+from ldt.evaluate import Config, EvaluateConfig, evaluate, run
+from ldt.log import read_jsonl
+from ldt.metrics.detectors import make_detector
+from ldt.metrics.frechet import frechet_distance
+from ldt.metrics.reference import load as load_reference
+from ldt.metrics.reference import reference_of_images
+from ldt.sample import DrawConfig, image_model, sample_images
+
+FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
+SCORE = "fd_efficientnet_lite0"
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+__all__ = ["kept_logger"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_run(tmp_path_factory)
+
+
+@pytest.fixture
+def run_dir(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., EvaluateConfig]:
+    return lambda **keys: EvaluateConfig(**{**FAST, "cache_dir": str(tmp_path / "cache"), **keys})
+
+
+def score(run_dir: Path, config: EvaluateConfig) -> dict[str, Any]:
+    assert run(Config(run=str(run_dir), evaluate=config)) == 0
+    return list(read_jsonl(run_dir / "evaluations.jsonl"))[-1]
+
+
+def case_evaluate(world: World, run: str, output: str, cache_dir: str, keys: dict[str, Any]) -> dict[str, Any]:
+    evaluate(Config(run=run, evaluate=EvaluateConfig(**keys, output=output, cache_dir=cache_dir)), world)
+    return list(read_jsonl(Path(output)))[-1] if world.rank == 0 else {}
+
+
+def test_bitwise_the_same_from_any_number_of_processes(
+    original: Path, tmp_path: Path, pool: Callable[[int], Pool]
+) -> None:
+    results = []
+    for size in (1, 2, 3):
+        where = {"output": str(tmp_path / f"{size}" / "e.jsonl"), "cache_dir": str(tmp_path / f"{size}")}
+        results.append(pool(size).run(case_evaluate, run=str(original), keys=FAST, **where))
+    assert [r["world_size"] for r in results] == [1, 2, 3]
+    for key in (SCORE, "moments_hash", "reference_hash", "images"):
+        assert len({r[key] for r in results}) == 1, key
+    references = [load_reference(next((tmp_path / f"{size}").glob("*.npz"))) for size in (1, 2, 3)]
+    for other in references[1:]:
+        assert np.array_equal(other.covariance_DD, references[0].covariance_DD)
+
+
+def test_another_block_agrees_closely(run_dir: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    a, b = (score(run_dir, settings(block=block)) for block in (8, 21))
+    by_block = {r["block"]: r for r in read_jsonl(run_dir / "evaluations.jsonl")}
+    assert by_block[8][SCORE] == pytest.approx(by_block[21][SCORE], rel=1e-3)  # a pixel may round the other way
+    assert a and b
+
+
+def test_the_score_is_that_of_the_images(run_dir: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    """Once more by hand: all images in memory, numpy's mean and covariance."""
+    result = score(run_dir, settings())
+    device = torch.device("cpu")
+    model, detector = image_model(load_denoiser(run_dir), "fp32", device), make_detector("efficientnet_lite0")
+    drawing = DrawConfig(sampler="euler", steps=2, block=8)
+    made = torch.cat([sample_images(model, range(i, i + 8), drawing) for i in (0, 8, 16)])[:21]
+    source = open_images(str(run_dir_images(run_dir)))
+    real = torch.from_numpy(np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(len(source))]))
+    x, y = (detector(images).feature_BD.double().numpy() for images in (made, real))
+    expected = frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    assert result[SCORE] == pytest.approx(expected, rel=1e-4)
+    assert result["samples_seen"] == 2000 and result["images"] == 21 and result["reference_images"] == 90
+    assert result["rank_deficient"] is True, "21 images, 1280 features"
+
+
+def run_dir_images(run_dir: Path) -> Path:
+    shards = Path(load_denoiser(run_dir).config["data"]["path"])
+    return shards.parent / "images"
+
+
+def test_done_once_and_derived_from_files(
+    run_dir: Path, settings: Callable[..., EvaluateConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    score(run_dir, settings(checkpoint="all"))
+    files = sorted((run_dir / "evaluations").iterdir())
+    assert [f.name[:12] for f in files] == ["000000001000", "000000002000"]
+    before = [f.stat().st_mtime_ns for f in files]
+    (run_dir / "evaluations.jsonl").unlink()
+    caplog.set_level(logging.INFO, "ldt")
+    score(run_dir, settings(checkpoint="all"))
+    assert [f.stat().st_mtime_ns for f in files] == before and "already scored" in caplog.text
+    records = list(read_jsonl(run_dir / "evaluations.jsonl"))
+    assert [r["samples_seen"] for r in records] == [1000, 2000]
+    assert records[0][SCORE] != records[1][SCORE], "other weights, other score"
+    score(run_dir, settings(checkpoint="1000", seed=1))
+    assert len(list(read_jsonl(run_dir / "evaluations.jsonl"))) == 3
+
+
+def test_a_result_of_replaced_weights_is_not_believed(run_dir: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    score(run_dir, settings())
+    file = next((run_dir / "evaluations").iterdir())
+    stale = json.loads(file.read_text()) | {"checkpoint_hash": "other", SCORE: -1.0}
+    file.write_text(json.dumps(stale))
+    assert score(run_dir, settings())[SCORE] > 0
+
+
+@pytest.mark.usefixtures("kept_logger")
+def test_by_the_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [f"evaluate.{k}={v}" for k, v in {**FAST, "cache_dir": tmp_path / "cache"}.items()]
+    assert main(["evaluate", str(run_dir), *keys]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(SCORE) and last.endswith(str(run_dir / "evaluations.jsonl"))
+
+
+def test_a_training_config_serves(run_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(f"run_dir: {run_dir}\nmodel: {{width: 64}}\ncheckpoint: {{keep: 2}}\nevaluate: {{images: 77}}\n")
+    config = load(Config, path, [])
+    assert config.run_dir == str(run_dir) and config.evaluate.images == 77
+    with pytest.raises(InputError, match="imagse"):
+        load(Config, path, ["evaluate.imagse=3"])
+
+
+def test_reference_cache_knows_its_content(original: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(run_dir_images(original), tmp_path / "images"))
+    detector = make_detector("efficientnet_lite0")
+
+    def open_it(fit: str = "pad", size: int = 32) -> tuple[str, int]:
+        reference = reference_of_images(str(images), size, 1, fit, detector, tmp_path / "cache", ALONE)
+        return reference.hash, len(list((tmp_path / "cache").glob("*.npz")))
+
+    first = open_it()
+    assert open_it() == first and first[1] == 1, "found again"
+    assert open_it(fit="crop")[1] == 2, "another crop is another reference"
+    shutil.copy(images / "coat" / "0001.png", images / "boot" / "0000.png")
+    changed = open_it()
+    assert changed[0] != first[0] and changed[1] == 3, "another pixel is another reference"
+
+
+def test_bad_input_is_refused(run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    with pytest.raises(InputError, match=r"evaluate.images=1 "):
+        EvaluateConfig(images=1)
+    with pytest.raises(InputError, match="needs evaluate.fit"):
+        EvaluateConfig(reference="somewhere")
+    with pytest.raises(InputError, match="not set"):
+        EvaluateConfig(fit="crop")
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        Config()
+    with pytest.raises(InputError, match="1000, 2000"):
+        score(run_dir, settings(checkpoint="1500"))
+    with pytest.raises(InputError, match="does not exist"):
+        score(tmp_path / "nowhere", settings())
+    with pytest.raises(InputError, match="does not exist"):
+        score(run_dir, settings(reference=str(tmp_path / "nowhere"), fit="crop"))
+    assert not (run_dir / "evaluations").exists()
+
+
+def test_damaged_reference_statistics_are_refused(
+    run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]
+) -> None:
+    score(run_dir, settings())
+    file = next((tmp_path / "cache").glob("*.npz"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="remove it"):
+        score(run_dir, settings(seed=1))
