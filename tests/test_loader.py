@@ -83,7 +83,6 @@ def test_resume_anywhere_with_other_ranks(data):
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"window": 5}, {"streams": 2}, {"label_drop": 0.6}])
 def test_the_digest_sees_every_identity_key(data, change):
-    assert set(collect(data / "tar")[1]).isdisjoint(collect(data / "tar", **change)[1]) or "label_drop" in change
     assert collect(data / "tar")[1] != collect(data / "tar", **change)[1]
 
 

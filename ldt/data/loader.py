@@ -4,23 +4,24 @@ Rank r of W takes slots [r·B//W, (r+1)·B//W) of every global batch of B sample
 on W. Every rank makes the same number of equal micro-batches; a rank short of samples pads with rows of weight 0.
 """
 
+import contextlib
+import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 
+from ldt.data.ahead import ahead
 from ldt.data.draws import Batch, digest, fill
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards
 from ldt.errors import InputError
 
-Job = TypeVar("Job")
 VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training sample
 
 
@@ -106,28 +107,24 @@ class _Loader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ldt-loader")
         self._buffers = [_Buffer(share, shards, self.device) for _ in range(ahead + 1)]
 
-    def _run(self, work: Callable[[Job, _Buffer], None], jobs: Iterator[Job]) -> Iterator[tuple[Job, _Buffer, float]]:
+    def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:
         """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
 
-        def task(job: Job, buffer: _Buffer) -> None:
+        def work(item: tuple[int, _Buffer]) -> None:
+            job, buffer = item
             buffer.wait_until_free()
-            work(job, buffer)
+            fill(job, buffer)
             buffer.send()
 
-        pending: deque[tuple[Job, _Buffer, Future[None]]] = deque()
-        try:
-            for buffer, job in zip(self._buffers, jobs, strict=False):
-                pending.append((job, buffer, self._pool.submit(task, job, buffer)))
-            while pending:
-                job, buffer, future = pending.popleft()
+        items = zip(jobs, itertools.cycle(self._buffers), strict=False)
+        done = ahead(self._pool, work, items, depth=len(self._buffers) - 1)
+        with contextlib.closing(done):
+            while True:
                 started = time.perf_counter()
-                future.result()
-                yield job, buffer, time.perf_counter() - started
-                for job in jobs:
-                    pending.append((job, buffer, self._pool.submit(task, job, buffer)))
-                    break
-        finally:  # nobody may still write into buffers that a next run hands out
-            wait([future for _, _, future in pending if not future.cancel()])
+                item = next(done, None)
+                if item is None:
+                    return
+                yield *item[0], time.perf_counter() - started
 
     def close(self) -> None:
         """Stop the threads; what they are doing is finished first."""
@@ -180,8 +177,7 @@ class Loader(_Loader):
         """Steps from a multiple of the global batch on, at once, wherever that is."""
         if samples_seen % self.batch:
             raise InputError(f"samples_seen={samples_seen} is not a multiple of the global batch of {self.batch}")
-        firsts = iter(range(samples_seen, 1 << 62, self.batch))
-        for first, buffer, waited in self._run(self._fill, firsts):
+        for first, buffer, waited in self._run(self._fill, range(samples_seen, 1 << 62, self.batch)):
             yield Step(first, buffer.batches(), buffer.digest, waited)
 
     def _fill(self, first: int, buffer: _Buffer) -> None:
@@ -223,7 +219,7 @@ class ValidationLoader(_Loader):
     def batches(self) -> Iterator[Batch]:
         """One pass; every rank yields the same number of batches of the same size."""
         size = self._whole.size
-        for _, buffer, _ in self._run(self._fill, iter(range(0, self._whole.rows, size))):
+        for _, buffer, _ in self._run(self._fill, range(0, self._whole.rows, size)):
             yield buffer.batches()[0]
 
     def _fill(self, offset: int, buffer: _Buffer) -> None:

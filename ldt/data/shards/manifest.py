@@ -181,7 +181,7 @@ def _load_table(path: Path, xxh64: str) -> NDArray[np.void]:
 def _explain_absence(directory: Path) -> str:
     if not directory.exists():
         return f"data path {directory} does not exist; make it with `ldt encode`"
-    if any(directory.glob("unit-*.json")):
+    if (directory / "encode.json").exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):
         return f"{directory} holds shards but no {HEAD}; run `ldt encode --index {directory}` once"

@@ -1,0 +1,83 @@
+"""A unit of encoding: one output shard, written whole and then vouched for by a sidecar.
+
+A unit is done iff its sidecar is there and the shard beside it has the size it tells. Sidecars live until the manifest
+is written; any process may do any unit, and doing one twice changes nothing.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ldt.data.shards import mds, tar
+from ldt.data.shards.files import write_atomic
+from ldt.data.shards.layout import Layout, Samples
+from ldt.data.shards.statistics import Sums
+
+PACK = {"tar": tar.pack, "mds": mds.pack}
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What is known of a finished shard; hashes as hexadecimal text."""
+
+    name: str
+    bytes: int
+    samples: int
+    xxh64: str
+    content: str
+    class_counts: list[int]
+    first_C: list[float]
+    second_C: list[float]
+    elements: int
+
+    @property
+    def row(self) -> tuple[str, int, int, int, int]:
+        """Its row of the manifest's table."""
+        return self.name, self.bytes, self.samples, int(self.xxh64, 16), int(self.content, 16)
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(np.array(self.first_C), np.array(self.second_C), self.elements)
+
+
+def shard_name(number: int, format: str) -> str:
+    """File name of the output shard of a unit."""
+    return f"shard-{number:08d}.{format}"
+
+
+def sidecar_path(directory: Path, name: str) -> Path:
+    """Where the sidecar of a shard is."""
+    return directory / f"{name}.json"
+
+
+def write_unit(
+    directory: Path, name: str, samples: Samples, sums: Sums, layout: Layout, format: str, classes: int, first: int
+) -> None:
+    """Write a shard, then its sidecar. first: the number of its first sample in the data set."""
+    content = PACK[format](samples, layout, first)
+    write_atomic(directory / name, content)
+    sidecar = Sidecar(
+        name=name,
+        bytes=len(content),
+        samples=len(samples),
+        xxh64=f"{xxhash.xxh64_intdigest(content):016x}",
+        content=f"{samples.content_hash():016x}",
+        class_counts=np.bincount(samples.label_n, minlength=classes).tolist(),
+        first_C=sums.first_C.tolist(),
+        second_C=sums.second_C.tolist(),
+        elements=sums.elements,
+    )
+    write_atomic(sidecar_path(directory, name), json.dumps(asdict(sidecar)).encode())
+
+
+def read_sidecar(directory: Path, name: str) -> Sidecar | None:
+    """The sidecar of a finished unit, or None where the unit has to be done."""
+    try:
+        sidecar = Sidecar(**json.loads(sidecar_path(directory, name).read_bytes()))
+        size = (directory / name).stat().st_size
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return sidecar if sidecar.name == name and sidecar.bytes == size else None

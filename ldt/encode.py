@@ -1,0 +1,333 @@
+"""Encode images into latent shards: posterior moments, labels and a manifest.
+
+Runs on one process or many (torchrun, srun): each output shard is a unit of its own, so any number of processes give
+the same files, and running the command again after a stop or a kill goes on with the shards that are missing.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldt import log
+from ldt.autoencoder import Autoencoder
+from ldt.config import choice, required, section
+from ldt.data.ahead import ahead
+from ldt.data.images import open_images, prepare
+from ldt.data.shards import mds
+from ldt.data.shards.files import remove_unfinished, write_atomic
+from ldt.data.shards.layout import Layout, Samples
+from ldt.data.shards.manifest import HEAD, VALIDATION, Manifest, make_table, read_head
+from ldt.data.shards.statistics import Sums
+from ldt.data.shards.unit import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
+from ldt.data.split import Split
+from ldt.dist import World, all_gather, broadcast, process_group
+from ldt.errors import InputError
+
+logger = log.get_logger(__name__)
+RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
+
+T = TypeVar("T")
+
+
+@dataclass
+class ImagesConfig:
+    """`path`: a directory with one sub-directory a class, a .tar of the same, or embedded:fashion_mnist.
+
+    `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
+    """
+
+    path: str = required()
+    size: int = required()
+    fit: str = choice("crop", "pad")
+
+
+@dataclass
+class Config:
+    """What to encode and how to store it.
+
+    `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share
+    of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
+    """
+
+    images: ImagesConfig = section(ImagesConfig)
+    autoencoder: str = required()
+    output: str = required()
+    format: str = choice("tar", "mds")
+    dtype: str = choice("fp16", "bf16", "fp32")
+    flips: bool = False
+    shard_samples: int = 4096
+    validation_fraction: float = 0.02
+    seed: int = 0
+    batch: int = 64
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("shard_samples", "batch", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise InputError(f"validation_fraction={self.validation_fraction} must be between 0 and 0.5")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples [start, stop) of one split, which become one shard."""
+
+    part: str  # "" for training, else a sub-directory of the output
+    number: int
+    start: int
+    stop: int
+
+
+def run(config: Config) -> int:
+    """Encode; returns the exit code."""
+    with process_group() as world:
+        log.configure(world.rank)
+        _Encoder(config, world).run()
+    return 0
+
+
+class _Encoder:
+    """The sources, the plan, and this rank's part of the work."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.output = config, world, Path(config.output)
+        self.images = open_images(config.images.path)
+        self.autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
+        side, down = config.images.size, self.autoencoder.downsample
+        if side < 1 or side % down:
+            raise InputError(f"images.size={side} must be a multiple of {down}, the autoencoder's downsampling")
+        self.layout = Layout((self.autoencoder.latent_channels, side // down, side // down), config.dtype, config.flips)
+        self.split = Split(len(self.images), config.validation_fraction, config.seed)
+        if self.split.training_samples == 0:
+            raise InputError(f"{config.images.path} leaves no training images; lower validation_fraction")
+
+    def run(self) -> None:
+        complete = _on_rank_zero(self.world, self._claim_output)
+        if not complete:
+            mine = self._units()[self.world.rank :: self.world.size]
+            _raise_first(self._error_of(mine))
+            _on_rank_zero(self.world, self._finish)
+        if self.world.rank == 0:
+            self._report(complete)
+
+    def _error_of(self, units: list[Unit]) -> str:
+        """Encode; the text of the user's mistake that was found, or nothing."""
+        try:
+            self._encode(units)
+        except InputError as error:
+            if self.world.size > 1:  # the others may take hours to come to the same place
+                logger.error("%s", error)
+            return str(error)
+        return ""
+
+    def _recipe(self) -> dict[str, Any]:
+        """All that decides what the files hold."""
+        config = self.config
+        return {
+            "images.path": config.images.path,
+            "images.size": config.images.size,
+            "images.fit": config.images.fit,
+            "number of images": len(self.images),
+            "classes": list(self.images.classes),
+            "autoencoder's hash": self.autoencoder.hash,
+            "format": config.format,
+            "dtype": config.dtype,
+            "flips": config.flips,
+            "shard_samples": config.shard_samples,
+            "validation_fraction": config.validation_fraction,
+            "seed": config.seed,
+        }
+
+    def _claim_output(self) -> bool:
+        """Whether the output is complete already; else make it ours, or refuse what is there."""
+        marker = self.output / RECIPE
+        if (self.output / HEAD).exists():
+            self._compare(read_head(self.output)["recipe"])
+            self._clean_up()
+            return True
+        if marker.exists():
+            self._compare(json.loads(marker.read_bytes()))
+        elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise InputError(f"output={self.output} has something else in it; choose an empty or a new directory")
+        parts = [self.output] + ([self.output / VALIDATION] if self.split.validation_samples else [])
+        try:
+            for directory in parts:
+                directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output={self.output} can't be made ({error.strerror}); choose another place") from None
+        write_atomic(marker, json.dumps(self._recipe(), indent=1).encode())
+        return False
+
+    def _compare(self, other: dict[str, Any]) -> None:
+        mine = self._recipe()
+        changed = [f"{k}: {other.get(k)!r} there, {mine.get(k)!r} now" for k in mine if mine[k] != other.get(k)]
+        if changed:
+            raise InputError(
+                f"output={self.output} was encoded with other settings ({'; '.join(changed)}); "
+                "choose another output or delete it"
+            )
+
+    def _units(self) -> list[Unit]:
+        """All units, the held-out ones last."""
+        size, out = self.config.shard_samples, []
+        for part, samples in (("", self.split.training_samples), (VALIDATION, self.split.validation_samples)):
+            starts = range(0, samples, size)
+            out += [Unit(part, k, start, min(start + size, samples)) for k, start in enumerate(starts)]
+        return out
+
+    def _encode(self, units: list[Unit]) -> None:
+        """Decode ahead in threads, encode, and write each finished shard in a thread of its own."""
+        todo = [u for u in units if self._sidecar(u) is None]
+        batches = [
+            (u, i, min(i + self.config.batch, u.stop)) for u in todo for i in range(u.start, u.stop, self.config.batch)
+        ]
+        total = sum(u.stop - u.start for u in todo)
+        bar = log.progress(total, "img", "encode", show=self.world.rank == 0)
+        parts: list[tuple[torch.Tensor, ...]] = []
+        labels: list[int] = []
+        writing: Future[None] | None = None
+        with bar, ThreadPoolExecutor(self.config.threads) as readers, ThreadPoolExecutor(1) as writer:
+            for (unit, _, stop), (image_BHWC, label_n) in ahead(readers, self._load, batches, 2 * self.config.threads):
+                parts.append(self._moments(torch.from_numpy(image_BHWC)))
+                labels += label_n
+                bar.update(len(label_n))
+                if stop == unit.stop:
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._write, unit, parts, labels)
+                    parts, labels = [], []
+            if writing is not None:
+                writing.result()
+
+    def _load(self, batch: tuple[Unit, int, int]) -> tuple[NDArray[np.uint8], list[int]]:
+        """Prepared images uint8 [B, H, W, C] and labels of one batch."""
+        numbers = self._image_numbers(*batch)
+        return np.stack([self._image(i) for i in numbers]), [self.images.label(i) for i in numbers]
+
+    def _image_numbers(self, unit: Unit, start: int, stop: int) -> list[int]:
+        place = self.split.validation if unit.part else self.split.training
+        return place(np.arange(start, stop)).tolist()
+
+    def _image(self, number: int) -> NDArray[np.uint8]:
+        wanted = self.config.images
+        image = self.images.image(number)
+        try:
+            return prepare(image, wanted.size, self.autoencoder.image_channels, wanted.fit)
+        except InputError as error:
+            raise InputError(f"image {self.images.name(number)}: {error}") from None
+
+    def _moments(self, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, 2, C, H, W] of the images and, with flips, of their mirror images."""
+        views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
+        return tuple(torch.stack(self.autoencoder.encode(view), 1).cpu() for view in views)
+
+    def _write(self, unit: Unit, parts: list[tuple[torch.Tensor, ...]], labels: list[int]) -> None:
+        """Round, check and write one shard; runs in the writer's thread."""
+        stored = [self.layout.pack(torch.cat(view)) for view in zip(*parts, strict=True)]
+        sums = []
+        for packed in stored:
+            for start in range(0, len(packed), 256):  # bounds the memory of float64 copies
+                block = self.layout.unpack(packed[start : start + 256].view(np.uint8))
+                bad = ~np.isfinite(block).reshape(len(block), -1).all(1)
+                if bad.any():
+                    at = unit.start + start + int(bad.argmax())
+                    name = self.images.name(self._image_numbers(unit, at, at + 1)[0])
+                    raise InputError(
+                        f"the latent of image {name} is not finite in {self.layout.dtype}; use dtype=fp32 or check the "
+                        "autoencoder"
+                    )
+                sums.append(Sums.of(block))
+        samples = Samples(np.array(labels, np.int64), stored[0], stored[1] if self.config.flips else None)
+        name, directory = shard_name(unit.number, self.config.format), self.output / unit.part
+        classes = len(self.images.classes)
+        write_unit(directory, name, samples, Sums.total(sums), self.layout, self.config.format, classes, unit.start)
+
+    def _sidecar(self, unit: Unit) -> Sidecar | None:
+        return read_sidecar(self.output / unit.part, shard_name(unit.number, self.config.format))
+
+    def _finish(self) -> None:
+        """Assert that every sample is there once, then write the manifests, the training one last."""
+        units = self._units()
+        sidecars = {u: self._sidecar(u) for u in units}
+        for unit, sidecar in sidecars.items():
+            if sidecar is None or sidecar.samples != unit.stop - unit.start:
+                raise InputError(
+                    f"shard {unit.number} of {self.output / unit.part} has vanished; run the command again"
+                )
+        done = [(u, s) for u, s in sidecars.items() if s is not None]
+        training = [s for u, s in done if not u.part]
+        mean_C, std_C = Sums.total(s.sums for s in training).mean_std()  # of training data for both splits
+        held_out = [s for u, s in done if u.part]
+        if held_out:
+            self._save_manifest(self.output / VALIDATION, held_out, mean_C, std_C)
+        self._save_manifest(self.output, training, mean_C, std_C)
+        self._clean_up()
+
+    def _save_manifest(
+        self, directory: Path, sidecars: list[Sidecar], mean_C: NDArray[np.float64], std_C: NDArray[np.float64]
+    ) -> None:
+        config = self.config
+        if config.format == "mds":
+            columns = ([s.name for s in sidecars], [s.bytes for s in sidecars], [s.samples for s in sidecars])
+            index = mds.library_index(*columns, [s.xxh64 for s in sidecars], self.layout)
+            write_atomic(directory / "index.json", index)
+        Manifest(
+            format=config.format,
+            latent_shape=self.layout.latent_shape,
+            dtype=config.dtype,
+            flips=config.flips,
+            classes=list(self.images.classes),
+            class_counts=np.sum([s.class_counts for s in sidecars], axis=0).tolist(),
+            mean_C=mean_C,
+            std_C=std_C,
+            autoencoder=config.autoencoder,
+            autoencoder_hash=self.autoencoder.hash,
+            image_size=config.images.size,
+            image_channels=self.autoencoder.image_channels,
+            table=make_table([s.row for s in sidecars]),
+            recipe=self._recipe(),
+        ).save(directory)
+
+    def _clean_up(self) -> None:
+        """Remove what only an unfinished encoding needs."""
+        for unit in self._units():
+            name = shard_name(unit.number, self.config.format)
+            sidecar_path(self.output / unit.part, name).unlink(missing_ok=True)
+        for directory in {self.output / u.part for u in self._units()}:
+            remove_unfinished(directory)
+        (self.output / RECIPE).unlink(missing_ok=True)
+
+    def _report(self, complete: bool) -> None:
+        training, held_out = self.split.training_samples, self.split.validation_samples
+        print(f"{training:,} training and {held_out:,} held-out images{' were already' if complete else ''} encoded")
+        print(f"next: ldt train configs/fashion_mnist.yaml data.path={self.output}")
+        print(f"latent shards: {self.output}")
+
+
+def _on_rank_zero(world: World, action: Callable[[], T]) -> T:
+    """Rank 0 acts; every rank gets the result or raises the same InputError."""
+    outcome: tuple[Any, str] = (None, "")
+    if world.rank == 0:
+        try:
+            outcome = action(), ""
+        except InputError as error:
+            outcome = None, str(error)
+    result, message = broadcast(outcome)
+    if message:
+        raise InputError(message)
+    return result
+
+
+def _raise_first(message: str) -> None:
+    """Every rank waits for all others, then all raise the first rank's error, if any."""
+    messages = [m for m in all_gather(message) if m]
+    if messages:
+        raise InputError(messages[0])

@@ -1,0 +1,210 @@
+"""`ldt encode`: every image once, the same files whoever encodes, nothing half-written under a final name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldt import cli
+from ldt.autoencoder import Autoencoder
+from ldt.data.images import open_images, prepare
+from ldt.data.shards import open_shards, open_validation
+from ldt.data.split import Split
+from ldt.dist import free_port
+from ldt.errors import InputError
+
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory):
+    """A real AutoencoderKL, small and untrained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("autoencoder")
+    model.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        directory = root / CLASSES[i * 3 // 23]
+        directory.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(directory / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture
+def encode(autoencoder, images, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # process_group sets them
+        monkeypatch.setenv(name, {"WORLD_SIZE": "1"}.get(name, "0"))
+
+    def arguments(output: Path, **settings) -> list[str]:
+        keys = {"images.path": images, "images.size": 8, "images.fit": "pad", "autoencoder": autoencoder,
+                "output": output, "shard_samples": 5, "validation_fraction": 0.2, "batch": 2} | settings  # fmt: skip
+        return ["encode", *(f"{k}={v}" for k, v in keys.items())]
+
+    def run(output: Path, **settings) -> int:
+        return cli.main(arguments(output, **settings))
+
+    run.arguments = arguments
+    return run
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("format", ["tar", "mds"])
+@pytest.mark.parametrize("flips", [False, True])
+def test_every_image_is_there_once_with_its_moments(encode, images, autoencoder, tmp_path, format, flips):
+    out = tmp_path / "out"
+    assert encode(out, format=format, flips=flips, dtype="fp32") == 0
+    source, model = open_images(str(images)), Autoencoder.load(str(autoencoder))
+    split = Split(len(source), 0.2, 0)
+    numbers = {out: split.training(np.arange(18)), open_validation(out): split.validation(np.arange(5))}
+    assert sorted(np.concatenate(list(numbers.values()))) == list(range(23))
+    for directory, expected in numbers.items():
+        shards = open_shards(directory)
+        assert shards.manifest.classes == CLASSES
+        shard = np.repeat(np.arange(len(shards.manifest.counts)), shards.manifest.counts)
+        sample = np.concatenate([np.arange(n) for n in shards.manifest.counts])
+        records = shards.read(shard, sample)
+        assert records.label_n.tolist() == [source.label(i) for i in expected]
+        assert shards.manifest.class_counts == np.bincount(records.label_n, minlength=3).tolist()
+        pixels = torch.from_numpy(np.stack([prepare(source.image(i), 8, 1, "pad") for i in expected]))
+        mean, std = model.encode(pixels)
+        np.testing.assert_allclose(records.mean_nCHW, mean, atol=1e-5)
+        np.testing.assert_allclose(records.std_nCHW, std, atol=1e-5)
+        if flips:
+            flipped = shards.read(shard, sample, np.ones(len(shard), bool))
+            np.testing.assert_allclose(flipped.mean_nCHW, model.encode(pixels.flip(2))[0], atol=1e-5)
+    assert not [p for p in files(out) if p.endswith("tar.json") or "unfinished" in p or "encode.json" in p]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_whitening_statistics_are_those_of_posterior_draws(encode, tmp_path, flips):
+    out = tmp_path / "out"
+    assert encode(out, flips=flips, dtype="bf16") == 0
+    shards = open_shards(out)
+    shard = np.repeat(np.arange(len(shards.manifest.counts)), shards.manifest.counts)
+    sample = np.concatenate([np.arange(n) for n in shards.manifest.counts])
+    views = [shards.read(shard, sample, np.full(len(shard), f) if flips else None) for f in range(1 + flips)]
+    mean = np.concatenate([v.mean_nCHW for v in views]).astype(np.float64)
+    std = np.concatenate([v.std_nCHW for v in views])
+    draws = mean + std * np.random.default_rng(0).standard_normal((2000, *mean.shape))
+    np.testing.assert_allclose(shards.manifest.mean_C, draws.mean((0, 1, 3, 4)), atol=0.01)
+    np.testing.assert_allclose(shards.manifest.std_C, draws.std((0, 1, 3, 4)), rtol=0.01)
+
+
+@pytest.mark.parametrize("format", ["tar", "mds"])
+def test_two_processes_after_an_interruption_write_the_same_files(encode, tmp_path, format):
+    assert encode(tmp_path / "one", format=format) == 0
+    expected = files(tmp_path / "one")
+    out = tmp_path / "two"
+    assert encode(out, format=format) == 0
+    # back to what a kill leaves behind: no manifest, some sidecars, a shard without one, a sidecar without shard
+    broken = sorted(p for p in out.rglob(f"shard-*.{format}"))
+    for path in [*out.rglob("manifest.json"), *out.rglob("shards.npy"), *out.rglob("index.json"), broken[1]]:
+        path.unlink()
+    broken[0].write_bytes(b"torn")
+    (out / "shard-00000002.tar.host-1.unfinished").write_bytes(b"torn")
+    recipe = open_shards(tmp_path / "one").manifest.recipe
+    (out / "encode.json").write_text(json.dumps(recipe))
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ldt", *encode.arguments(out, format=format)],
+            env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    said = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert said[0].endswith(f"{out}\n") and said[1] == ""
+    assert files(out) == expected
+
+
+def test_again_is_complete_and_other_settings_are_refused(encode, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert encode(out) == 0
+    before = files(out)
+    capsys.readouterr()
+    assert encode(out, batch=7) == 0
+    assert "already" in capsys.readouterr().out
+    assert encode(out, dtype="fp32", shard_samples=4) == 2
+    message = capsys.readouterr().err
+    assert "dtype: 'fp16' there, 'fp32' now" in message and "shard_samples" in message and "format" not in message
+    assert files(out) == before
+
+
+def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    (broken / "ant").mkdir(parents=True)
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(broken / "ant" / f"{i:02d}.png")
+    (broken / "ant" / "11.png").write_bytes(b"\x89PNG\r\n")
+    large = tmp_path / "large" / "ant"
+    large.mkdir(parents=True)
+    Image.new("L", (9, 8)).save(large / "wide.png")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for settings, said in [
+        ({"images.path": broken}, "11.png"),
+        ({"images.path": large.parent, "validation_fraction": 0}, "wide.png"),
+        ({"images.path": empty}, "empty"),
+        ({"images.path": tmp_path / "absent"}, "absent"),
+        ({"images.size": 9}, "images.size=9"),
+        ({"autoencoder": tmp_path / "none"}, "none"),
+        ({"shard_samples": 0}, "shard_samples=0"),
+        ({"validation_fraction": 0.9}, "validation_fraction=0.9"),
+        ({"format": "zip"}, "format=zip"),
+        ({"dtype": "fp8"}, "dtype=fp8"),
+        ({"output": taken}, "something else"),
+        ({"output": taken / "thesis.tex" / "x"}, "thesis.tex"),
+    ]:
+        out = settings.get("output", tmp_path / "out")
+        assert encode(**({"output": out} | settings)) == 2, settings
+        error = capsys.readouterr().err
+        assert said in error and error.strip().count("\n") == 0, error
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        if (tmp_path / "out").exists():  # what was begun is not mistaken for data
+            with pytest.raises(InputError, match="not completely encoded"):
+                open_shards(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+    assert (taken / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize(("total", "fraction"), [(1, 0.0), (10, 0.0), (23, 0.2), (1000, 0.05), (7, 0.5), (3, 0.1)])
+def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
+    split = Split(total, fraction, seed=4)
+    training = split.training(np.arange(split.training_samples))
+    held_out = split.validation(np.arange(split.validation_samples))
+    assert len(held_out) == round(total * fraction)
+    assert sorted([*training, *held_out]) == list(range(total))
+    assert (np.diff(training) > 0).all()
+    if total > 20:
+        assert np.diff(held_out).max() <= 2 * total / len(held_out) + 1
+        assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
