@@ -75,7 +75,7 @@ def _from_pretrained(name: str, path: str) -> Any:
         warnings.simplefilter("ignore")  # diffusers warns of its own dependencies while it is imported
         from diffusers import AutoencoderKL
     try:
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
         reason = " ".join(str(error).split())[:200]
         raise InputError(

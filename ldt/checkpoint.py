@@ -1,9 +1,9 @@
 """Elastic checkpoints: written by any number of ranks at any ZeRO stage, read by any other, or by one process alone.
 
-A checkpoint is a directory `<samples_seen>` with one safetensors file a rank and a manifest. Tensors are one-dimensional
-slices of flattened parameters (`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`, `ema/<name>`), and the manifest says which
-elements each file holds, so resharding is only a matter of reading the right slices. docs/checkpoints.md is the
-specification.
+A checkpoint is a directory `<samples_seen>` with one safetensors file a rank and a manifest. Tensors are
+one-dimensional slices of flattened parameters (`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`, `ema/<name>`),
+and the manifest says which elements each file holds, so resharding is only a matter of reading the right slices.
+docs/checkpoints.md is the specification.
 
 Writing is atomic: every rank writes and syncs its file under a temporary name, the manifest comes last, and a rename
 commits. A directory without a manifest, or whose bytes differ from the manifest's hashes, is not a checkpoint.
@@ -144,7 +144,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     head += b" " * (-len(head) % 8)
     digest = xxhash.xxh64()
     with path.open("wb") as f:
-        for part in [len(head).to_bytes(8, "little"), head, *(_bytes(t) for t in tensors.values())]:
+        parts: list[bytes | memoryview] = [len(head).to_bytes(8, "little"), head, *map(_bytes, tensors.values())]
+        for part in parts:
             digest.update(part)
             f.write(part)
         f.flush()
@@ -154,7 +155,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     array: np.ndarray = tensor.detach().cpu().contiguous().numpy()
-    return memoryview(array).cast("B") if array.size else memoryview(b"")
+    return array.data.cast("B") if array.size else memoryview(b"")
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -175,7 +176,12 @@ def sync_directory(path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """The software that wrote this."""
-    return {"ldt": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "ldt": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -204,7 +210,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not an ldt checkpoint; its manifest says format {manifest.get('format')!r}")
     if manifest["version"] > VERSION:
         raise InputError(
-            f"checkpoint {path} has format version {manifest['version']} and this ldt reads up to {VERSION}; upgrade ldt"
+            f"checkpoint {path} has format version {manifest['version']}; this ldt reads up to {VERSION}: upgrade ldt"
         )
     return manifest
 
@@ -244,7 +250,8 @@ def verify(path: Path, world: World | None = None) -> dict[str, Any]:
 def newest_whole(root: Path, world: World) -> Path | None:
     """The newest undamaged checkpoint, the same on all ranks; None if there is none at all.
 
-    A damaged newer one is named and set aside as `<name>.damaged`. If all are damaged this is an error, never a fresh start.
+    A damaged newer one is named and set aside as `<name>.damaged`. If all are damaged this is an error, never a fresh
+    start.
     """
     candidates = broadcast(listed(root))
     for path in reversed(candidates):
@@ -266,12 +273,22 @@ def newest_whole(root: Path, world: World) -> Path | None:
     return None
 
 
+def remove_old(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; each is renamed first, so that none is ever seen half deleted."""
+    for path in listed(root)[: -keep or None]:
+        doomed = path.with_name(f".{path.name}.deleted")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
 class Reader:
     """Slices of a checkpoint's tensors, wherever they are."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
-        self.files = [(entry["ranges"], safe_open(path / name, framework="pt")) for name, entry in manifest["files"].items()]
+        self.files = [
+            (entry["ranges"], safe_open(path / name, framework="pt")) for name, entry in manifest["files"].items()
+        ]
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of flattened `kind/name`: float32, 1-D."""
@@ -315,13 +332,28 @@ def restore(path: Path, partition: Partition, ema: list[Tensor]) -> Progress:
     return Progress(**manifest["progress"])
 
 
+def start_from(path: Path, partition: Partition, ema: list[Tensor]) -> None:
+    """Weights and averages ← the averaged weights of another run's checkpoint; a new optimizer (collective)."""
+    try:
+        manifest = verify(path)
+    except Damaged as error:
+        raise InputError(f"train.init_from={path} is damaged: {error}; give another checkpoint") from None
+    _check_shapes(path, manifest["parameters"], partition)
+    reader = Reader(path, manifest)
+    for f in partition.whole():
+        f.master.copy_(reader.read("ema", f.name, f.start, f.count))
+    for f, average in zip(partition.owned, ema, strict=True):
+        average.copy_(f.master)
+    partition.publish()
+
+
 def _check_shapes(path: Path, saved: dict[str, list[int]], partition: Partition) -> None:
     ours = {k: list(v) for k, v in partition.shapes().items()}
     for name in [*ours, *saved]:
         if saved.get(name) != ours.get(name):
             raise InputError(
-                f"checkpoint {path} holds another model: parameter {name} has shape {saved.get(name, 'none')} there and "
-                f"{ours.get(name, 'none')} here; use the config it was trained with, or another run_dir"
+                f"checkpoint {path} holds another model: parameter {name} has shape {saved.get(name, 'none')} there "
+                f"and {ours.get(name, 'none')} here; use the config it was trained with, or another run_dir"
             )
 
 
@@ -371,9 +403,7 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         raise InputError(f"checkpoint {directory} is damaged: {error}; use the one before it") from None
     config = manifest["config"]
     sampling = Sampling(**manifest["sampling"])
-    denoiser = build(
-        from_dict(ModelConfig, config["model"]), tuple(sampling.latent_shape), len(sampling.classes), seed=0
-    )
+    denoiser = build(from_dict(ModelConfig, config["model"]), sampling.latent_shape, len(sampling.classes), seed=0)
     denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     return Loaded(
         denoiser=denoiser.to(device).eval(),

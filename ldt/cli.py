@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from ldt import __version__, config, log
 from ldt.errors import InputError
-
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+from ldt.rundir import DONE, WRONG_INPUT
 
 
 class Command(NamedTuple):
@@ -25,7 +24,9 @@ COMMANDS = {
     "encode": Command("ldt.encode", "CONFIG [key=value ...]", "images → latent shards and a manifest", ""),
     "train": Command("ldt.train", "CONFIG [key=value ...]", "train a denoiser, or resume where it stopped", ""),
     "sample": Command("ldt.sample", "RUN|CHECKPOINT [key=value ...]", "draw images from a checkpoint", "run"),
-    "evaluate": Command("ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run"),
+    "evaluate": Command(
+        "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run"
+    ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
     "inspect": Command("ldt.inspect", "PATH", "what a directory is, and whether it is whole", "path"),
 }
@@ -82,7 +83,9 @@ def _run(name: str, arguments: list[str]) -> int:
     flags = [a for a in arguments if a.startswith("-")]
     for flag in flags:
         if flag not in ("-h", "--help", "--dry-run", "--quiet"):
-            raise InputError(f"unknown flag {flag}; settings are given as key=value, flags are --dry-run, --quiet, --help")
+            raise InputError(
+                f"unknown flag {flag}; settings are given as key=value, flags are --dry-run, --quiet, --help"
+            )
     if "-h" in flags or "--help" in flags:
         print(_command_help(name, command, program))
         return DONE

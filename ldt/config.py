@@ -25,20 +25,28 @@ Schema = TypeVar("Schema")
 def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
     """The schema filled from a YAML file and then from `key=value` overrides."""
     merged = OmegaConf.structured(schema)
-    where = "the command line"
+    if path is not None:
+        _update(merged, _read_yaml(Path(path)), schema, str(path))
+    _update(merged, _parse_overrides(overrides), schema, "the command line")
+    return _build(merged, schema)
+
+
+def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str) -> None:
+    for key, value in flatten(values).items():
+        try:
+            OmegaConf.update(merged, key, value)
+        except OmegaConfBaseException as error:
+            raise InputError(_explain(error, key, schema, where)) from None
+
+
+def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
     try:
-        if path is not None:
-            where = str(path)
-            merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
-        where = "the command line"
-        merged = OmegaConf.merge(merged, _parse_overrides(overrides))
-        config = OmegaConf.to_object(merged)
+        built = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key} is not set; give it in the config or as {error.full_key}=VALUE") from None
-    except OmegaConfBaseException as error:
-        raise InputError(_explain(error, schema, where)) from None
-    _check_choices(config)
-    return config  # type: ignore[return-value]
+    _check_choices(built)
+    assert isinstance(built, schema)
+    return built
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -60,11 +68,9 @@ def defaults_yaml(schema: type) -> str:
 
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values)))
-    except OmegaConfBaseException as error:
-        raise InputError(_explain(error, schema, "the saved config")) from None
-    return config  # type: ignore[return-value]
+    merged = OmegaConf.structured(schema)
+    _update(merged, values, schema, "the saved config")
+    return _build(merged, schema)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -72,11 +78,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        out |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+        out |= flatten(value, name + ".") if isinstance(value, dict) and value else {name: value}
     return out
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml"
@@ -89,32 +95,34 @@ def _read_yaml(path: Path) -> DictConfig:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"config {path} must hold `key: value` lines, not a {type(content).__name__}")
-    return OmegaConf.create(content)
+    return content
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for item in overrides:
         key, separator, _ = item.partition("=")
         if not separator or not key:
             raise InputError(f"argument {item!r} is not of the form key=value")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"arguments {list(overrides)} hold a value that is not YAML: {reason}") from None
+    assert isinstance(parsed, dict)
+    return {str(k): v for k, v in parsed.items()}
 
 
-def _explain(error: OmegaConfBaseException, schema: type, where: str) -> str:
-    key = error.full_key or error.key
-    message = str(error.msg or error).splitlines()[0]
+def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) -> str:
     known = list(_keys(schema))
-    if key is not None and str(key) not in known and "not in" in message:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        parent = str(key).rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(siblings or known)}"
-        return f"unknown key {key} in {where}; {hint}"
-    return f"{key} in {where}: {message}"
+    if key in known:
+        return f"{key} in {where}: {str(error.msg or error).splitlines()[0]}"
+    parent = key.rpartition(".")[0]
+    while parent and parent not in known:  # the first part that is wrong is the one to name
+        key, parent = parent, parent.rpartition(".")[0]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(siblings)}"
+    return f"unknown key {key} in {where}; {hint}"
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:

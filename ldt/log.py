@@ -1,12 +1,14 @@
 """Logging: lines for people, JSONL for programs, wandb behind them."""
 
+import hashlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -77,3 +79,51 @@ def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
             os.fsync(f.fileno())
         temporary.replace(path)
     return len(cut)
+
+
+class Wandb:
+    """A mirror of metrics.jsonl in Weights & Biases; does nothing when not `enabled`.
+
+    Online with a key (WANDB_API_KEY or ~/.netrc), else offline. The same run directory is the same wandb run after
+    every restart. WANDB_MODE overrules.
+    """
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], enabled: bool) -> None:
+        self._run: Any = None
+        if not enabled:
+            return
+        import wandb
+
+        known = "WANDB_API_KEY" in os.environ or "wandb" in _read_text(Path("~/.netrc").expanduser())
+        self._run = wandb.init(
+            project="ldt",
+            id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+            name=run_dir.name,
+            dir=run_dir,
+            config=config,
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE") or ("online" if known else "offline"),  # type: ignore[arg-type]
+        )
+        self._run.define_metric("samples_seen")
+        self._run.define_metric("*", step_metric="samples_seen")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics."""
+        if self._run is not None:
+            self._run.log(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=0 if error is None else 1)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -51,7 +51,8 @@ def bits(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.uint
 
 def uniform(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.float64]:
     """`n` numbers for each index, uniform on [0, 1) in steps of 2⁻⁵³: float64 [B, n]."""
-    return (bits(seed, purpose, index_B, n) >> np.uint64(11)) * 2.0**-53
+    words: NDArray[np.uint64] = bits(seed, purpose, index_B, n) >> np.uint64(11)
+    return words.astype(np.float64) * 2.0**-53
 
 
 def normal(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Labelled images from a folder, a tar file or the embedded set, in one sorted order, read one at a time.
 
 A class is a first-level sub-directory, as in torchvision's ImageFolder; images directly under the root form one class
-called `images`. Archives are read in place: nothing is extracted, and members that point outside or are links are refused.
+called `images`. Archives are read in place: nothing is extracted; links and members that point outside are refused.
 """
 
 import importlib.resources

@@ -1,0 +1,111 @@
+"""The run directory: what a run is (config, environment), how it ended, and whether a restart is still the same run.
+
+config.yaml        resolved config of the newest attempt
+environment.jsonl  one line an attempt: command, versions, git state, world
+metrics.jsonl      written by training
+outcome.json       how the newest attempt ended: the word behind its exit code
+checkpoints/  samples/  evaluations/  evaluations.jsonl  report.html
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ldt import __version__
+from ldt.config import flatten
+from ldt.errors import InputError
+from ldt.log import append_jsonl
+
+PLACEMENT = (
+    "run_dir",
+    "data.path",
+    "data.cache_dir",
+    "data.threads",
+    "model.attention",
+    "train.micro_batch",
+    "train.total_samples",
+    "train.init_from",
+    "engine.",
+    "checkpoint.",
+    "log.",
+    "evaluate.",
+)
+"""Keys that may change at every restart; all others define the run."""
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "stopped"}
+"""Exit codes of `ldt train` and the words for them in outcome.json."""
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The flattened keys of a config that define its run."""
+    return {k: v for k, v in flatten(config).items() if not k.startswith(PLACEMENT)}
+
+
+def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path) -> None:
+    """`InputError` with the list of differences if `config` would continue another run than the saved one."""
+    old, new = identity(json.loads(json.dumps(saved))), identity(json.loads(json.dumps(config)))
+    differences = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if differences:
+        raise InputError(
+            f"{where} belongs to a run with another config ({'; '.join(differences)}); "
+            "restore these keys to resume it, or choose another run_dir"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def prepare(run_dir: Path, config_yaml: str, world_size: int) -> None:
+    """Make the directory and record what this attempt is."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_yaml)
+        append_jsonl(run_dir / "environment.jsonl", environment(world_size))
+        write_json(run_dir / "outcome.json", {"outcome": "running", "time": time.time()})
+    except OSError as error:
+        raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
+
+
+def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, message: str = "") -> None:
+    """Say in a file what the exit code says: launchers lose codes."""
+    outcome = {"outcome": WORDS[code], "code": code, "samples_seen": samples_seen, "message": message}
+    write_json(run_dir / "outcome.json", outcome | {"time": time.time()})
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What this attempt runs with: command line, versions, host, scheduler job and git state."""
+    return {
+        "time": time.time(),
+        "command": sys.argv,
+        "world_size": world_size,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "ldt": __version__,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> str | None:
+    """The commit of the source tree, with a mark if it was edited; None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,173 @@
+"""One optimizer step under DeepSpeed equals plain PyTorch at every stage and split, and weights are where we say.
+
+This file is the canary for the private attributes of DeepSpeed that `ldt.partition` reads.
+"""
+
+import pytest
+import torch
+
+from ldt import ema as averaging
+from ldt.diffusion.objectives import Objective, ObjectiveConfig
+from ldt.dist import World, all_gather
+from ldt.engine import Engine, EngineConfig, OptimizerConfig, learning_rate
+from ldt.errors import InputError
+from ldt.nn.build import build
+from ldt.nn.condition import Condition
+from ldt.nn.config import ModelConfig
+
+BATCH, STEPS, LR = 12, 6, 2e-3
+MODEL = ModelConfig(width=32, depth=2, heads=2)
+OBJECTIVE = Objective(ObjectiveConfig())
+OPTIMIZER = OptimizerConfig(lr=LR, clip=0.3, weight_decay=0.1)
+
+
+def data(step):
+    g = torch.Generator().manual_seed(step)
+    x0, noise = (torch.randn(BATCH, 4, 8, 8, generator=g) for _ in range(2))
+    return x0, noise, torch.rand(BATCH, generator=g), torch.randint(0, 11, (BATCH,), generator=g)
+
+
+def loss_B(denoiser, batch):
+    x0, noise, t, label = batch
+    return OBJECTIVE.loss(denoiser, x0, noise, t, Condition(label))
+
+
+def reference():
+    """Losses, gradient norms, final weights and their running average of plain PyTorch on the whole batch."""
+    model = build(MODEL, (4, 8, 8), 10, seed=0)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    steps = []
+    for step in range(STEPS):
+        loss = loss_B(model, data(step)).mean()
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        adam.step()
+        steps.append((float(loss.detach()), float(norm)))
+        for n, p in model.named_parameters():
+            average[n].lerp_(p.detach(), 0.1)
+    return steps, {n: p.detach() for n, p in model.named_parameters()}, average
+
+
+def gather(partition, values):
+    """Full tensors by name from what the ranks own; every element owned exactly once."""
+    parts = [(f.name, f.start, v.detach().tolist()) for f, v in zip(partition.owned, values, strict=True)]
+    full = {n: torch.full((int(torch.tensor(s).prod()),), torch.nan) for n, s in partition.shapes().items()}
+    for name, start, numbers in (part for parts_of_rank in all_gather(parts) for part in parts_of_rank):
+        assert full[name][start : start + len(numbers)].isnan().all(), f"{name} is owned twice"
+        full[name][start : start + len(numbers)] = torch.tensor(numbers)
+    return {n: v.view(partition.shapes()[n]) for n, v in full.items()}
+
+
+def train_case(world: World, stage: int, micro_batches: int, precision: str):
+    """Train on this rank's share, padded to equal micro-batches; compare with the reference."""
+    engine = Engine(
+        build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage, precision), OPTIMIZER, world, micro_batches
+    )
+    average = [f.master.clone() for f in engine.partition.owned]
+    low, high = BATCH * world.rank // world.size, BATCH * (world.rank + 1) // world.size
+    rows = list(range(low, high))
+    rows += [low] * (-len(rows) % micro_batches + (0 if len(rows) else micro_batches))
+    weights = [1.0] * (high - low) + [0.0] * (len(rows) - high + low)
+    size = len(rows) // micro_batches
+    steps = []
+    for step in range(STEPS):
+        whole = data(step)
+        batches = [
+            (tuple(x[rows[i : i + size]] for x in whole), torch.tensor(weights[i : i + size]))
+            for i in range(0, len(rows), size)
+        ]
+        result = engine.step(batches, lambda d, b: (loss_B(d, b[0]) * b[1]).sum(), LR, BATCH)
+        averaging.update(average, [f.master for f in engine.partition.owned], 0.9)
+        steps.append(list(result))
+    expected_steps, expected_weights, expected_average = reference()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 3e-3}
+    torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected_steps), **tolerance)
+    weights_now = gather(engine.partition, [f.master for f in engine.partition.owned])
+    torch.testing.assert_close(weights_now, expected_weights, **tolerance)
+    torch.testing.assert_close(gather(engine.partition, average), expected_average, **tolerance)
+    assert engine.partition.optimizer_steps() == STEPS
+    check_swap(engine, average)
+
+
+def check_swap(engine, average):
+    """Inside `swapped` the model computes with the average; afterwards it is bit for bit what it was."""
+    batch = data(99)
+
+    def evaluate():
+        with torch.no_grad():
+            return float(loss_B(engine.module, batch).sum())
+
+    before = evaluate()
+    expected = build(MODEL, (4, 8, 8), 10, seed=0)
+    expected.load_state_dict(gather(engine.partition, average))
+    expected.to(next(engine.deepspeed.module.parameters()).dtype)
+    with engine.partition.swapped(average), torch.no_grad():
+        inside = float(loss_B(engine.module, batch).sum())
+        assert inside != before
+        assert abs(inside - float(loss_B(expected, batch).sum())) < 1e-4 * abs(inside)
+    assert evaluate() == before
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "micro_batches", "precision"),
+    [
+        (1, 0, 1, "fp32"),
+        (1, 3, 2, "fp32"),
+        (1, 1, 1, "bf16"),
+        (2, 0, 2, "fp32"),
+        (2, 1, 1, "fp32"),
+        (2, 2, 3, "fp32"),
+        (2, 3, 1, "fp32"),
+        (2, 2, 1, "bf16"),
+        (3, 0, 1, "fp32"),
+        (3, 1, 3, "fp32"),
+        (3, 2, 1, "fp32"),
+        (3, 3, 2, "fp32"),
+    ],
+)
+def test_a_step_equals_plain_pytorch(pool, size, stage, micro_batches, precision):
+    pool(size).run(train_case, stage=stage, micro_batches=micro_batches, precision=precision)
+
+
+def test_bf16_at_stage_0_is_refused():
+    with pytest.raises(InputError, match="engine.precision=bf16 needs engine.zero_stage of 1 to 3"):
+        EngineConfig(zero_stage=0, precision="bf16")
+
+
+def test_learning_rate_is_a_function_of_samples():
+    config = OptimizerConfig(lr=1.0, warmup_samples=100, decay="cosine", final_lr=0.2)
+    assert learning_rate(config, 50, 1100) == 0.5
+    assert learning_rate(config, 100, 1100) == 1.0
+    assert learning_rate(config, 600, 1100) == pytest.approx(0.6)
+    assert learning_rate(config, 1100, 1100) == pytest.approx(0.2)
+    assert learning_rate(OptimizerConfig(lr=1.0, decay="linear"), 250, 1000) == 0.75
+    assert learning_rate(OptimizerConfig(lr=1.0), 250, 1000) == 1.0
+
+
+def test_power_average_is_the_weighted_mean_it_claims():
+    """After n equal steps the weight of step i is proportional to i^γ up to the discretisation (2312.02696, eq. 9)."""
+    config = averaging.EMAConfig(kind="power", width=0.1)
+    gamma = averaging.power_exponent(0.1)
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(0.01)
+    n = 20_000
+    weight = torch.zeros(n, dtype=torch.float64)
+    for i in range(n):
+        keep = averaging.decay(config, i + 1, 1)
+        weight *= keep
+        weight[i] = 1 - keep
+    position = torch.arange(1, n + 1, dtype=torch.float64) / n
+    mean = (weight * position).sum()
+    width = ((weight * (position - mean) ** 2).sum()).sqrt()
+    assert weight.sum() == pytest.approx(1)
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
+    assert width == pytest.approx(0.1, rel=1e-2)
+
+
+def test_half_life_forgets_half():
+    config = averaging.EMAConfig(kind="half_life", half_life=1000)
+    assert averaging.decay(config, 10, 10) ** 100 == pytest.approx(0.5)
