@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldt import __version__, config, log
@@ -18,6 +19,7 @@ class Command(NamedTuple):
     usage: str
     summary: str
     positional: str  # the field that takes arguments which are neither a YAML file nor key=value
+    reads_run_config: bool = False  # without a YAML file, start from the run's own config
 
 
 COMMANDS = {
@@ -90,6 +92,8 @@ def _run(name: str, arguments: list[str]) -> int:
         print(_command_help(name, command, program))
         return DONE
     path, overrides = _split(command, [a for a in arguments if not a.startswith("-")])
+    if command.reads_run_config and path is None:
+        path = _config_of_run(overrides)
     settings = config.load(program.Config, path, overrides)
     if "--dry-run" in flags:
         print(config.to_yaml(settings), end="")
@@ -114,6 +118,16 @@ def _split(command: Command, words: list[str]) -> tuple[str | None, list[str]]:
             raise InputError(f"one {command.positional} at a time, not {' and '.join(others)}")
         overrides.insert(0, f"{command.positional}={others[0]}")
     return (files[0] if files else None), overrides
+
+
+def _config_of_run(overrides: list[str]) -> str | None:
+    """The config.yaml of the run directory among the arguments, or of the one that holds the checkpoint."""
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key == "run":
+            found = [p for d in (Path(value), *Path(value).parents[:2]) if (p := d / "config.yaml").is_file()]
+            return str(found[0]) if found else None
+    return None
 
 
 def _help() -> str:

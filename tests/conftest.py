@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,3 +25,12 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     yield get
     for p in pools.values():
         p.close()
+
+
+@pytest.fixture(autouse=True)
+def kept_logger() -> Iterator[None]:
+    """Undo what the command line does to the logger: it would keep writing to this test's stderr."""
+    root = logging.getLogger("ldt")
+    before = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.level, root.propagate = before

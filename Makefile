@@ -1,0 +1,35 @@
+# make demo   real images → latents → a trained Transformer → its score → a report, on this machine
+# make test   linters, types, layers and tests
+# make setup  the environment in .venv (the other two call it)
+
+SHELL := /bin/bash
+BIN := .venv/bin
+export OMP_NUM_THREADS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	test -d .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	ldt encode configs/encode/fashion_mnist.yaml
+	deepspeed --num_accelerators 2 --module ldt train configs/fashion_mnist.yaml
+	torchrun --nproc_per_node 2 -m ldt evaluate runs/fashion_mnist evaluate.checkpoint=all
+	ldt report runs/fashion_mnist
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
