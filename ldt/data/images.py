@@ -6,8 +6,9 @@ called `images`. Archives are read in place: nothing is extracted; links and mem
 
 import importlib.resources
 import io
+import os
 import tarfile
-import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -126,8 +127,8 @@ class ImageTar(_Files):
         except tarfile.TarError as error:
             raise InputError(f"{where} is not a whole, uncompressed tar file ({error}); make it again") from None
         super().__init__(where, list(self._members))
-        self._file = where.open("rb")
-        self._lock = threading.Lock()
+        self._fd = os.open(where, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
 
     def _add(self, where: Path, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
@@ -142,9 +143,7 @@ class ImageTar(_Files):
 
     def _content(self, i: int) -> bytes:
         offset, size = self._members[self.names[i]]
-        with self._lock:
-            self._file.seek(offset)
-            content = self._file.read(size)
+        content = os.pread(self._fd, size, offset)
         if len(content) != size:
             raise InputError(f"{self.where} ends inside of {self.names[i]}; make the tar file again")
         return content

@@ -1,0 +1,170 @@
+"""Image sources: the same images in the same order from a folder, a tar and the package; each bad input named."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldt.data.images import EMBEDDED, open_images, prepare
+from ldt.errors import InputError
+
+
+def picture(seed, size=(28, 28), mode="L"):
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], len(mode))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), mode=None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for i, name in enumerate(["cat/b.png", "cat/a.PNG", "ant/deep/z.png", "bee/1.webp"]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path, format="WEBP" if name.endswith("webp") else "PNG", lossless=True)
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "empty").mkdir()
+    return root
+
+
+def pack(folder, path, change=None):
+    with tarfile.open(path, "w") as archive:
+        for p in sorted(folder.rglob("*"), reverse=True):
+            archive.add(p, p.relative_to(folder).as_posix(), recursive=False)
+        if change is not None:
+            archive.addfile(change, io.BytesIO(b"x" * change.size))
+    return path
+
+
+def test_folder_and_tar_are_the_same_in_sorted_order(folder, tmp_path):
+    sources = [open_images(str(folder)), open_images(str(pack(folder, tmp_path / "images.tar")))]
+    for source in sources:
+        assert source.classes == ("ant", "bee", "cat")
+        assert [source.label(i) for i in range(len(source))] == [0, 1, 2, 2]
+        names = [source.name(i).split("images.tar/" if "tar" in source.name(i) else "images/")[1] for i in range(4)]
+        assert names == ["ant/deep/z.png", "bee/1.webp", "cat/a.PNG", "cat/b.png"]
+    for i in range(4):
+        first, second = (np.asarray(s.image(i).convert("L")) for s in sources)
+        assert np.array_equal(first, second)
+    assert np.array_equal(np.asarray(sources[0].image(3)), np.asarray(picture(0)))
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    source = open_images(str(tmp_path))
+    assert source.classes == ("images",) and source.label(0) == 0
+
+
+def test_the_embedded_set_is_fashion_mnist():
+    source = open_images(EMBEDDED)
+    assert len(source) == 10_000 and len(source.classes) == 10
+    assert np.bincount([source.label(i) for i in range(len(source))]).tolist() == [1000] * 10
+    boot = np.asarray(source.image(0))  # the first test image, an ankle boot: known sums of its pixels
+    assert source.classes[source.label(0)] == "Boot"
+    assert boot.shape == (28, 28) and boot.max() == 255
+    assert boot[:7].sum() == 0 and boot[20].sum() > 3000
+
+
+@pytest.mark.parametrize("path", [EMBEDDED, "folder"])
+def test_images_can_be_read_from_threads(path, folder):
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = open_images(str(folder) if path == "folder" else path)
+    order = [0, 3, 1, 2] * 20
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda i: np.asarray(source.image(i)).tobytes(), order))
+    assert all(r == np.asarray(source.image(i)).tobytes() for r, i in zip(results, order, strict=True))
+
+
+def test_pad_centres_on_black_without_resizing():
+    image = picture(1)
+    padded = prepare(image, 32, 1, "pad")
+    assert padded.shape == (32, 32, 1)
+    assert np.array_equal(padded[2:30, 2:30, 0], np.asarray(image))
+    assert padded.sum() == np.asarray(image).sum()
+
+
+@pytest.mark.parametrize(("size", "box"), [((64, 32), (16, 0, 48, 32)), ((32, 64), (0, 16, 32, 48))])
+def test_crop_takes_the_middle(size, box):
+    image = picture(2, size)
+    assert np.array_equal(prepare(image, 32, 1, "crop")[..., 0], np.asarray(image.crop(box)))
+
+
+def test_crop_halves_by_box_first():
+    """An image of four times the size is averaged over 4 × 4 blocks, up to four roundings, by two halvings."""
+    image = picture(3, (128, 128))
+    expected = np.asarray(image, np.float64).reshape(32, 4, 32, 4).mean((1, 3))
+    assert np.abs(prepare(image, 32, 1, "crop")[..., 0] - expected).max() <= 2
+
+
+def test_channels_and_transparency():
+    grey = prepare(picture(4, (32, 32), "RGB"), 32, 1, "pad")
+    assert grey.shape == (32, 32, 1)
+    assert prepare(picture(5, (32, 32)), 32, 3, "pad").shape == (32, 32, 3)
+    clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    assert (prepare(clear, 32, 3, "pad") == 255).all()
+
+
+def test_an_image_too_large_to_pad_is_refused():
+    with pytest.raises(InputError, match="64x64 does not fit into 32x32; use images.fit=crop"):
+        prepare(picture(0, (64, 64)), 32, 1, "pad")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: d / "missing", "missing does not exist"),
+        (lambda d: d / "empty", "holds no images"),
+        (lambda d: d / "file.txt", "neither a directory nor a tar file"),
+        (lambda d: "embedded:mnist", "no embedded image set embedded:mnist"),
+        (lambda d: d / "mixed", "both in class directories and outside of them, such as stray.png"),
+    ],
+)
+def test_bad_sources_are_named(tmp_path, make, message):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "mixed" / "class").mkdir(parents=True)
+    picture(0).save(tmp_path / "mixed" / "class" / "a.png")
+    picture(0).save(tmp_path / "mixed" / "stray.png")
+    with pytest.raises(InputError, match=message):
+        open_images(str(make(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a png", None])
+def test_an_unreadable_image_is_named(folder, content):
+    path = folder / "ant/deep/z.png"
+    path.write_bytes(path.read_bytes()[:100] if content is None else content)
+    with pytest.raises(InputError, match="z.png is not readable"):
+        open_images(str(folder)).image(0)
+
+
+def test_sixteen_bit_images_are_named(tmp_path):
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="deep.png has more than 8 bits"):
+        open_images(str(tmp_path)).image(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../outside.png", tarfile.REGTYPE, "outside of the archive, ../outside.png"),
+        ("/etc/outside.png", tarfile.REGTYPE, "outside of the archive, /etc/outside.png"),
+        ("cat/link.png", tarfile.SYMTYPE, "has a link, cat/link.png"),
+    ],
+)
+def test_dangerous_members_are_refused(folder, tmp_path, name, kind, message):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, 1 if kind == tarfile.REGTYPE else 0
+    member.linkname = "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+    with pytest.raises(InputError, match=message):
+        open_images(str(pack(folder, tmp_path / "bad.tar", member)))
+
+
+def test_a_cut_tar_is_named(folder, tmp_path):
+    path = pack(folder, tmp_path / "cut.tar")
+    path.write_bytes(path.read_bytes()[:1700])
+    with pytest.raises(InputError, match="cut.tar"):
+        source = open_images(str(path))
+        for i in range(len(source)):
+            source.image(i)
