@@ -1,0 +1,1 @@
+"""Parts of `ldt report`: reading run directories, curves, pictures and the page."""

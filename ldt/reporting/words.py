@@ -1,0 +1,121 @@
+"""What a run is, in words and numbers for people."""
+
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from ldt.reporting.curves import SETTINGS, score_names
+from ldt.reporting.history import History, Record, number
+from ldt.reporting.html import Markup, table, tag
+
+
+def count(value: float) -> str:
+    """A whole number with separators."""
+    return f"{value:,.0f}" if math.isfinite(value) else "–"
+
+
+def score(value: float) -> str:
+    """Four significant digits."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def date(seconds: float) -> str:
+    """A time stamp in UTC."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return "–"
+
+
+def duration(hours: float) -> str:
+    """Hours as people say them."""
+    if not math.isfinite(hours):
+        return "–"
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:.1f} h"
+
+
+def parameters(run: History) -> int:
+    """Trainable numbers of the model, from the newest checkpoint; 0 without one."""
+    shapes = run.checkpoint.manifest.get("parameters", {}) if run.checkpoint else {}
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def model_words(run: History) -> str:
+    """One sentence about the denoiser and how it was trained."""
+    model, objective = section(run, "model"), section(run, "objective")
+    if not model:
+        return "A run whose config could not be read."
+    size = parameters(run)
+    scale = "A" if not size else f"A {size / 1e6:.2f} M-parameter" if size < 1e9 else f"A {size / 1e9:.2f} B-parameter"
+    words = f"{scale} {model.get('name', 'model')}"
+    shape = [f"{model[k]} {w}" for k, w in (("width", "wide"), ("depth", "deep")) if k in model]
+    if "patch" in model:
+        shape.append(f"patch {model['patch']}")
+    if "conditioning" in model:
+        shape.append(f"{str(model['conditioning']).replace('_', '-')} conditioning")
+    words += f" ({', '.join(shape)})" if shape else ""
+    return f"{words}, predicting {objective['prediction']}." if "prediction" in objective else f"{words}."
+
+
+def data_words(run: History) -> str:
+    """One sentence about the data."""
+    path = section(run, "data").get("path", "?")
+    if not run.checkpoint:
+        return f"Data: {path}."
+    sampling = run.checkpoint.manifest.get("sampling", {})
+    shape = "×".join(map(str, sampling.get("latent_shape", [])))
+    side, classes = sampling.get("image_size"), len(sampling.get("classes", []))
+    kind = "grey" if sampling.get("image_channels") == 1 else "colour"
+    noun = "class" if classes == 1 else "classes"
+    return f"Data: {path}, {kind} images of {side} pixels in {classes} {noun} as {shape} latents."
+
+
+def outcome_words(run: History) -> str:
+    """One sentence about how far it came, on what, and when."""
+    worlds = list(dict.fromkeys(line["world_size"] for line in run.lines if "world_size" in line))
+    total = section(run, "train").get("total_samples")
+    words = f"{count(run.samples_seen)}" + (f" of {count(total)}" if isinstance(total, (int, float)) else "")
+    words += " samples seen"
+    if worlds:
+        noun = "process" if worlds == [1] else "processes"
+        words += f" on {', then '.join(map(str, worlds))} {noun}"
+    when = number(run.outcome, "time")
+    return f"{words}, {date(when)}." if math.isfinite(when) else f"{words}."
+
+
+def section(run: History, name: str) -> Record:
+    """A section of the config; empty where it is missing or damaged."""
+    value = run.config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def of_scores(run: History) -> Markup:
+    """Every evaluation with where it came from."""
+    scores = score_names([run])
+    settings = [k for k in SETTINGS if any(k in r for r in run.evaluations)]
+    hashes = [("checkpoint", "checkpoint_hash"), ("reference", "reference_hash")]
+    head = ["samples seen", *scores, *settings, "detector", *(name for name, _ in hashes), "processes", "device", "when"]
+    return table(head, [_score_row(r, scores, settings, [key for _, key in hashes]) for r in run.evaluations])
+
+
+def _score_row(record: Record, scores: Iterable[str], settings: Iterable[str], hashes: Iterable[str]) -> list[Any]:
+    few = " (few images)" if record.get("rank_deficient") else ""
+    detector = f"{record.get('detector', '–')} {str(record.get('detector_hash', ''))[:8]}"
+    return [
+        count(number(record, "samples_seen")),
+        *(score(number(record, name)) + few for name in scores),
+        *(record.get(key, "–") for key in settings),
+        tag("code", detector),
+        *(tag("code", str(record.get(key, "–"))[:12]) for key in hashes),
+        record.get("world_size", "–"),
+        record.get("device", "–"),
+        date(number(record, "time")),
+    ]
