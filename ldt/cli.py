@@ -27,7 +27,7 @@ COMMANDS = {
     "train": Command("ldt.train", "CONFIG [key=value ...]", "train a denoiser, or resume where it stopped", ""),
     "sample": Command("ldt.sample", "RUN|CHECKPOINT [key=value ...]", "draw images from a checkpoint", "run"),
     "evaluate": Command(
-        "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run"
+        "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
     ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
     "inspect": Command("ldt.inspect", "PATH", "what a directory is, and whether it is whole", "path"),

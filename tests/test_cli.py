@@ -42,6 +42,17 @@ def test_dry_run_prints_the_resolved_config_and_does_nothing(tmp_path, capsys):
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("argument", ["run", "run/checkpoints/000000000064"])
+def test_evaluation_starts_from_the_config_of_its_run(tmp_path, capsys, monkeypatch, argument):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / argument).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("run_dir: run\nevaluate: {images: 123, steps: 7}\n")
+    assert cli.main(["evaluate", argument, "evaluate.steps=9", "--dry-run"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["run"] == argument
+    assert (shown["evaluate"]["images"], shown["evaluate"]["steps"]) == (123, 9)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(path, capsys):
     folder = path.parent.relative_to(ROOT / "configs")
