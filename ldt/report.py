@@ -137,9 +137,7 @@ def gallery(history: History, config: Config, directory: Path, prefix: str) -> G
     )
 
 
-def _neighbours(
-    samples: list, real: RealImages, config: Config, directory: Path, prefix: str
-) -> Neighbours | None:
+def _neighbours(samples: list, real: RealImages, config: Config, directory: Path, prefix: str) -> Neighbours | None:
     if not config.neighbours:
         return None
     found = nearest(samples, real, config.neighbours)

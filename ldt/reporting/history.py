@@ -62,7 +62,12 @@ class History:
         """The last clock reading in the log, else the checkpoint's."""
         if self.lines:
             return int(self.lines[-1]["samples_seen"])
-        return self.checkpoint.manifest["progress"]["samples_seen"] if self.checkpoint else 0
+        return self.checkpoint_samples
+
+    @property
+    def checkpoint_samples(self) -> int:
+        """The newest checkpoint's clock; 0 without one."""
+        return int(self.checkpoint.manifest["progress"]["samples_seen"]) if self.checkpoint else 0
 
 
 def read_history(path: Path, name: str) -> History:

@@ -4,19 +4,17 @@ import importlib.resources
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
-import yaml
 
 from ldt import __version__
-from ldt.config import flatten
+from ldt.pictures import to_pil
 from ldt.reporting.curves import Chart, higher_is_better, score_names
 from ldt.reporting.history import History, number
-from ldt.reporting.html import Markup, content_hash, join, pairs, script_json, table, tag
-from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, data_uri
-from ldt.reporting.words import count, data_words, date, duration, model_words, of_scores, outcome_words, score
-from ldt.pictures import to_pil
+from ldt.reporting.html import Markup, content_hash, join, script_json, table, tag
+from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, Pixels, data_uri
+from ldt.reporting.record import COLOURS, configs, pill, provenance, swatch
+from ldt.reporting.words import count, data_words, date, duration, model_words, outcome_words, score
 
 CRISP_BELOW = 64
 """Images of fewer pixels a side are shown with sharp pixels."""
@@ -66,8 +64,8 @@ def make_page(runs: Sequence[History], charts: Sequence[Chart], galleries: Seque
         *(_samples(k, run, gallery, len(runs)) for k, (run, gallery) in enumerate(zip(runs, galleries, strict=True))),
         _curves(runs, charts, plots),
         *(_memorisation(run, g.neighbours, g.image_size, len(runs)) for run, g in zip(runs, galleries, strict=True)),
-        _configs(runs),
-        *(_provenance(run, len(runs)) for run in runs),
+        configs(runs),
+        *(provenance(run, len(runs)) for run in runs),
         tag("footer", f"Made by ldt {__version__} on {date(datetime.now(UTC).timestamp())}. The page holds everything "
             "it shows and loads nothing."),
     ]  # fmt: skip
@@ -86,7 +84,7 @@ def _header(runs: Sequence[History]) -> Markup:
     if len(runs) == 1:
         run = runs[0]
         summary = [
-            tag("p", join([model_words(run), " ", data_words(run), " ", outcome_words(run), " ", _pill(run)]),
+            tag("p", join([model_words(run), " ", data_words(run), " ", outcome_words(run), " ", pill(run)]),
                 class_="lead"),
             tag("div", *(tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in _facts(run)),
                 class_="tiles"),
@@ -96,11 +94,9 @@ def _header(runs: Sequence[History]) -> Markup:
         rows = []
         for k, run in enumerate(runs):
             facts = dict(_facts(run))
-            rows.append([join([_swatch(k), run.name, " ", _pill(run)]), *(facts.get(n, "–") for n in names)])
+            rows.append([join([swatch(k), run.name, " ", pill(run)]), *(facts.get(n, "–") for n in names)])
         summary = [tag("div", table(["run", *names], rows), class_="card")]
-    notes = [
-        tag("p", f"{run.name}: {note}" if len(runs) > 1 else note) for run in runs for note in run.notes
-    ]
+    notes = [tag("p", f"{run.name}: {note}" if len(runs) > 1 else note) for run in runs for note in run.notes]
     return tag(
         "header",
         tag("p", "ldt · training report", class_="overline"),
@@ -147,64 +143,84 @@ def _samples(k: int, run: History, gallery: Gallery, runs: int) -> Markup:
     notes = [tag("p", note, class_="note") for note in gallery.notes]
     if not gallery.frames:
         return tag("section", heading, *(notes or [tag("p", "There are no sample grids.", class_="note")]))
-    last = gallery.frames[-1]
-    crisp = "crisp" if gallery.image_size < CRISP_BELOW else ""
-    labels = tag("ol", *(tag("li", name) for name in gallery.rows)) if gallery.rows else ""
-    generated = tag("img", class_=f"generated {crisp}".strip(), src=last.source, alt=f"generated images at {last.samples} samples seen")
-    prints = [tag("figure", tag("figcaption", "generated, from the averaged weights"), tag("div", labels, generated, class_="mat"), class_="print")]
-    if gallery.real:
-        real = tag("img", class_=crisp or None, src=gallery.real, alt="real images in the same layout")
-        prints.append(tag("figure", tag("figcaption", f"real, from {gallery.real_from}"), tag("div", labels, real, class_="mat"), class_="print"))
-    slider = ""
-    if len(gallery.frames) > 1:
-        slider = tag(
-            "label",
-            tag("span", "after"),
-            tag("output", f"{last.samples:,}"),
-            tag("span", "samples seen"),
-            tag("input", type="range", min=0, max=len(gallery.frames) - 1, value=len(gallery.frames) - 1, step=1, data_grids=k, aria_label="sample grids through training"),
-            class_="slide",
-        )
     if len(gallery.frames) < gallery.frames_of:
         notes.append(tag("p", f"{len(gallery.frames)} of {gallery.frames_of} grids are shown.", class_="note"))
+    last = gallery.frames[-1]
+    what = f"generated images at {last.samples:,} samples seen"
+    prints = [_print("generated, by the averaged weights", gallery, last.source, what, "generated")]
+    if gallery.real:
+        prints.append(_print(f"real, from {gallery.real_from}", gallery, gallery.real, "real images", ""))
+    slider = _slider(k, gallery.frames) if len(gallery.frames) > 1 else tag("p", what, class_="note")
     explanation = tag("p", "The same noise and labels at every point of training.", class_="soft")
-    return tag("section", heading, explanation, tag("div", tag("div", *prints, class_="pair"), slider, class_="card"), *notes)
+    card = tag("div", tag("div", *prints, class_="pair"), slider, class_="card")
+    return tag("section", heading, explanation, card, *notes)
+
+
+def _print(caption: str, gallery: Gallery, source: str, what: str, class_: str) -> Markup:
+    """A picture with the names of its rows."""
+    rows = tag("ol", *(tag("li", name) for name in gallery.rows)) if gallery.rows else ""
+    classes = f"{class_} {_crisp(gallery.image_size)}".strip()
+    image = tag("img", src=source, alt=what, class_=classes or None)
+    return tag("figure", tag("figcaption", caption), tag("div", rows, image, class_="mat"), class_="print")
+
+
+def _slider(k: int, frames: Sequence[Frame]) -> Markup:
+    last = len(frames) - 1
+    bar = tag("input", type="range", min=0, max=last, value=last, step=1, data_grids=k, aria_label="point of training")
+    return tag(
+        "label", tag("span", "after ", tag("output", f"{frames[-1].samples:,}"), " samples seen"), bar, class_="slide"
+    )
+
+
+def _crisp(size: int) -> str:
+    return "crisp" if 0 < size < CRISP_BELOW else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
 
 
 def _curves(runs: Sequence[History], charts: Sequence[Chart], plots: str) -> Markup:
+    heading = tag("h2", "Curves")
     if not charts:
-        return tag("section", tag("h2", "Curves"), tag("p", "There is nothing to plot yet.", class_="note"))
-    axes = [("samples", "samples seen"), ("hours", "hours")]
-    switch = tag(
-        "div",
-        *(tag("button", words, type="button", data_axis=a, aria_pressed=str(a == "samples").lower()) for a, words in axes),
-        class_="switch", role="group", aria_label="horizontal axis",
-    )  # fmt: skip
-    legend: Any = ""
-    if len(runs) > 1:
-        legend = tag("div", *(
-            tag("button", tag("span", class_="swatch"), run.name, type="button", data_run=k, aria_pressed="true", class_=f"r{k % 8}")
-            for k, run in enumerate(runs)
-        ), class_="legend")  # fmt: skip
-    figures = [
-        tag("figure", tag("figcaption", tag("b", chart.title), tag("span", chart.caption)),
-            Markup(f'<svg role="img" aria-label="{tag("i", chart.title)[3:-4]}"></svg>'), class_="card chart", data_chart=i)
-        for i, chart in enumerate(charts)
-    ]  # fmt: skip
+        return tag("section", heading, tag("p", "There is nothing to plot yet.", class_="note"))
     notes = "Hours are of running, start-up included; pauses between attempts and work lost to a kill are not."
     if any(chart.marks for chart in charts):
         notes += " Dashed lines with a flag are restarts."
+    without = f"The curves need JavaScript; the same ones are PNG files in {plots}/."
     return tag(
         "section",
-        tag("h2", "Curves"),
-        tag("div", switch, legend, class_="controls"),
-        tag("noscript", tag("p", f"Curves on this page need JavaScript; the same ones are PNG files in {plots}/.", class_="note")),
-        tag("div", *figures, class_="charts"),
+        heading,
+        tag("div", _axis_switch(), _legend(runs), class_="controls"),
+        tag("noscript", tag("p", without, class_="note")),
+        tag("div", *(_chart(i, chart) for i, chart in enumerate(charts)), class_="charts"),
         tag("p", f"{notes} The same plots as PNG files: {plots}/", class_="note"),
     )
+
+
+def _axis_switch() -> Markup:
+    axes = {"samples": "samples seen", "hours": "hours"}
+    buttons = [
+        tag("button", words, type="button", data_axis=axis, aria_pressed="true" if axis == "samples" else "false")
+        for axis, words in axes.items()
+    ]
+    return tag("div", *buttons, class_="switch", role="group", aria_label="horizontal axis")
+
+
+def _legend(runs: Sequence[History]) -> Markup:
+    """The runs' colours, as buttons that hide and show them; empty for a single run."""
+    if len(runs) == 1:
+        return Markup("")
+    line = tag("span", class_="swatch")
+    buttons = [
+        tag("button", line, run.name, type="button", data_run=k, aria_pressed="true", class_=f"r{k % COLOURS}")
+        for k, run in enumerate(runs)
+    ]
+    return tag("div", *buttons, class_="legend")
+
+
+def _chart(i: int, chart: Chart) -> Markup:
+    caption = tag("figcaption", tag("b", chart.title), tag("span", chart.caption))
+    return tag("figure", caption, tag("svg", role="img", aria_label=chart.title), class_="card chart", data_chart=i)
 
 
 # ------------------------------------------------------------------------------------------------------- memorisation
@@ -213,114 +229,55 @@ def _curves(runs: Sequence[History], charts: Sequence[Chart], plots: str) -> Mar
 def _memorisation(run: History, found: Neighbours | None, size: int, runs: int) -> Markup:
     if found is None:
         return Markup("")
-    median, held_out = float(np.median(found.distance_N)), found.held_out_M
-    sentence = (
-        f"The {len(found.distance_N)} samples of the newest grid against {count(found.searched)} of the "
-        f"{count(found.of)} training images, by root mean square difference of pixels (0 to 1"
-        + (f", at {THUMBNAIL} pixels a side" if size > THUMBNAIL else "")
-        + f"). Half of the samples are farther than {median:.3f} from their nearest training image"
+    cards = [_neighbours(row, near, size) for row, near in zip(found.rows, found.row_distances, strict=True)]
+    last = (
+        f"The {len(cards)} samples nearest to a training image, each with its {NEIGHBOURS} nearest and their distances."
     )
-    if len(held_out):
-        sentence += f"; of {len(held_out)} real images that were not trained on, half are farther than {float(np.median(held_out)):.3f}. "
-        sentence += "Samples copied from the training data would lie far left of those."
-    else:
-        sentence += ". No images were held out to compare with."
-    crisp = "crisp" if size < CRISP_BELOW else None
-    cards = []
-    for row, near in zip(found.rows, found.row_distances, strict=True):
-        images = [tag("img", src=data_uri(to_pil(image)), alt="", class_=crisp) for image in row]
-        cells = [tag("span", images[0], "sample"), tag("i")]
-        cells += [tag("span", image, f"{d:.3f}") for image, d in zip(images[1:], near, strict=True)]
-        cards.append(tag("div", *cells))
     return tag(
         "section",
         tag("h2", "Nearest training images" + (f" · {run.name}" if runs > 1 else "")),
-        tag("p", sentence, class_="soft"),
-        tag("div", _strip(found), tag("div", *cards, class_="neighbours"), class_="card"),
-        tag("p", f"The {len(cards)} samples nearest to a training image, each with its {NEIGHBOURS} nearest and their "
-            "distances.", class_="note"),
-    )  # fmt: skip
+        tag("p", _memorisation_words(found, size), class_="soft"),
+        tag(
+            "div", _strip(found), tag("p", last, class_="note"), tag("div", *cards, class_="neighbours"), class_="card"
+        ),
+    )
+
+
+def _memorisation_words(found: Neighbours, size: int) -> str:
+    reduced = f", at {THUMBNAIL} pixels a side" if size > THUMBNAIL else ""
+    words = (
+        f"Each of the {len(found.distance_N)} samples of the newest grid against {count(found.searched)} of "
+        f"{count(found.of)} training images: root mean square difference of pixels, 0 to 1{reduced}. "
+        f"The median sample is {float(np.median(found.distance_N)):.3f} from its nearest training image"
+    )
+    if not len(found.held_out_M):
+        return f"{words}. No images were held out of training to compare with."
+    return (
+        f"{words}; the median of {len(found.held_out_M)} real images that were held out of training is "
+        f"{float(np.median(found.held_out_M)):.3f}. Copies of training images would lie far left of those."
+    )
+
+
+def _neighbours(row: Sequence[Pixels], near: Sequence[float], size: int) -> Markup:
+    images = [tag("img", src=data_uri(to_pil(image)), alt="", class_=_crisp(size) or None) for image in row]
+    found = [tag("span", image, f"{d:.3f}") for image, d in zip(images[1:], near, strict=True)]
+    return tag("div", tag("span", images[0], "sample"), tag("i"), *found)
 
 
 def _strip(found: Neighbours) -> Markup:
-    """Distances as dots on a line: samples above, held-out images below."""
-    rows = [("samples", found.distance_N, 0), ("held-out real images", found.held_out_M, 1)]
-    most = max(float(d.max()) for _, d, _ in rows if len(d)) * 1.05 or 1.0
+    """Distances as dots on a line from 0: samples above, held-out images below."""
+    rows = [("samples", "ours", found.distance_N), ("held-out real images", "theirs", found.held_out_M)]
+    rows = [row for row in rows if len(row[2])]
+    most = max(float(d.max()) for _, _, d in rows) * 1.02 or 1.0
     parts = []
-    for line, (name, distance_n, colour) in enumerate((r for r in rows if len(r[1]))):
-        y = 22 + 42 * line
-        parts.append(f'<text x="0" y="{y - 8}">{name}</text><g class="r{colour}">')
-        jitter = [(7 * i) % 11 - 5 for i in range(len(distance_n))]
-        parts += [
-            f'<circle class="dot" cx="{1000 * d / most:.1f}" cy="{y + 8 + j}" r="3.5"/>'
-            for d, j in zip(distance_n.tolist(), jitter, strict=True)
+    for line, (name, class_, distance_n) in enumerate(rows):
+        y = 14 + 44 * line
+        dots = [
+            tag("circle", cx=f"{98 * d / most + 1:.2f}%", cy=y + 16 + (7 * i) % 11 - 5, r=3.5, class_="dot")
+            for i, d in enumerate(distance_n.tolist())
         ]
-        parts.append("</g>")
-    parts.append(f'<text x="0" y="108">0</text><text x="1000" y="108" text-anchor="end">{most:.2f}</text>')
+        parts.append(tag("g", tag("text", name, x=0, y=y), *dots, class_=class_))
+    y = 44 * len(rows) + 18
+    ends = [tag("text", "0", x=0, y=y), tag("text", f"{most:.2f}", x="100%", y=y, text_anchor="end")]
     label = "distances to the nearest training image"
-    return Markup(f'<svg class="strip" viewBox="0 0 1000 112" role="img" aria-label="{label}">{"".join(parts)}</svg>')
-
-
-# -------------------------------------------------------------------------------------------------------- config, past
-
-
-def _configs(runs: Sequence[History]) -> Markup:
-    flat = [flatten(run.config) for run in runs]
-    parts = [tag("h2", "Config")]
-    if len(runs) > 1:
-        keys = list(dict.fromkeys(key for one in flat for key in one))
-        differing = [key for key in keys if len({repr(one.get(key, "–")) for one in flat}) > 1]
-        rows = [[tag("code", key), *(tag("code", one.get(key, "–")) for one in flat)] for key in differing]
-        head = ["key", *(join([_swatch(k), run.name]) for k, run in enumerate(runs))]
-        parts.append(
-            tag("div", table(head, rows), class_="card") if rows else tag("p", "The runs have equal configs.", class_="note")
-        )
-    for run in runs:
-        words = "The whole config" + (f" of {run.name}" if len(runs) > 1 else "")
-        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        parts.append(tag("details", tag("summary", words), tag("pre", text)))
-    return tag("section", *parts)
-
-
-def _provenance(run: History, runs: int) -> Markup:
-    parts = [tag("h2", "Provenance" + (f" · {run.name}" if runs > 1 else "")), tag("div", _origin(run), class_="card")]
-    if run.evaluations:
-        parts += [tag("h3", "Scores"), tag("div", of_scores(run), class_="card")]
-    if run.attempts:
-        head = ["started", "processes", "host", "job", "Python", "ldt", "source", "command"]
-        rows = [
-            [date(number(a, "time")), a.get("world_size", "–"), a.get("host", "–"), a.get("job") or "–",
-             a.get("python", "–"), a.get("ldt", "–"), tag("code", str(a.get("git") or "–")[:12] + ("-dirty" if str(a.get("git")).endswith("-dirty") else "")), tag("code", _command(a))]
-            for a in run.attempts
-        ]  # fmt: skip
-        parts += [tag("h3", f"Attempts ({len(rows)})"), tag("div", table(head, rows), class_="card")]
-    return tag("section", *parts)
-
-
-def _origin(run: History) -> Markup:
-    items: list[tuple[str, Any]] = [("run directory", tag("code", run.path))]
-    items.append(("outcome", join([_pill(run), " ", run.outcome.get("message", "")])))
-    if run.checkpoint:
-        manifest = run.checkpoint.manifest
-        sampling, written = manifest.get("sampling", {}), manifest.get("written_by", {})
-        versions = ", ".join(f"{k} {v}" for k, v in written.items() if k not in ("time", "world_size", "zero_stage"))
-        made = f"{date(number(written, 'time'))} by {written.get('world_size')} processes at ZeRO stage {written.get('zero_stage')}"
-        items += [
-            ("newest checkpoint", join([tag("code", run.checkpoint.path.name), f", {made}"])),
-            ("checkpoint hash", tag("code", run.checkpoint.hash)),
-            ("versions", versions),
-            ("data fingerprint", tag("code", manifest.get("progress", {}).get("data_fingerprint", "–"))),
-            ("autoencoder", join([sampling.get("autoencoder", "–"), " ", tag("code", sampling.get("autoencoder_hash", ""))])),
-            ("random numbers", f"version {manifest.get('rng_version')}, seed {manifest.get('config', {}).get('seed', '–')}"),
-        ]  # fmt: skip
-        skipped = manifest.get("progress", {}).get("skipped")
-        items.append(("skipped samples", count(len(skipped)) if skipped else ""))
-    return pairs(items)
-
-
-def _command(attempt: dict[str, Any]) -> str:
-    command = attempt.get("command", "–")
-    if not isinstance(command, list):
-        return str(command)
-    words = [str(word) for word in command]
-    return " ".join([words[0].rsplit("/", 1)[-1], *words[1:]]) if words else "–"
+    return tag("svg", *parts, *ends, class_=f"strip lines{len(rows)}", role="img", aria_label=label)

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ldt import log
 from ldt.data.images import ImageSource, open_images, prepare
 from ldt.data.shards.manifest import read_head
 from ldt.data.split import Split
@@ -22,6 +24,7 @@ WIDEST = 1280
 SMALL = 200_000
 THUMBNAIL = 32
 NEIGHBOURS = 3
+THREADS = 4
 Pixels = NDArray[np.uint8]
 
 
@@ -49,10 +52,10 @@ class RealImages:
 class Neighbours:
     """Samples with their nearest training images, and how near those are.
 
-    rows: sample, then its neighbours, nearest first; row_distances: of each neighbour; those samples come first that
-    are nearest to a training image. distance_N: root mean square pixel difference (0 to 1) of each sample to its nearest training image, at most
-    `THUMBNAIL` pixels a side; held_out_M: the same of real images that were not trained on. searched: how many
-    training images were looked at.
+    rows: a sample, then its neighbours, nearest first; the samples nearest to any training image come first.
+    row_distances: of each neighbour. distance_N: root mean square pixel difference (0 to 1) of each sample to its
+    nearest training image, at most `THUMBNAIL` pixels a side; held_out_M: the same of real images that were not trained
+    on. searched: how many training images were looked at, out of `of`.
     """
 
     rows: list[list[Pixels]]
@@ -123,7 +126,7 @@ def open_real(run: History) -> RealImages:
             raise Unavailable(f"the data in {path} do not say which images they were encoded from")
         source = open_images(recipe["images.path"])
         split = Split(len(source), float(recipe.get("validation_fraction", 0.0)), int(recipe.get("seed", 0)))
-        size, channels = int(recipe.get("images.size", head.get("image_size"))), int(head["image_channels"])
+        size, channels = int(head["image_size"]), int(head["image_channels"])
         real = RealImages(source, size, channels, recipe["images.fit"], split, recipe["images.path"])
         real.read(0)
     except (InputError, OSError, KeyError, TypeError, ValueError) as error:
@@ -164,7 +167,7 @@ def nearest(samples: list[Pixels], real: RealImages, most: int, shown: int = 12)
     """
     ids = real.split.training(spread(real.split.training_samples, most))
     held_out = real.split.validation(spread(real.split.validation_samples, max(len(samples), 200)))
-    train_ND = np.stack([thumbnail(real.read(int(i))) for i in ids])
+    train_ND = _thumbnails(real, ids, "nearest images")
     distance_SN = distances(np.stack([thumbnail(s) for s in samples]), train_ND)
     order_SK = np.argsort(distance_SN, axis=1, kind="stable")[:, :NEIGHBOURS]
     closest_S = distance_SN.min(1)
@@ -173,8 +176,17 @@ def nearest(samples: list[Pixels], real: RealImages, most: int, shown: int = 12)
     row_distances = [[float(distance_SN[s, k]) for k in order_SK[s]] for s in first]
     held_out_M = np.empty(0)
     if len(held_out):
-        held_out_M = distances(np.stack([thumbnail(real.read(int(i))) for i in held_out]), train_ND).min(1)
+        held_out_M = distances(_thumbnails(real, held_out, "held-out images"), train_ND).min(1)
     return Neighbours(rows, row_distances, closest_S, held_out_M, len(ids), real.split.training_samples)
+
+
+def _thumbnails(real: RealImages, ids: NDArray[np.int64], what: str) -> NDArray[np.float32]:
+    with log.progress(len(ids), "img", what) as bar, ThreadPoolExecutor(THREADS) as threads:
+        rows = []
+        for row in threads.map(lambda i: thumbnail(real.read(int(i))), ids):
+            rows.append(row)
+            bar.update()
+    return np.stack(rows)
 
 
 def thumbnail(image_HWC: Pixels) -> NDArray[np.float32]:
@@ -183,11 +195,15 @@ def thumbnail(image_HWC: Pixels) -> NDArray[np.float32]:
     if side > THUMBNAIL:
         picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
         image_HWC = np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
-    return image_HWC.astype(np.float32).reshape(-1) / 255
+    return image_HWC.astype(np.float32).reshape(-1) / np.float32(255)
 
 
-def distances(a_AD: NDArray[np.float32], b_BD: NDArray[np.float32]) -> NDArray[np.float64]:
+def distances(a_AD: NDArray[np.float32], b_BD: NDArray[np.float32], block: int = 1024) -> NDArray[np.float64]:
     """Root mean square difference of every pair: [A, B]."""
-    a, b = a_AD.astype(np.float64), b_BD.astype(np.float64)
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.sqrt(np.clip(squares, 0, None) / a.shape[1])
+    a = a_AD.astype(np.float64)
+    out = np.empty((len(a), len(b_BD)))
+    for start in range(0, len(b_BD), block):  # float64 of all at once could be gigabytes
+        b = b_BD[start : start + block].astype(np.float64)
+        squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+        out[:, start : start + block] = np.sqrt(np.clip(squares, 0, None) / a.shape[1])
+    return out

@@ -1,13 +1,9 @@
 """What a run is, in words and numbers for people."""
 
 import math
-from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any
 
-from ldt.reporting.curves import SETTINGS, score_names
 from ldt.reporting.history import History, Record, number
-from ldt.reporting.html import Markup, table, tag
 
 
 def count(value: float) -> str:
@@ -95,27 +91,3 @@ def section(run: History, name: str) -> Record:
     """A section of the config; empty where it is missing or damaged."""
     value = run.config.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def of_scores(run: History) -> Markup:
-    """Every evaluation with where it came from."""
-    scores = score_names([run])
-    settings = [k for k in SETTINGS if any(k in r for r in run.evaluations)]
-    hashes = [("checkpoint", "checkpoint_hash"), ("reference", "reference_hash")]
-    head = ["samples seen", *scores, *settings, "detector", *(name for name, _ in hashes), "processes", "device", "when"]
-    return table(head, [_score_row(r, scores, settings, [key for _, key in hashes]) for r in run.evaluations])
-
-
-def _score_row(record: Record, scores: Iterable[str], settings: Iterable[str], hashes: Iterable[str]) -> list[Any]:
-    few = " (few images)" if record.get("rank_deficient") else ""
-    detector = f"{record.get('detector', '–')} {str(record.get('detector_hash', ''))[:8]}"
-    return [
-        count(number(record, "samples_seen")),
-        *(score(number(record, name)) + few for name in scores),
-        *(record.get(key, "–") for key in settings),
-        tag("code", detector),
-        *(tag("code", str(record.get(key, "–"))[:12]) for key in hashes),
-        record.get("world_size", "–"),
-        record.get("device", "–"),
-        date(number(record, "time")),
-    ]

@@ -24,7 +24,7 @@
 
   const showY = (y, format) => {
     if (format === "percent") return `${(100 * y).toPrecision(2).replace(/\.?0+$/, "") || 0} %`;
-    if (format === "power") return y === 0 ? "0" : y.toExponential(1).replace(".0", "").replace("e", "e");
+    if (format === "power") return y === 0 ? "0" : y.toExponential(1).replace(".0", "");
     const size = Math.abs(y);
     if (size >= 1e5) return compact.format(y);
     if (size >= 100) return whole.format(Math.round(y));
@@ -41,7 +41,7 @@
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 2.5, 5, 10].find((m) => m * power >= rough * 0.999);
     const out = [];
-    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) out.push(k * step);
+    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) out.push(k * step + 0);
     return out;
   };
 
