@@ -4,6 +4,7 @@ Latents are the raw moments of its posterior (no scaling factor): whitening belo
 """
 
 import importlib.resources
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Self
@@ -40,8 +41,12 @@ class Autoencoder:
             path = importlib.resources.files("ldt") / "assets" / "autoencoder_fashion_mnist"
         elif name_or_path.startswith("embedded:"):
             raise InputError(f"there is no embedded autoencoder {name_or_path}; the only one is {EMBEDDED}")
-        elif Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
-            raise InputError(f"autoencoder {name_or_path} has no config.json; give a directory saved by diffusers")
+        elif Path(name_or_path).is_dir():
+            _check_directory(Path(name_or_path))
+        elif Path(name_or_path).exists() or name_or_path.startswith(("/", ".", "~")):
+            raise InputError(
+                f"autoencoder {name_or_path} is not a directory; give one saved by diffusers, a hub name, or {EMBEDDED}"
+            )
         return cls(name_or_path, _from_pretrained(name_or_path, str(path)))
 
     def to(self, device: torch.device | str) -> Self:
@@ -75,13 +80,43 @@ def _from_pretrained(name: str, path: str) -> Any:
         warnings.simplefilter("ignore")  # diffusers warns of its own dependencies while it is imported
         from diffusers import AutoencoderKL
     try:
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+        model, loading = AutoencoderKL.from_pretrained(
+            path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"autoencoder {name} can't be loaded as diffusers' AutoencoderKL from safetensors ({reason}); "
             f"give a hub name, a directory saved by diffusers, or {EMBEDDED}"
         ) from None
+    _check_weights(name, model, loading)
+    return model
+
+
+def _check_directory(path: Path) -> None:
+    config = path / "config.json"
+    if not config.exists():
+        raise InputError(f"autoencoder {path} has no config.json; give a directory saved by diffusers")
+    try:
+        kind = json.loads(config.read_bytes())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"autoencoder {path} has a config.json that names no class; save it with diffusers") from None
+    if kind != "AutoencoderKL":
+        raise InputError(f"autoencoder {path} is diffusers' {kind}; give an AutoencoderKL")
+
+
+def _check_weights(name: str, model: Any, loading: dict[str, Any]) -> None:
+    """diffusers only warns of tensors it did not find, and leaves them random: here that is an error."""
+    for key, word in (("missing_keys", "lack"), ("unexpected_keys", "have an unknown")):
+        if loading[key]:
+            first, number = sorted(loading[key])[0], len(loading[key])
+            raise InputError(
+                f"the weights of autoencoder {name} {word} {first} ({number} such tensors), so they do not belong to "
+                "its config.json; save both together with diffusers"
+            )
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"autoencoder {name} has values in {key} that are not finite; get the weights again")
 
 
 def _weights_hash(model: Any) -> str:

@@ -1,10 +1,13 @@
 """Image sources: the same images in the same order from a folder, a tar and the package; each bad input named."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
+import xxhash
 from PIL import Image
 
 from ldt.data.images import EMBEDDED, open_images, prepare
@@ -60,10 +63,27 @@ def test_the_embedded_set_is_fashion_mnist():
     source = open_images(EMBEDDED)
     assert len(source) == 10_000 and len(source.classes) == 10
     assert np.bincount([source.label(i) for i in range(len(source))]).tolist() == [1000] * 10
-    boot = np.asarray(source.image(0))  # the first test image, an ankle boot: known sums of its pixels
-    assert source.classes[source.label(0)] == "Boot"
-    assert boot.shape == (28, 28) and boot.max() == 255
-    assert boot[:7].sum() == 0 and boot[20].sum() > 3000
+    pixels = np.stack([np.asarray(source.image(i)) for i in range(len(source))])
+    assert source.classes[source.label(0)] == "Boot" and pixels[0].sum() == 33456  # the first test image
+    # hashes of the data set's own files, past their headers
+    assert xxhash.xxh64(pixels.tobytes()).hexdigest() == "52d5cf267209b007"
+    labels = bytes(source.label(i) for i in range(len(source)))
+    assert xxhash.xxh64(labels).hexdigest() == "440bcedb1e3e9174"
+
+
+def test_embedded_folder_and_tar_give_the_same_images(tmp_path):
+    embedded = open_images(EMBEDDED)
+    for i in range(0, 10_000, 997):
+        path = tmp_path / "folder" / embedded.classes[embedded.label(i)] / f"{i:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        embedded.image(i).save(path)
+    for path in (tmp_path / "folder", pack(tmp_path / "folder", tmp_path / "images.tar")):
+        source = open_images(str(path))
+        assert len(source) == 11
+        for i in range(len(source)):
+            number = int(source.name(i)[-9:-4])
+            assert source.classes[source.label(i)] == embedded.classes[embedded.label(number)]
+            assert np.array_equal(prepare(source.image(i), 32, 1, "pad"), prepare(embedded.image(number), 32, 1, "pad"))
 
 
 @pytest.mark.parametrize("path", [EMBEDDED, "folder"])
@@ -98,6 +118,17 @@ def test_crop_halves_by_box_first():
     assert np.abs(prepare(image, 32, 1, "crop")[..., 0] - expected).max() <= 2
 
 
+def test_crop_scales_the_short_side():
+    """A ramp stays a ramp under bicubic scaling: away from the ends, each pixel has the value at its centre."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (24, 1)))  # 60 × 24, value 4x
+    crop = prepare(ramp, 16, 1, "crop")[..., 0].astype(float)
+    expected = 4 * (((40 - 16) // 2 + np.arange(16) + 0.5) * 1.5 - 0.5)  # scaled to 40 × 16
+    assert np.abs(crop - expected).max() <= 1
+    edge = Image.fromarray(np.repeat(np.array([[50, 200]], np.uint8), [12, 12], axis=1).repeat(24, 0))
+    sharp = prepare(edge, 16, 1, "crop")
+    assert sharp.min() < 50 and sharp.max() > 200  # bicubic overshoots where bilinear and box do not
+
+
 def test_channels_and_transparency():
     grey = prepare(picture(4, (32, 32), "RGB"), 32, 1, "pad")
     assert grey.shape == (32, 32, 1)
@@ -119,14 +150,16 @@ def test_an_image_too_large_to_pad_is_refused():
         (lambda d: d / "file.txt", "neither a directory nor a tar file"),
         (lambda d: "embedded:mnist", "no embedded image set embedded:mnist"),
         (lambda d: d / "mixed", "both in class directories and outside of them, such as stray.png"),
+        (lambda d: d / "mixed2", "both in class directories and outside of them, such as stray.png"),
     ],
 )
 def test_bad_sources_are_named(tmp_path, make, message):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "file.txt").write_text("text")
-    (tmp_path / "mixed" / "class").mkdir(parents=True)
-    picture(0).save(tmp_path / "mixed" / "class" / "a.png")
-    picture(0).save(tmp_path / "mixed" / "stray.png")
+    for root, name in (("mixed", "class"), ("mixed2", "images")):
+        (tmp_path / root / name).mkdir(parents=True)
+        picture(0).save(tmp_path / root / name / "a.png")
+        picture(0).save(tmp_path / root / "stray.png")
     with pytest.raises(InputError, match=message):
         open_images(str(make(tmp_path)))
 
@@ -139,10 +172,49 @@ def test_an_unreadable_image_is_named(folder, content):
         open_images(str(folder)).image(0)
 
 
-def test_sixteen_bit_images_are_named(tmp_path):
-    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match="deep.png has more than 8 bits"):
+def deep_grey_png(path):
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(path)
+
+
+def deep_colour_png(path):
+    """Pillow reads such a file as 8-bit RGB and can't write one."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress((b"\0" + bytes(8 * 6)) * 8))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b""))
+
+
+def deep_ppm(path):
+    path.write_bytes(b"P6 8 8 65535\n" + bytes(8 * 8 * 6))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(deep_grey_png, "deep.png"), (deep_colour_png, "deep.png"), (deep_ppm, "deep.ppm")]
+)
+def test_sixteen_bit_images_are_named(tmp_path, write, name):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} has more than 8 bits"):
         open_images(str(tmp_path)).image(0)
+
+
+def test_other_colour_modes_are_named(tmp_path):
+    Image.new("LAB", (8, 8)).save(tmp_path / "lab.tif")
+    with pytest.raises(InputError, match="lab.tif has the colour mode LAB"):
+        open_images(str(tmp_path)).image(0)
+
+
+def test_linked_class_directories_count_and_loops_are_named(tmp_path):
+    for path in ("set/ant", "elsewhere"):
+        (tmp_path / path).mkdir(parents=True)
+        picture(0).save(tmp_path / path / "a.png")
+    (tmp_path / "set" / "bee").symlink_to(tmp_path / "elsewhere")
+    assert open_images(str(tmp_path / "set")).classes == ("ant", "bee")
+    (tmp_path / "set" / "ant" / "again").symlink_to(tmp_path / "set")
+    with pytest.raises(InputError, match="again links back to"):
+        open_images(str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(
@@ -161,10 +233,17 @@ def test_dangerous_members_are_refused(folder, tmp_path, name, kind, message):
         open_images(str(pack(folder, tmp_path / "bad.tar", member)))
 
 
-def test_a_cut_tar_is_named(folder, tmp_path):
-    path = pack(folder, tmp_path / "cut.tar")
-    path.write_bytes(path.read_bytes()[:1700])
-    with pytest.raises(InputError, match="cut.tar"):
-        source = open_images(str(path))
-        for i in range(len(source)):
-            source.image(i)
+@pytest.mark.parametrize("cut", ["in the data", "before a header", "in a header", "a damaged header"])
+def test_a_cut_or_damaged_tar_is_named(folder, tmp_path, cut):
+    path = pack(folder, tmp_path / "bad.tar")
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]  # `pack` puts a file there
+    content = bytearray(path.read_bytes())
+    if cut == "a damaged header":
+        content[last.offset + 150] ^= 255  # within its checksum
+    else:
+        at = {"in the data": last.offset_data + 1, "before a header": last.offset, "in a header": last.offset + 100}
+        del content[at[cut] :]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"bad.tar is (cut or damaged|not a whole)"):
+        open_images(str(path))

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python tools/train_autoencoder.py ldt/assets/autoencoder_fashion_mnist --steps 4000
 
-32 × 32 grey images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the weights are an
-average over the last steps. One seed and one thread: the same machine makes the same file again.
+32 × 32 grey images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the
+weights are an average over the last steps. One seed and one thread: the same machine makes the same file again.
 """
 
 import argparse
@@ -13,21 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
-SHEET = Path(__file__).parents[1] / "ldt/assets/fashion_mnist/images.webp"
+from ldt.data.images import EMBEDDED, open_images, prepare
+
 HELD_OUT = 500
 KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
 
 
 def images() -> Tensor:
     """All embedded images, black border to 32 × 32, in [-1, 1]: [10000, 1, 32, 32]."""
-    sheet = np.asarray(Image.open(SHEET).convert("L"))
-    tiles = sheet.reshape(100, 28, 100, 28).transpose(0, 2, 1, 3).reshape(-1, 1, 28, 28)
-    return F.pad(torch.from_numpy(tiles.astype(np.float32)) / 127.5 - 1, (2, 2, 2, 2), value=-1)
+    source = open_images(EMBEDDED)
+    image_BHWC = np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(len(source))])
+    return torch.from_numpy(image_BHWC.astype(np.float32)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def make_autoencoder() -> AutoencoderKL:

@@ -1,7 +1,9 @@
 """Labelled images from a folder, a tar file or the embedded set, in one sorted order, read one at a time.
 
 A class is a first-level sub-directory, as in torchvision's ImageFolder; images directly under the root form one class
-called `images`. Archives are read in place: nothing is extracted; links and members that point outside are refused.
+called `images`. A sub-directory without images is no class. Links in a directory are followed, as image sets are often
+put together from them. Archives are read in place: nothing is extracted; links and members that point outside are
+refused.
 """
 
 import importlib.resources
@@ -10,19 +12,19 @@ import os
 import tarfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ldt.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SINGLE_CLASS = "images"
 EMBEDDED = "embedded:fashion_mnist"
-SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class ImageSource(ABC):
@@ -70,13 +72,13 @@ class _Files(ImageSource):
         self.names = sorted(n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
         if not self.names:
             raise InputError(f"{where} holds no images ({', '.join(SUFFIXES)}); put them into a sub-directory a class")
+        strays = [n for n in self.names if "/" not in n]
+        if 0 < len(strays) < len(self.names):
+            raise InputError(
+                f"{where} has images both in class directories and outside of them, such as {strays[0]}; move these"
+            )
         tops = [self._top(n) for n in self.names]
         self.classes = tuple(sorted(set(tops)))
-        if len(self.classes) > 1 and SINGLE_CLASS in tops and any("/" not in n for n in self.names):
-            stray = next(n for n in self.names if "/" not in n)
-            raise InputError(
-                f"{where} has images both in class directories and outside of them, such as {stray}; move these"
-            )
         number = {c: k for k, c in enumerate(self.classes)}
         self._labels = np.array([number[t] for t in tops], np.int32)
 
@@ -106,7 +108,7 @@ class ImageFolder(_Files):
     """Images below a directory."""
 
     def __init__(self, where: Path) -> None:
-        super().__init__(where, [p.relative_to(where).as_posix() for p in where.rglob("*") if p.is_file()])
+        super().__init__(where, list(_files_below(where, "", frozenset())))
 
     def _content(self, i: int) -> bytes:
         try:
@@ -124,6 +126,7 @@ class ImageTar(_Files):
             with tarfile.open(where, "r:") as archive:
                 for member in archive:
                     self._add(where, member)
+                self._check_end(where, archive.offset)
         except tarfile.TarError as error:
             raise InputError(f"{where} is not a whole, uncompressed tar file ({error}); make it again") from None
         super().__init__(where, list(self._members))
@@ -140,6 +143,15 @@ class ImageTar(_Files):
             )
         if member.isfile():
             self._members[path.as_posix()] = (member.offset_data, member.size)
+
+    @staticmethod
+    def _check_end(where: Path, offset: int) -> None:
+        """A tar ends with blocks of zeros; where a header is cut or damaged, `tarfile` just stops there, silently."""
+        with where.open("rb") as f:
+            f.seek(offset)
+            block = f.read(tarfile.BLOCKSIZE)
+        if block != bytes(tarfile.BLOCKSIZE):
+            raise InputError(f"{where} is cut or damaged at byte {offset}; make the tar file again")
 
     def _content(self, i: int) -> bytes:
         offset, size = self._members[self.names[i]]
@@ -175,17 +187,48 @@ class FashionMNIST(ImageSource):
         return Image.fromarray(self._sheet[y : y + self.side, x : x + self.side])
 
 
+def _files_below(directory: Path, prefix: str, above: frozenset[str]) -> Iterator[str]:
+    """Names of all files, relative to the root; a link to a directory above it would never end and is an error."""
+    real = os.path.realpath(directory)
+    if real in above:
+        raise InputError(f"{directory} links back to {real}, which holds it; remove the link")
+    try:
+        entries = list(os.scandir(directory))
+    except OSError as error:
+        raise InputError(f"directory {directory} can't be read: {error.strerror}; check it") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(directory / entry.name, f"{prefix}{entry.name}/", above | {real})
+        else:  # a dangling link stays in the list: reading it names it
+            yield prefix + entry.name
+
+
 def _decode(content: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
+        deep = _is_deep(image)
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"image {name} is not readable ({' '.join(str(error).split())}); remove or replace it"
         ) from None
-    if image.mode in SIXTEEN_BIT:
-        raise InputError(f"image {name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    if deep:
+        raise InputError(f"image {name} has more than 8 bits a channel; convert it to 8 bits")
+    if image.mode not in MODES:
+        raise InputError(f"image {name} has the colour mode {image.mode}; convert it to 8-bit grey or RGB")
     return image
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether an image that is not loaded yet has more than 8 bits a channel.
+
+    For colour images the mode does not tell: Pillow drops the low bits of a 16-bit PNG or TIFF, and scales a PPM.
+    """
+    if image.mode[0] in "IF":
+        return True
+    if image.format == "PPM":
+        return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
+    return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def prepare(image: Image.Image, size: int, channels: int, fit: str) -> NDArray[np.uint8]:
