@@ -30,7 +30,6 @@ COMMANDS = {
         "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
     ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
-    "inspect": Command("ldt.inspect", "PATH", "what a directory is, and whether it is whole", "path"),
 }
 
 HELP = """\
