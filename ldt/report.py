@@ -72,7 +72,7 @@ def run(config: Config) -> int:
         galleries = [gallery(history, config, plots, prefix(history, runs)) for history in runs]
         page = make_page(runs, charts, galleries, plots.name)
         temporary = output.with_name(f".{output.name}.tmp")
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
         temporary.replace(output)
     except OSError as error:
         raise InputError(f"{output} can't be written ({error.strerror}); give another output=") from None

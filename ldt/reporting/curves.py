@@ -20,7 +20,10 @@ SMOOTH_FROM = 60
 
 @dataclass(frozen=True)
 class Series:
-    """One line: y over samples seen and over hours. `style`: line, faint (behind a smoothed one) or points."""
+    """One line: y over samples seen and over hours. `style`: line, faint (behind a smoothed one) or points.
+
+    `setting` is written at its end, where a run has several lines of the same colour.
+    """
 
     run: int
     label: str
@@ -28,6 +31,7 @@ class Series:
     samples: list[float]
     hours: list[float]
     y: list[float]
+    setting: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,16 @@ def evaluation_groups(run: History) -> dict[str, list[Record]]:
     return named
 
 
+def best_score(run: History, score: str) -> float:
+    """The best of the comparable evaluations of most images; NaN if there are none."""
+    groups = [[r for r in g if math.isfinite(number(r, score))] for g in evaluation_groups(run).values()]
+    groups = [g for g in groups if g]
+    if not groups:
+        return math.nan
+    largest = max(groups, key=lambda g: (number(g[0], "images"), number(g[-1], "time")))
+    return (max if higher_is_better(score) else min)(number(r, score) for r in largest)
+
+
 def decimate(index_n: Sequence[int], y_n: Sequence[float], most: int = MOST_POINTS) -> list[int]:
     """At most `most` of the indices, with the least and the greatest y of each stretch among them."""
     if len(index_n) <= most:
@@ -153,7 +167,8 @@ def _score_charts(runs: Sequence[History]) -> list[Chart]:
                     samples = [number(r, "samples_seen") for r in records]
                     hours = [hours_at(run, s) for s in samples]
                     full = f"{run.name} · {label}" if label else run.name
-                    series.append(Series(k, full, "points", samples, hours, [number(r, name) for r in records]))
+                    y = [number(r, name) for r in records]
+                    series.append(Series(k, full, "points", samples, hours, y, setting=label))
         caption = "higher is better" if higher_is_better(name) else "lower is better"
         charts.append(Chart(name, name, series, caption=caption))
     return charts

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldt import __version__
 from ldt.pictures import to_pil
-from ldt.reporting.curves import Chart, higher_is_better, score_names
+from ldt.reporting.curves import Chart, best_score, score_names
 from ldt.reporting.history import History, number
 from ldt.reporting.html import Markup, content_hash, join, script_json, table, tag
 from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, Pixels, data_uri
@@ -81,38 +81,41 @@ def make_page(runs: Sequence[History], charts: Sequence[Chart], galleries: Seque
 
 
 def _header(runs: Sequence[History]) -> Markup:
-    if len(runs) == 1:
-        run = runs[0]
-        summary = [
-            tag("p", join([model_words(run), " ", data_words(run), " ", outcome_words(run), " ", pill(run)]),
-                class_="lead"),
-            tag("div", *(tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in _facts(run)),
-                class_="tiles"),
-        ]  # fmt: skip
-    else:
-        names = list(dict.fromkeys(name for run in runs for name, _ in _facts(run)))
-        rows = []
-        for k, run in enumerate(runs):
-            facts = dict(_facts(run))
-            rows.append([join([swatch(k), run.name, " ", pill(run)]), *(facts.get(n, "–") for n in names)])
-        summary = [tag("div", table(["run", *names], rows), class_="card")]
-    notes = [tag("p", f"{run.name}: {note}" if len(runs) > 1 else note) for run in runs for note in run.notes]
+    single = len(runs) == 1
+    notes = [tag("p", note if single else f"{run.name}: {note}") for run in runs for note in run.notes]
     return tag(
         "header",
         tag("p", "ldt · training report", class_="overline"),
-        tag("h1", " · ".join(r.name for r in runs) if len(runs) < 4 else f"{len(runs)} runs"),
-        *summary,
+        tag("h1", " · ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"),
+        *(_one(runs[0]) if single else _several(runs)),
         tag("div", *notes, class_="notes") if notes else "",
     )
+
+
+def _one(run: History) -> list[Markup]:
+    words = join([model_words(run), " ", data_words(run), " ", outcome_words(run), " ", pill(run)])
+    tiles = [tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in _facts(run)]
+    return [tag("p", words, class_="lead"), tag("div", *tiles, class_="tiles")]
+
+
+def _several(runs: Sequence[History]) -> list[Markup]:
+    facts = [dict(_facts(run)) for run in runs]
+    names = list(dict.fromkeys(name for one in facts for name in one))
+    rows = []
+    for k, run in enumerate(runs):
+        rows.append([join([swatch(k), run.name, " ", pill(run)]), *(facts[k].get(name, "–") for name in names)])
+    words = [
+        tag("p", join([swatch(k), f"{run.name}: {model_words(run)} {data_words(run)} {outcome_words(run)}"]))
+        for k, run in enumerate(runs)
+    ]
+    return [tag("div", *words, class_="words"), tag("div", table(["run", *names], rows), class_="card")]
 
 
 def _facts(run: History) -> list[tuple[str, str]]:
     """Names and values of the few numbers that matter most."""
     facts = [("samples seen", count(run.samples_seen))]
     for name in score_names([run]):
-        records = [r for r in run.evaluations if np.isfinite(number(r, name))]
-        best = (max if higher_is_better(name) else min)(records, key=lambda r: number(r, name))
-        facts.append((f"best {name}", score(number(best, name))))
+        facts.append((f"best {name}", score(best_score(run, name))))
     if run.validations:
         facts.append(("validation loss", score(number(run.lines[run.validations[-1]], "validation_loss"))))
     if run.steps:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -20,7 +21,8 @@ def write_plots(charts: list[Chart], directory: Path) -> list[Path]:
         for axis in ("samples", "hours"):
             path = directory / f"{chart.id}{'' if axis == 'samples' else '_by_hours'}.png"
             temporary = path.with_name(f".{path.name}.tmp")
-            _figure(chart, axis).savefig(temporary, format="png", dpi=160)
+            with rc_context({"text.parse_math": False}):  # a run may be called $x
+                _figure(chart, axis).savefig(temporary, format="png", dpi=160)
             temporary.replace(path)
             written.append(path)
     return written
@@ -39,7 +41,7 @@ def _figure(chart: Chart, axis: str) -> Figure:
             alpha=0.25 if series.style == "faint" else 1,
             linewidth=0.8 if series.style == "faint" else 1.6,
             markersize=4,
-            label=None if series.style == "faint" else series.label,
+            label=None if series.style == "faint" else f" {series.label}",  # matplotlib hides labels like _this
         )
     for mark in chart.marks:
         colour = COLOURS[mark.run % len(COLOURS)]

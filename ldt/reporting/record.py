@@ -71,7 +71,7 @@ def _origin(run: History) -> list[tuple[str, Any]]:
     manifest = run.checkpoint.manifest
     progress, written = manifest.get("progress", {}), manifest.get("written_by", {})
     sampling = manifest.get("sampling", {})
-    where = f"{written.get('world_size')} processes at ZeRO stage {written.get('zero_stage')}"
+    where = f"world {written.get('world_size')} at ZeRO stage {written.get('zero_stage')}"
     versions = ", ".join(f"{k} {v}" for k, v in written.items() if k not in ("time", "world_size", "zero_stage"))
     encoder = [sampling.get("autoencoder", "–"), ", weights ", tag("code", sampling.get("autoencoder_hash", "–"))]
     skipped = progress.get("skipped")

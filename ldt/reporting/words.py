@@ -12,10 +12,10 @@ def count(value: float) -> str:
 
 
 def score(value: float) -> str:
-    """Four significant digits."""
+    """Four significant digits, or one decimal."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def date(seconds: float) -> str:
@@ -76,13 +76,13 @@ def data_words(run: History) -> str:
 
 def outcome_words(run: History) -> str:
     """One sentence about how far it came, on what, and when."""
-    worlds = list(dict.fromkeys(line["world_size"] for line in run.lines if "world_size" in line))
+    worlds = list(dict.fromkeys(str(line["world_size"]) for line in run.lines if "world_size" in line))
     total = section(run, "train").get("total_samples")
     words = f"{count(run.samples_seen)}" + (f" of {count(total)}" if isinstance(total, (int, float)) else "")
     words += " samples seen"
     if worlds:
-        noun = "process" if worlds == [1] else "processes"
-        words += f" on {', then '.join(map(str, worlds))} {noun}"
+        noun = "process" if worlds == ["1"] else "processes"
+        words += f" on {', then '.join(worlds)} {noun}"
     when = number(run.outcome, "time")
     return f"{words}, {date(when)}." if math.isfinite(when) else f"{words}."
 

@@ -22,13 +22,15 @@
 
   // ------------------------------------------------------------------------------------------------ numbers to words
 
-  const showY = (y, format) => {
-    if (format === "percent") return `${(100 * y).toPrecision(2).replace(/\.?0+$/, "") || 0} %`;
-    if (format === "power") return y === 0 ? "0" : y.toExponential(1).replace(".0", "");
-    const size = Math.abs(y);
-    if (size >= 1e5) return compact.format(y);
-    if (size >= 100) return whole.format(Math.round(y));
-    return String(Number(y.toPrecision(4)));
+  // `step`: the distance of two ticks, whose labels must differ; without it, four digits
+  const decimals = (step) => [0, 1, 2, 3, 4, 5].find((d) => Math.abs(step * 10 ** d - Math.round(step * 10 ** d)) < 1e-6) ?? 6;
+  const showY = (y, format, step = null) => {
+    if (format === "percent") return `${step ? (100 * y).toFixed(decimals(100 * step)) : Number((100 * y).toPrecision(3))} %`;
+    if (format === "power") return y === 0 ? "0" : y.toExponential(step ? 1 : 2).replace(/\.?0+e/, "e");
+    if (step ? step >= 1e4 : Math.abs(y) >= 1e6) return compact.format(y);
+    const digits = step ? decimals(step) : Math.max(0, 3 - Math.floor(Math.log10(Math.abs(y) || 1)));
+    const options = { minimumFractionDigits: step ? digits : 0, maximumFractionDigits: Math.min(digits, 10) };
+    return y.toLocaleString("en", options);
   };
   const showX = (x, exact) => {
     if (state.axis === "samples") return exact ? `${whole.format(x)} samples` : compact.format(x);
@@ -77,14 +79,15 @@
     }
     const limits = range(chart, series);
     const yTicks = ticks(...limits.y, 5);
-    const left = 12 + 7 * Math.max(...yTicks.map((y) => showY(y, chart.format).length));
+    const yLabels = yTicks.map((y) => showY(y, chart.format, yTicks[1] - yTicks[0]));
+    const left = 12 + 7 * Math.max(...yLabels.map((label) => label.length));
     const box = { left, right: width - 14, top: 12, bottom: height - 26 };
     const X = (x) => box.left + ((x - limits.x[0]) / (limits.x[1] - limits.x[0])) * (box.right - box.left);
     const Y = (y) => box.bottom - ((y - limits.y[0]) / (limits.y[1] - limits.y[0])) * (box.bottom - box.top);
 
-    for (const y of yTicks) {
+    for (const [i, y] of yTicks.entries()) {
       svg("line", { class: "rule", x1: box.left, x2: box.right, y1: Y(y), y2: Y(y) }, root);
-      svg("text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, root).textContent = showY(y, chart.format);
+      svg("text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, root).textContent = yLabels[i];
     }
     const unit = state.axis === "hours" ? " h" : "";
     for (const x of ticks(...limits.x, width < 420 ? 4 : 6)) {
@@ -113,6 +116,11 @@
       const finite = s.points.filter(([, y]) => y !== null);
       if (s.style === "points" || finite.length === 1) {
         for (const [x, y] of finite) svg("circle", { class: "dot", cx: X(x), cy: Y(y), r: 4 }, g);
+      }
+      if (s.setting && finite.length) {
+        const [x, y] = finite.at(-1);
+        const anchor = X(x) > (box.left + box.right) / 2 ? "end" : "start";
+        svg("text", { x: X(x), y: Y(y) - 9, "text-anchor": anchor }, g).textContent = s.setting;
       }
     }
     const cross = svg("line", { class: "cross", y1: box.top, y2: box.bottom, visibility: "hidden" }, root);
