@@ -1,0 +1,444 @@
+"""The report: what its page says of a run, that broken files do not stop it, and that a real browser shows and moves it."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from browser import Browser
+from PIL import Image
+from run_data import CLASSES, kept_logger, shared_run
+
+from ldt import rundir
+from ldt.checkpoint import read_manifest
+from ldt.cli import main
+from ldt.config import to_yaml
+from ldt.data.shards.manifest import read_head
+from ldt.data.split import Split
+from ldt.dist import World
+from ldt.errors import InputError
+from ldt.evaluate import Config as EvaluationConfig
+from ldt.evaluate import EvaluateConfig, evaluate
+from ldt.log import append_jsonl
+from ldt.pictures import class_grid, write_picture
+from ldt.report import Config, names, run
+from ldt.reporting.curves import best_score, decimate, evaluation_groups, make_charts, restarts, smooth
+from ldt.reporting.history import read_history, running_hours
+from ldt.reporting.html import Markup, script_json, tag
+from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, open_real, split_grid
+from ldt.train import Config as TrainConfig
+from ldt.train import DataConfig
+
+__all__ = ["kept_logger"]
+
+HOSTILE = "</script><script>window.stolen=1</script><img src=x onerror=window.stolen=1>&\"'"
+COLUMNS = 4
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+START = 1.8e9
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two attempts with curves, grids and scores, its files written by the code that writes them in a run."""
+    root = tmp_path_factory.mktemp("report")
+    path = Path(shutil.copytree(shared_run(tmp_path_factory), root / "first"))
+    shards = read_manifest(path / "checkpoints" / "000000002000")["config"]["data"]["path"]
+    head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1}
+    head["recipe"] |= {"validation_fraction": 0.1, "seed": 0}
+    (root / "shards").mkdir()
+    (root / "shards" / "manifest.json").write_text(json.dumps(head))
+    config = TrainConfig(run_dir=str(path), data=DataConfig(path=str(root / "shards")))
+    for attempt, world_size in enumerate((1, 3)):
+        rundir.prepare(path, to_yaml(config), world_size)
+        start = START + 7200 * attempt  # the second attempt waited for nearly two hours
+        set_start(path, start)
+        write_metrics(path, range(1000 * attempt + 100, 1000 * attempt + 1100, 100), attempt, world_size, start)
+    rundir.write_outcome(path, rundir.DONE, 2000, "trained to the end")
+    (path / "samples").mkdir()
+    for samples_seen in (1000, 1500, 2000):
+        write_picture(path / "samples" / f"{samples_seen:012d}.png", a_grid(samples_seen))
+    scoring = EvaluateConfig(
+        images=9, sampler="euler", steps=1, block=9, checkpoint="all", cache_dir=str(root / "cache")
+    )
+    evaluate(EvaluationConfig(run=str(path), evaluate=scoring), ALONE)
+    return path
+
+
+def set_start(path: Path, start: float) -> None:
+    *earlier, newest = (path / "environment.jsonl").read_text().splitlines()
+    lines = [*earlier, json.dumps(json.loads(newest) | {"time": start})]
+    (path / "environment.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def write_metrics(path: Path, clock: range, attempt: int, world_size: int, start: float) -> None:
+    for i, samples_seen in enumerate(clock):
+        record = {
+            "samples_seen": samples_seen,
+            "loss": 1 / samples_seen,
+            "lr": 1e-3,
+            "grad_norm": 0.5,
+            "images_per_second": 100.0,
+            "world_size": world_size,
+            "data_wait_fraction": 0.01,
+            "time": start + 60 * (i + 1),
+            "attempt": attempt,
+        }
+        append_jsonl(path / "metrics.jsonl", record)
+    held_out = {"samples_seen": clock[-1], "validation_loss": 0.5, "time": start + 601, "attempt": attempt}
+    append_jsonl(path / "metrics.jsonl", held_out)
+
+
+def a_grid(seed: int) -> Image.Image:
+    """As the training program draws them: one row a class."""
+    label_N = np.arange(len(CLASSES) * COLUMNS) % len(CLASSES)
+    image_NHWC = np.random.default_rng(seed).integers(0, 255, (len(label_N), 32, 32, 1), dtype=np.uint8)
+    return class_grid(image_NHWC, label_N)
+
+
+@pytest.fixture
+def run_dir(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as found:
+        yield found
+
+
+def page_of(*runs: Path, **keys: Any) -> str:
+    assert run(Config(runs=[str(r) for r in runs], **keys)) == 0
+    return Path(keys.get("output") or runs[0] / "report.html").read_text()
+
+
+def words_of(page: str) -> str:
+    """What a reader sees, without scripts and styles."""
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words: list[str] = []
+            self.hidden = 0
+
+        def handle_starttag(self, name: str, attributes: Any) -> None:
+            self.hidden += name in ("script", "style")
+
+        def handle_endtag(self, name: str) -> None:
+            self.hidden -= name in ("script", "style")
+
+        def handle_data(self, data: str) -> None:
+            if not self.hidden:
+                self.words.append(data)
+
+    reader = Reader()
+    reader.feed(page)
+    return re.sub(r"\s+", " ", " ".join(reader.words))
+
+
+def data_of(page: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+# -------------------------------------------------------------------------------------------------- what the page says
+
+
+def test_it_says_what_the_run_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith(str(run_dir / "report.html"))
+    words = words_of((run_dir / "report.html").read_text())
+    manifest = read_manifest(run_dir / "checkpoints" / "000000002000")
+    for text in (
+        "2,000 of 1,000,000 samples seen on 1, then 3 processes",
+        "trained to the end",
+        "grey images of 32 pixels in 3 classes as 4×8×8 latents",
+        (run_dir / "checkpoints" / "000000002000" / "manifest.xxh64").read_text().strip(),
+        manifest["sampling"]["autoencoder_hash"],
+        manifest["written_by"]["torch"],
+        "efficientnet_lite0",
+        "Attempts (2)",
+        *CLASSES,
+    ):
+        assert text in words, text
+
+
+def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
+    charts = {c["id"]: c for c in data_of(page_of(run_dir))["charts"]}
+    assert list(charts) == [
+        "fd_efficientnet_lite0", "loss", "grad_norm", "lr", "images_per_second", "data_wait_fraction"
+    ]  # fmt: skip
+    training, validation = charts["loss"]["series"]
+    assert training["samples"] == [float(x) for x in range(100, 2100, 100)]
+    assert training["y"] == [1 / x for x in range(100, 2100, 100)]
+    assert validation["samples"] == [1000.0, 2000.0] and validation["y"] == [0.5, 0.5]
+    scores = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    (scored,) = charts["fd_efficientnet_lite0"]["series"]
+    assert scored["samples"] == [1000.0, 2000.0]
+    assert scored["y"] == [s["fd_efficientnet_lite0"] for s in scores]
+    assert scored["hours"] == pytest.approx([10 / 60, 20 / 60], abs=0.01)
+    (mark,) = charts["loss"]["marks"]
+    assert mark["samples"] == 1000 and "1 → 3 processes" in mark["text"]
+
+
+def test_a_picture_of_every_plot(run_dir: Path) -> None:
+    charts = data_of(page_of(run_dir))["charts"]
+    for chart in charts:
+        for name in (f"{chart['id']}.png", f"{chart['id']}_by_hours.png"):
+            with Image.open(run_dir / "report" / name) as picture:
+                assert len(np.unique(np.asarray(picture.convert("L")))) > 10, name
+    assert {"generated.png", "real.png", "neighbours.png"} <= {p.name for p in (run_dir / "report").iterdir()}
+
+
+def test_several_runs_and_how_they_differ(run_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    before = config["optimizer"]["lr"]
+    config["optimizer"]["lr"] = 0.0777
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    page = page_of(run_dir, other, output=str(tmp_path / "both.html"))
+    words = words_of(page)
+    rows = re.findall(r"<tr><td><code>([\w.]+)</code></td><td><code>(.*?)</code></td><td><code>(.*?)</code>", page)
+    assert rows == [("optimizer.lr", str(before), "0.0777")]
+    assert "Provenance · run" in words and "Provenance · other" in words
+    assert [s["run"] for s in data_of(page)["charts"][2]["series"]] == [0, 1]
+    assert (tmp_path / "both" / "1_real.png").exists() and not (run_dir / "report.html").exists()
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    assert names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert names([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]
+    with pytest.raises(InputError, match="given twice"):
+        names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+# ------------------------------------------------------------------------------------------ pictures and memorisation
+
+
+def test_a_grid_is_taken_apart_again() -> None:
+    rng = np.random.default_rng(0)
+    image_NHWC = rng.integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
+    label_N = np.array([0, 1, 0, 1, 1, 2, 2])
+    rows = split_grid(class_grid(image_NHWC, label_N), 8)
+    assert [len(row) for row in rows] == [2, 3, 2]
+    for label, row in enumerate(rows):
+        assert np.array_equal(np.stack(row), image_NHWC[label_N == label])
+
+
+def test_real_images_stand_in_the_row_of_their_class(run_dir: Path) -> None:
+    page_of(run_dir)
+    with Image.open(run_dir / "report" / "real.png") as picture:
+        rows = split_grid(picture, 32)
+    assert [len(row) for row in rows] == [COLUMNS] * 3
+    real = open_real(read_history(run_dir, "run"))
+    for label, row in enumerate(rows):
+        members = [real.read(i).tobytes() for i in range(len(real.source)) if real.source.label(i) == label]
+        assert {image.tobytes() for image in row} <= set(members) and len({i.tobytes() for i in row}) == COLUMNS
+
+
+def test_a_copied_training_image_is_found(run_dir: Path) -> None:
+    """And one from the held-out part is no copy: those images are not searched."""
+    real = open_real(read_history(run_dir, "run"))
+    split = Split(90, 0.1, 0)
+    stolen, held_out = int(split.training([17])[0]), int(split.validation([3])[0])
+    samples = [real.read(held_out), real.read(stolen)]
+    found = nearest(samples, real, most=1000)
+    assert found.distance_N[1] < 1e-6 < 0.05 < found.distance_N[0]
+    assert np.array_equal(found.rows[0][0], found.rows[0][1]), "the copy comes first, beside its original"
+    assert [len(row) for row in found.rows] == [1 + NEIGHBOURS] * 2
+    assert (found.searched, found.of, len(found.held_out_M)) == (81, 81, 9)
+    assert found.held_out_M.min() > 0.05
+    assert nearest(samples, real, most=10).searched == 10
+
+
+def test_distances_are_root_mean_squares() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.random((3, 50), np.float32), rng.random((2500, 50), np.float32)
+    expected = np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).mean(-1))
+    np.testing.assert_allclose(distances(a, b), expected, rtol=1e-9)
+
+
+def test_without_the_images_it_says_so(run_dir: Path) -> None:
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(re.sub("path: .*shards", "path: /nowhere/shards", config))
+    words = words_of(page_of(run_dir))
+    assert "Real images and nearest neighbours are left out" in words and "/nowhere/shards" in words
+    assert "Nearest training images" not in words and not (run_dir / "report" / "real.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ curves by hand
+
+
+def test_hours_leave_out_pauses_and_lost_work() -> None:
+    lines = [{"time": t} for t in (3600.0, 7200.0, 100_000.0)]
+    assert running_hours(lines, [0.0, 96_400.0]) == pytest.approx([1.0, 2.0, 3.0])
+    assert running_hours(lines, []) == pytest.approx([0.0, 1.0, 1 + 92_800 / 3600])
+
+
+def test_lines_from_before_the_clock_was_set_back_are_gone(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        f.write('{"samples_seen": 1200, "loss": 7.0, "attempt": 2}\n')
+    history = read_history(run_dir, "run")
+    assert [line["samples_seen"] for line in history.lines][-3:] == [1100, 1200, 1200]
+    assert [m.samples for m in restarts(0, history)] == [1000, 1200]
+
+
+def test_scores_of_other_settings_are_another_line(run_dir: Path) -> None:
+    first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
+    append_jsonl(run_dir / "evaluations.jsonl", first | {"images": 50_000, "fd_efficientnet_lite0": 9999.0})
+    append_jsonl(run_dir / "evaluations.jsonl", first | {"kid": 0.25, "precision_at_best": math.nan})
+    history = read_history(run_dir, "run")
+    assert sorted(evaluation_groups(history)) == ["50000 images", "9 images"]
+    assert best_score(history, "fd_efficientnet_lite0") == 9999.0, "never compared with those of few images"
+    assert [c.id for c in make_charts([history])][:2] == ["fd_efficientnet_lite0", "kid"]
+
+
+def test_decimating_keeps_the_extremes_and_smoothing_the_mean() -> None:
+    y = [0.0] * 50_000
+    y[31_234], y[40_001] = 5.0, math.nan
+    kept = decimate(range(len(y)), y, most=100)
+    assert len(kept) <= 100 and 31_234 in kept and kept == sorted(kept)
+    assert smooth([1.0, math.nan, 4.0, 4.0, 4.0], 1) == [1.0, 2.5, 4.0, 4.0, 4.0]
+
+
+# ------------------------------------------------------------------------------------------- broken, missing, hostile
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    rundir.prepare(tmp_path / "new", to_yaml(TrainConfig(run_dir="new", data=DataConfig(path="x"))), 4)
+    words = words_of(page_of(tmp_path / "new"))
+    for text in ("no lines yet", "scored yet", "no checkpoint yet", "No sample grids", "nothing to plot", "running"):
+        assert text in words, text
+
+
+def test_broken_files_are_said_and_left_out(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        f.write('not json\n{"samples_seen": "many", "loss": 1}\n')
+        f.write('{"samples_seen": 2100, "loss": NaN, "attempt": 1}\n{"sam')
+    (run_dir / "environment.jsonl").write_bytes(b"\xff\xfe\n[1, 2]\n")
+    (run_dir / "outcome.json").write_text("{")
+    (run_dir / "samples" / "000000003000.png").write_bytes(b"\x89PNG broken")
+    (run_dir / "checkpoints" / "000000002000" / "manifest.json").write_text("{}")
+    page = page_of(run_dir)
+    words = words_of(page)
+    for text in (
+        "The last line of metrics.jsonl is torn",
+        "metrics.jsonl: 2 damaged lines left out, the first is line 23",
+        "environment.jsonl: 2 damaged lines",
+        "outcome.json is damaged",
+        "1 sample grids are not readable",
+        "Checkpoint 000000002000 is left out",
+        "1 values that are not finite are left out",
+    ):
+        assert text in words, text
+    assert data_of(page)["charts"][1]["series"][0]["y"][-1] is None
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, text in (
+        ([tmp_path / "nothing"], "does not exist"),
+        ([tmp_path / "empty"], "is not a run"),
+        ([], "nothing to report on"),
+        ([tmp_path / "empty", "output=page.pdf"], "must end in .html"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert text in capsys.readouterr().err
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_values_become_text_not_tags() -> None:
+    assert tag("p", HOSTILE).count("<") == 2
+    assert "<script>" not in tag("p", "x", title=HOSTILE) and '"\'"' not in tag("p", "x", title=HOSTILE)
+    assert tag("p", Markup("<b>") + "<i>") == "<p>&lt;b&gt;&lt;i&gt;</p>"
+    assert "<" not in script_json({HOSTILE: [HOSTILE]})
+    assert json.loads(script_json([HOSTILE, math.inf])) == [HOSTILE, None]
+
+
+def make_hostile(run_dir: Path) -> Path:
+    """Every file of the run says something nasty, and so does its name."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"] = {HOSTILE: HOSTILE, "name": HOSTILE, "conditioning": HOSTILE}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    attempt = {"time": 1.0, "host": HOSTILE, "command": [HOSTILE, HOSTILE], "git": HOSTILE}
+    append_jsonl(run_dir / "environment.jsonl", attempt)
+    step = {"samples_seen": 2000, "loss": 1.0, "attempt": HOSTILE, "world_size": [HOSTILE]}
+    append_jsonl(run_dir / "metrics.jsonl", step)
+    score = {"samples_seen": 2000, "fid": 1.0, "sampler": HOSTILE, "detector": HOSTILE, "checkpoint_hash": HOSTILE}
+    append_jsonl(run_dir / "evaluations.jsonl", score | {"fid_<b>": 2.0, "weights": "\ud800"})
+    rundir.write_json(run_dir / "outcome.json", {"outcome": HOSTILE, "message": HOSTILE})
+    return run_dir.rename(run_dir.with_name("<img src=x onerror=alert(1)> $\\frac"))
+
+
+# ----------------------------------------------------------------------------------------------------- a real browser
+
+
+def test_a_browser_shows_it_and_the_slider_moves(run_dir: Path, browser: Browser) -> None:
+    frames = data_of(page_of(run_dir))["grids"][0]
+    assert [f["samples"] for f in frames] == [1000, 1500, 2000]
+    for width in (1200, 390):
+        browser.open(run_dir / "report.html", width=width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        curves = "[...document.querySelectorAll('.chart svg')].map(s => s.querySelectorAll('path.curve').length)"
+        assert browser.evaluate(curves) == [1, 2, 1, 1, 1, 1]
+        shown = "document.querySelector('img.generated').src"
+        assert browser.evaluate(shown) == frames[2]["source"]
+        browser.evaluate("document.querySelector('input[type=range]').focus()")
+        browser.press("ArrowLeft", 37)
+        assert browser.evaluate(shown) == frames[1]["source"] != frames[2]["source"]
+        assert browser.evaluate("document.querySelector('output').textContent") == "1,500"
+        browser.press("Home", 36)
+        assert browser.evaluate(shown) == frames[0]["source"]
+        assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert browser.problems == []
+    assert [url for url in browser.requests if not url.endswith("/report.html")] == []
+
+
+def test_axis_legend_and_pointer(run_dir: Path, tmp_path: Path, browser: Browser) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    page_of(run_dir, other)
+    browser.open(run_dir / "report.html")
+    paths = "[...document.querySelectorAll('[data-chart=\"1\"] path.curve')].map(p => p.getAttribute('d'))"
+    ticks = "[...document.querySelectorAll('[data-chart=\"1\"] svg text')].map(t => t.textContent).join(' ')"
+    before = browser.evaluate(paths)
+    assert len(before) == 4 and "2K" in browser.evaluate(ticks)
+    browser.evaluate("document.querySelector('[data-axis=hours]').click()")
+    assert browser.evaluate(paths) != before and " h" in browser.evaluate(ticks)
+    browser.evaluate("document.querySelector('.legend [data-run=\"1\"]').click()")
+    assert len(browser.evaluate(paths)) == 2
+    assert browser.evaluate("document.querySelectorAll('[data-chart=\"1\"] .flag').length") == 1
+    browser.evaluate("document.querySelector('[data-chart=\"2\"]').scrollIntoView()")
+    box = browser.evaluate(
+        "(b => [b.right - 20, b.y + 50])(document.querySelector('[data-chart=\"2\"] svg').getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+    assert "0.5" in browser.evaluate("document.querySelector('[data-chart=\"2\"] .tip').textContent")
+    assert browser.problems == []
+
+
+def test_a_hostile_run_stays_text(run_dir: Path, browser: Browser) -> None:
+    hostile = make_hostile(run_dir)
+    page_of(hostile)
+    browser.open(hostile / "report.html")
+    assert browser.evaluate("typeof window.stolen") == "undefined"
+    assert browser.evaluate("[...document.images].filter(i => !i.src.startsWith('data:')).length") == 0
+    assert browser.evaluate("document.querySelectorAll('script').length") == 2
+    assert "onerror" in browser.evaluate("document.body.innerText"), "it is shown as what it is"
+    assert browser.problems == []
+
+
+def test_only_the_pages_own_script_may_run(run_dir: Path, browser: Browser) -> None:
+    page = page_of(run_dir)
+    (run_dir / "report.html").write_text(page.replace("</main>", "<script>window.stolen=1</script></main>"))
+    browser.open(run_dir / "report.html")
+    assert browser.evaluate("typeof window.stolen") == "undefined"
+    assert any("Content Security Policy" in problem for problem in browser.problems)
+    browser.problems.clear()
