@@ -30,6 +30,8 @@ from ldt.rng import Purpose
 
 logger = log.get_logger(__name__)
 
+MOST_STEPS = 4096  # (image id, step) make one key of the noise that stochastic samplers add
+
 
 @dataclass
 class DrawConfig(SamplerConfig):
@@ -43,6 +45,8 @@ class DrawConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.steps > MOST_STEPS:
+            raise InputError(f"steps={self.steps} must be at most {MOST_STEPS}")
         if self.block < 1:
             raise InputError(f"block={self.block} must be at least 1; it is how many images the network makes at once")
 
@@ -113,7 +117,16 @@ def sample_images(
     noise = torch.from_numpy(rng.normal(config.seed, Purpose.SAMPLE_NOISE, id_B, int(np.prod(shape))))
     noise_BCHW = noise.view(-1, *shape).to(model.device)
     condition = Condition(label_B=labels.to(model.device))
-    latent_BCHW = sample(model.denoiser, model.objective, noise_BCHW, condition, classes, config)
+
+    def step_noise(step: int) -> Tensor:
+        key_B = np.asarray(id_B, np.int64) * MOST_STEPS + step
+        return (
+            torch.from_numpy(rng.normal(config.seed, Purpose.SAMPLE_STEP, key_B, noise[0].numel()))
+            .view(noise_BCHW.shape)
+            .to(model.device)
+        )
+
+    latent_BCHW = sample(model.denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise)
     mean_C11 = torch.tensor(model.sampling.mean_C, device=model.device)[:, None, None]
     std_C11 = torch.tensor(model.sampling.std_C, device=model.device)[:, None, None]
     return model.autoencoder.decode(latent_BCHW * std_C11 + mean_C11).cpu()

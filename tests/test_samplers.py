@@ -1,6 +1,7 @@
 """Samplers against the closed-form solution on Gaussian data, in float64."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from ldt.errors import InputError
 from ldt.nn.condition import Condition
 
 MEAN, STD = 0.7, 0.4
-ORDER = {"euler": 1, "heun": 2}
+ORDER = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp_2m": 2}
+STOCHASTIC = ("ddpm", "sde", "dpmpp_2m_sde")
 
 
 def gaussian_predict(schedule: Schedule, calls: list[float] | None = None):
@@ -36,11 +38,15 @@ def gaussian_predict(schedule: Schedule, calls: list[float] | None = None):
     return predict
 
 
-def exact(schedule: Schedule, x1: torch.Tensor) -> torch.Tensor:
-    """The end at t = 0 of the probability-flow ODE: deviations scale like the marginal standard deviation."""
-    one = torch.ones((), dtype=torch.float64)
-    alpha, sigma = schedule.alpha(one), schedule.sigma(one)
-    return MEAN + STD * (x1 - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
+def exact(schedule: Schedule, x: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    """The probability-flow ODE from t to s: deviations scale like the marginal standard deviation."""
+
+    def marginal(time: float) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = (f(torch.tensor(time, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma))
+        return alpha * MEAN, (alpha**2 * STD**2 + sigma**2).sqrt()
+
+    (mean_t, std_t), (mean_s, std_s) = marginal(t), marginal(s)
+    return mean_s + std_s * (x - mean_t) / std_t
 
 
 def noise(n: int = 64) -> torch.Tensor:
@@ -50,24 +56,128 @@ def noise(n: int = 64) -> torch.Tensor:
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("name", ORDER)
 def test_convergence_order_on_gaussian_data(name: str, schedule_name: str) -> None:
+    """On the whole way for the solvers in t; for the one in λ on a stretch where λ is finite, as its theory asks."""
     schedule = make_schedule(schedule_name)
+    high, low = (0.95, 0.05) if name == "dpmpp_2m" else (1.0, 0.0)
     errors = []
-    for steps in (40, 80, 160):
-        end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(), sampling_times(steps))
-        errors.append((end - exact(schedule, noise())).abs().max().item())
+    for steps in (80, 160, 320):
+        times = [low + (high - low) * t for t in sampling_times(steps)]
+        end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(), times, no_noise)
+        errors.append((end - exact(schedule, noise(), high, low)).abs().max().item())
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert orders[-1] == pytest.approx(ORDER[name], abs=0.15), (errors, orders)
 
 
 def test_every_sampler_has_a_tested_order() -> None:
-    assert set(ORDER) == set(SAMPLERS)
+    assert {*ORDER, *STOCHASTIC} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+@pytest.mark.parametrize("name", ORDER)
+def test_the_whole_way_ends_at_the_data(name: str, schedule_name: str) -> None:
+    schedule = make_schedule(schedule_name)
+    end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(), sampling_times(200), no_noise)
+    assert (end - exact(schedule, noise(), 1, 0)).abs().max() < 0.05
+
+
+def no_noise(step: int) -> torch.Tensor:
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+def moments(name: str, schedule: Schedule, steps: int) -> tuple[float, float]:
+    """Exact mean and standard deviation of a stochastic sampler's results on Gaussian data, without drawing any.
+
+    There every step is linear, so the end is A·x1 + B + Σ c_k·z_k. Rows of the batch read off B, A + B and B + c_k.
+    """
+    x = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+
+    def impulse(step: int) -> torch.Tensor:
+        z = torch.zeros_like(x)
+        z[2 + step] = 1
+        return z
+
+    end = SAMPLERS[name](gaussian_predict(schedule), schedule, x, sampling_times(steps), impulse).flatten()
+    start = float(schedule.sigma(torch.ones((), dtype=torch.float64)))
+    variance = ((end[1] - end[0]) * start) ** 2 + (end[2:] - end[0]).square().sum()
+    return float(end[0]), float(variance.sqrt())
+
+
+@pytest.mark.parametrize("schedule_name", ["rectified_flow", "cosine"])  # these end in pure noise, as samplers assume
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_samplers_reach_the_moments_of_the_data(name: str, schedule_name: str) -> None:
+    schedule = make_schedule(schedule_name)
+    errors = [abs(moments(name, schedule, n)[1] - STD) for n in (100, 200, 400)]
+    assert abs(moments(name, schedule, 400)[0] - MEAN) < 0.01
+    assert errors[-1] < 0.02 * STD
+    order = math.log2(errors[-2] / errors[-1])
+    assert order > 0.85, (errors, order)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_every_drawn_number_matters_but_those_of_the_last_step(name: str) -> None:
+    schedule, steps = make_schedule("cosine"), 6
+    drawn: list[int] = []
+
+    def recording(step: int) -> torch.Tensor:
+        drawn.append(step)
+        return torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), sampling_times(steps), recording)
+    assert drawn == list(range(steps - 1))
+
+
+class Discrete:
+    """A diffusers scheduler's α and σ at its integer steps: t = (step + 1) / 1000, and pure data at 0."""
+
+    def __init__(self, cumulative: torch.Tensor) -> None:
+        self.square = torch.cat([torch.ones(1, dtype=torch.float64), cumulative.double()])
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return self.square[(t * 1000).round().long()].sqrt()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return (1 - self.square[(t * 1000).round().long()]).sqrt()
+
+    def slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("not needed")
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("ddim", "DDIMScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")])
+def test_agreement_with_diffusers(name: str, theirs: str) -> None:
+    """The same model outputs give the same trajectory as diffusers' scheduler."""
+    settings = {"timestep_spacing": "trailing"}
+    settings |= {"clip_sample": False} if name == "ddim" else {"solver_order": 2, "final_sigmas_type": "zero"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers and numpy 2 quarrel about __array__
+        import diffusers
+
+        scheduler = getattr(diffusers, theirs)(num_train_timesteps=1000, **settings)
+        scheduler.set_timesteps(20)
+    schedule = Discrete(scheduler.alphas_cumprod)
+
+    def network(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.tanh(x) * (0.3 + 0.5 * t) + 0.1 * x
+
+    x = noise()
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(network(x, (int(timestep) + 1) / 1000), timestep, x).prev_sample
+
+    def predict(x: torch.Tensor, t: float) -> Prediction:
+        time = torch.tensor(t, dtype=torch.float64)
+        eps = network(x, t)
+        return Prediction((x - schedule.sigma(time) * eps) / schedule.alpha(time), eps)
+
+    times = [(int(i) + 1) / 1000 for i in scheduler.timesteps] + [0.0]
+    ours = SAMPLERS[name](predict, schedule, noise(), times, no_noise)
+    torch.testing.assert_close(ours, x.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_calls_of_the_network() -> None:
     schedule = make_schedule("rectified_flow")
-    for name, expected in (("euler", 8), ("heun", 15)):
+    for name, expected in (("euler", 8), ("heun", 15), ("ddim", 8), ("dpmpp_2m", 8)):
         calls: list[float] = []
-        SAMPLERS[name](gaussian_predict(schedule, calls), schedule, noise(1), sampling_times(8))
+        SAMPLERS[name](gaussian_predict(schedule, calls), schedule, noise(1), sampling_times(8), no_noise)
         assert len(calls) == expected
         assert min(calls) > 0, "never asked at t = 0, where some predictions say nothing"
 
@@ -113,7 +223,7 @@ def test_guidance_only_inside_its_interval() -> None:
 def test_no_guidance_costs_no_second_half() -> None:
     denoiser = Marked()
     condition = Condition(torch.tensor([0, 1]))
-    sample(denoiser, Objective(ObjectiveConfig()), noise(2).float(), condition, 10, SamplerConfig(steps=3))
+    sample(denoiser, Objective(ObjectiveConfig()), noise(2).float(), condition, 10, SamplerConfig(steps=3), no_noise)
     assert {n for n, _ in denoiser.calls} == {2}
 
 
@@ -136,8 +246,10 @@ def test_every_prediction_leads_to_the_data(prediction: str) -> None:
         }[prediction]
 
     label_B = torch.zeros(len(noise()), dtype=torch.int64)
-    end = sample(denoiser, objective, noise(), Condition(label_B), 1, SamplerConfig(sampler="heun", steps=100))
-    expected = SAMPLERS["heun"](optimal, objective.schedule, noise(), sampling_times(100))
+    end = sample(
+        denoiser, objective, noise(), Condition(label_B), 1, SamplerConfig(sampler="heun", steps=100), no_noise
+    )
+    expected = SAMPLERS["heun"](optimal, objective.schedule, noise(), sampling_times(100), no_noise)
     # eps says nothing about x0 at t = 1, which spoils the first of the 100 steps a little
     assert torch.allclose(end, expected, rtol=0, atol=4e-3 if prediction == "eps" else 1e-9)
 
