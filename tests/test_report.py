@@ -1,9 +1,11 @@
-"""The report: what its page says of a run, that broken files do not stop it, and that a real browser shows and moves it."""
+"""The report: what its page says of a run, that broken files do not stop it, and what a real browser makes of it."""
 
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -294,11 +296,11 @@ def test_lines_from_before_the_clock_was_set_back_are_gone(run_dir: Path) -> Non
 def test_scores_of_other_settings_are_another_line(run_dir: Path) -> None:
     first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
     append_jsonl(run_dir / "evaluations.jsonl", first | {"images": 50_000, "fd_efficientnet_lite0": 9999.0})
-    append_jsonl(run_dir / "evaluations.jsonl", first | {"kid": 0.25, "precision_at_best": math.nan})
+    append_jsonl(run_dir / "evaluations.jsonl", first | {"kid": 0.25, "kid_std": 0.01, "recall": math.nan})
     history = read_history(run_dir, "run")
     assert sorted(evaluation_groups(history)) == ["50000 images", "9 images"]
     assert best_score(history, "fd_efficientnet_lite0") == 9999.0, "never compared with those of few images"
-    assert [c.id for c in make_charts([history])][:2] == ["fd_efficientnet_lite0", "kid"]
+    assert [c.id for c in make_charts([history])][:3] == ["fd_efficientnet_lite0", "kid", "loss"]
 
 
 def test_decimating_keeps_the_extremes_and_smoothing_the_mean() -> None:
@@ -442,3 +444,14 @@ def test_only_the_pages_own_script_may_run(run_dir: Path, browser: Browser) -> N
     assert browser.evaluate("typeof window.stolen") == "undefined"
     assert any("Content Security Policy" in problem for problem in browser.problems)
     browser.problems.clear()
+
+
+def test_the_command_that_takes_the_pictures_for_the_docs(run_dir: Path, tmp_path: Path) -> None:
+    page_of(run_dir)
+    tool = Path(__file__).parents[1] / "tools" / "screenshots.py"
+    command = [sys.executable, tool, run_dir / "report.html", tmp_path / "out", "--views", "phone", "dark"]
+    subprocess.run(command, check=True)
+    with Image.open(tmp_path / "out" / "report-phone.png") as phone:
+        assert phone.width == 2 * 390 and phone.height > 2000
+    with Image.open(tmp_path / "out" / "report-dark.png") as dark:
+        assert np.asarray(dark.convert("L"))[5, 5] < 40 < len(np.unique(np.asarray(dark.convert("L"))))

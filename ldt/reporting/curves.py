@@ -9,13 +9,16 @@ from typing import Any
 
 from ldt.reporting.history import History, Record, number
 
-SCORE_NAME = re.compile(r"(fd|fid|sfid|kid|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?")
+SCORE_NAME = re.compile(
+    r"(?!.*_(std|error|hash|subsets|k)$)"  # what goes with a score, but is none
+    r"(fd|fid|sfid|kid|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?"
+)
 HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip")
 SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed")
 """Evaluation keys that decide a score, in the order in which a legend names them."""
 SETTINGS_UNNAMED = ("guidance_low", "guidance_high", "block", "detector_hash", "reference_hash")
 MOST_POINTS = 1200
-SMOOTH_FROM = 60
+SMOOTH_FROM = 200
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def _loss_chart(runs: Sequence[History]) -> Chart:
         series += _line(k, run, "loss", run.steps, f"{run.name} · training", smoothed=True)
         held_out = _line(k, run, "validation_loss", run.validations, f"{run.name} · validation", smoothed=False)
         series += [Series(k, s.label, "points", s.samples, s.hours, s.y) for s in held_out]
-    caption = "line: training batches, dots: averaged weights on held-out images"
+    smoothed = " (smoothed)" if any(s.style == "faint" for s in series) else ""
+    caption = f"line: training batches{smoothed}, dots: averaged weights on held-out images"
     return Chart("loss", "Loss", series, caption=_sentence(caption, _not_finite(runs, "loss")))
 
 
