@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 12
     SAMPLE_STEP = 13
     SOURCE = 14
+    SAMPLE_SUBSET = 15
 
 
 def _words(seed: int, purpose: int, key: tuple[int, ...], n: int) -> NDArray[np.uint64]:

@@ -1,0 +1,96 @@
+"""Scores of whole sets of features: Inception Score, kernel distance, precision and recall. All in float64.
+
+Rows are images in the order of their ids; nothing is shuffled by hidden state, so a score belongs to its images.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ldt import rng
+from ldt.errors import InputError
+
+CHUNK = 4096
+
+
+class Score(NamedTuple):
+    """Mean and standard deviation over splits or subsets."""
+
+    mean: float
+    std: float
+
+
+def inception_score(logit_NC: ArrayLike, splits: int = 10) -> Score:
+    """exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 1606.03498) over contiguous splits in id order, as ADM does."""
+    logit_NC = torch.as_tensor(np.asarray(logit_NC)).double()
+    if len(logit_NC) < splits:
+        raise InputError(f"an Inception Score over {splits} splits needs at least as many images, not {len(logit_NC)}")
+    bounds = [i * len(logit_NC) // splits for i in range(splits + 1)]
+    scores = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        log_p = logit_NC[start:stop].log_softmax(1)
+        log_marginal = torch.logsumexp(log_p, 0) - np.log(stop - start)
+        scores.append(float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp()))
+    return Score(float(np.mean(scores)), float(np.std(scores)))
+
+
+def kernel_distance(
+    one_ND: ArrayLike, other_MD: ArrayLike, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Score:
+    """KID (Bińkowski et al. 1801.01401): unbiased squared MMD with the kernel (x·y/D + 1)³, over keyed subsets."""
+    one, other = (np.asarray(x, np.float64) for x in (one_ND, other_MD))
+    if min(len(one), len(other)) < subset_size:
+        raise InputError(
+            f"a kernel distance over subsets of {subset_size} needs at least as many images on both sides, "
+            f"not {len(one)} and {len(other)}; take smaller subsets or more images"
+        )
+    first = np.arange(subset_size)
+    values = []
+    for k in range(subsets):
+        x = one[rng.permute(first, len(one), seed, rng.Purpose.SAMPLE_SUBSET, k, 0)]
+        y = other[rng.permute(first, len(other), seed, rng.Purpose.SAMPLE_SUBSET, k, 1)]
+        values.append(_squared_mmd(x, y))
+    return Score(float(np.mean(values)), float(np.std(values)))
+
+
+def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    n, width = x.shape
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / width + 1) ** 3
+
+    within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
+    return float(within / (n * (n - 1)) - 2 * kernel(x, y).mean())
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of generated images inside the real manifold, and of real ones inside the generated."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(generated_ND: ArrayLike, real_MD: ArrayLike, neighbours: int = 3) -> PrecisionRecall:
+    """Kynkäänniemi et al. 1904.06991: a manifold is the union of balls that reach to each point's k-th neighbour."""
+    generated, real = (torch.as_tensor(np.asarray(x)).float() for x in (generated_ND, real_MD))
+    if min(len(generated), len(real)) <= neighbours:
+        raise InputError(
+            f"precision and recall with {neighbours} neighbours need more images on both sides than that, "
+            f"not {len(generated)} and {len(real)}"
+        )
+    return PrecisionRecall(_inside(generated, real, neighbours), _inside(real, generated, neighbours))
+
+
+def _inside(point_ND: Tensor, centre_MD: Tensor, neighbours: int) -> float:
+    """Share of the points that lie in some centre's ball."""
+    radius_M = torch.cat([_distance(c, centre_MD).kthvalue(neighbours + 1).values for c in centre_MD.split(CHUNK)])
+    return float(
+        torch.cat([(_distance(p, centre_MD) <= radius_M).any(1) for p in point_ND.split(CHUNK)]).double().mean()
+    )
+
+
+def _distance(a_ND: Tensor, b_MD: Tensor) -> Tensor:
+    return torch.cdist(a_ND, b_MD)
