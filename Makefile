@@ -28,8 +28,12 @@ lint: setup
 	mypy
 	lint-imports
 
-test: lint
+test: lint .venv/peers
 	pytest
+
+.venv/peers: .venv/ready tests/requirements-peers.txt
+	$(BIN)/pip install --quiet --no-deps -r tests/requirements-peers.txt
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

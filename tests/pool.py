@@ -1,7 +1,7 @@
 """Pools of real processes for distributed tests: started once a world size, many cases inside.
 
 A case is a module-level function `case(world, **arguments)` of a test module; every rank calls it and rank 0's return
-value (JSON) comes back. A case that fails on any rank raises here with that rank's traceback and costs the pool its life.
+value (JSON) comes back. A case that fails on any rank raises here with that rank's traceback and ends the pool.
 
 Run as a program this file is one rank of a pool.
 """
