@@ -31,8 +31,9 @@ lint: setup
 test: lint .venv/peers
 	pytest
 
+# apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
 .venv/peers: .venv/ready tests/requirements-peers.txt
-	$(BIN)/pip install --quiet --no-deps -r tests/requirements-peers.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-peers.txt
 	touch $@
 
 clean:

@@ -8,24 +8,24 @@ image ids, so that they do not depend on the number of processes.
 import hashlib
 import json
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ldt import log
 from ldt.checkpoint import MANIFEST, Loaded, listed, load_denoiser, newest, versions
 from ldt.config import to_dict
-from ldt.data.shards.manifest import read_head
-from ldt.dist import World, broadcast, in_block_order, process_group
+from ldt.data.shards.manifest import HEAD, read_head
+from ldt.dist import World, barrier, broadcast, process_group
 from ldt.errors import InputError
 from ldt.metrics.detectors import Detector, make_detector
-from ldt.metrics.frechet import frechet_distance
-from ldt.metrics.moments import Moments, MomentStream
 from ldt.metrics.reference import Reference, reference_of_images
+from ldt.metrics.reference import load as load_reference
+from ldt.metrics.scores import check, compute, score_names
+from ldt.metrics.store import FeatureStore
 from ldt.options import choice, section
 from ldt.rundir import write_json
 from ldt.sample import DrawConfig, block_ids, image_model, sample_images
@@ -39,13 +39,18 @@ Section = dict[str, Any]
 class EvaluateConfig(DrawConfig):
     """How checkpoints are scored.
 
-    `checkpoint`: newest, all, or one's number of samples. `reference`: real images (directory, tar or embedded:NAME);
-    empty for those the run's data were encoded from, in which case `fit` must stay `as_encoded`. `output`: the
-    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
+    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`, `resize`: of the
+    inception detector. `checkpoint`: newest, all, or one's number of samples. `reference`: real images (directory, tar
+    or embedded:NAME, brought to size by `fit`), latent shards (the images behind them) or an .npz of statistics; empty
+    for the images that the run's data were encoded from. `output`: the evaluations.jsonl to write, empty for the
+    run's. `cache_dir`: where statistics of real images are kept.
     """
 
     images: int = 50_000
-    detector: str = choice("efficientnet_lite0")
+    metrics: list[str] = field(default_factory=lambda: ["frechet"])
+    detector: str = choice("efficientnet_lite0", "inception")
+    weights_file: str = ""
+    resize: str = choice("tensorflow", "bilinear", "clean")
     checkpoint: str = "newest"
     reference: str = ""
     fit: str = choice("as_encoded", "crop", "pad")
@@ -56,13 +61,18 @@ class EvaluateConfig(DrawConfig):
         super().__post_init__()
         if self.images < 2:
             raise InputError(f"evaluate.images={self.images} must be at least 2; published scores use 50000")
-        if self.reference and self.fit == "as_encoded":
+        if _is_images(self.reference) and self.fit == "as_encoded":
             raise InputError(
                 f"evaluate.reference={self.reference} needs evaluate.fit=crop or pad: how its images come to the "
                 "size of the generated ones"
             )
-        if not self.reference and self.fit != "as_encoded":
-            raise InputError(f"evaluate.fit={self.fit} belongs to evaluate.reference, which is not set")
+        if not _is_images(self.reference) and self.fit != "as_encoded":
+            raise InputError(f"evaluate.fit={self.fit} belongs to images given as evaluate.reference")
+
+
+def _is_images(reference: str) -> bool:
+    """Whether a reference is a set of images, rather than statistics, latent shards or the run's own data."""
+    return bool(reference) and not reference.endswith(".npz") and not (Path(reference) / HEAD).exists()
 
 
 @dataclass
@@ -91,7 +101,7 @@ class Config:
             raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
 
 
-NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir")
+NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file")
 """Keys that say where things are, not what is computed."""
 
 
@@ -107,7 +117,8 @@ def evaluate(config: Config, world: World) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
     settings = config.evaluate
     checkpoints = broadcast(select(Path(config.run or config.run_dir), settings.checkpoint))
-    detector = make_detector(settings.detector, world.device)
+    detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize)
+    check(settings.metrics, detector)
     reference = None
     for path in checkpoints:
         loaded = load_denoiser(path, settings.weights, world.device)
@@ -136,8 +147,10 @@ def select(path: Path, which: str) -> list[Path]:
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
     """Statistics of the real images to compare with."""
     path, fit = config.reference, config.fit
-    if not path:
-        shards = Path(loaded.config["data"]["path"])
+    if path.endswith(".npz"):
+        return load_reference(Path(path), detector)
+    if not _is_images(path):
+        shards = Path(path or loaded.config["data"]["path"])
         recipe = read_head(shards)["recipe"]
         if "images.path" not in recipe:
             raise InputError(
@@ -160,16 +173,17 @@ def score_once(
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
         start = time.time()
-        moments = generated_moments(config, loaded, detector, world)
-        assert moments.count == config.images, (moments.count, config.images)
+        store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
+        blocks = make_features(config, loaded, detector, store, world)
         if world.rank != 0:
             return
-        score = frechet_distance(moments.mean_D, moments.covariance_DD, reference.mean_D, reference.covariance_DD)
+        scores, moments = compute(config.metrics, detector, store, blocks, reference, config.seed)
+        assert moments.count == config.images, (moments.count, config.images)
         result = {
             "samples_seen": loaded.samples_seen,
-            detector.score: score,
+            **scores,
             **identity,
-            "rank_deficient": min(moments.count, reference.images) <= detector.width,
+            "rank_deficient": min(moments.count, reference.images or moments.count) <= moments.width,
             "reference_images": reference.images,
             "moments_hash": moments.hash,
             "checkpoint_hash": loaded.hash,
@@ -180,30 +194,41 @@ def score_once(
             "time": time.time(),
             **versions(),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result)
+        store.remove()
         _warn_of_few(result, detector)
     if world.rank == 0:
         derive_jsonl(output)
-        print(f"{detector.score} {result[detector.score]:.4f} at {loaded.samples_seen} samples seen: {output}")
+        shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
+        print(f"{shown} at {loaded.samples_seen} samples seen: {output}")
 
 
-def generated_moments(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Moments:
-    """Moments of the features of images 0 to config.images − 1, on every rank."""
+def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, store: FeatureStore, world: World) -> int:
+    """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks.
+
+    The network always sees whole blocks: what a last one has too many is dropped. While it makes the next block, a
+    thread looks at the last one.
+    """
     model = image_model(loaded, config.precision, world.device)
+    blocks = -(-config.images // config.block)
 
-    def features(k: int) -> NDArray[np.float32]:
-        ids = block_ids(k, config.block)
-        image_BHWC = sample_images(model, ids, config)
-        # the padded block goes through the detector as well: the size of its batch matters as little
-        return detector(image_BHWC).feature_BD.cpu().numpy()[: config.images - ids.start]
+    def detect(k: int, image_BHWC: torch.Tensor) -> None:
+        wanted = config.images - k * config.block
+        store.write(k, {name: value[:wanted] for name, value in detector(image_BHWC).arrays().items()})
 
-    stream = MomentStream(detector.width)
-    with log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar:
-        for feature_BD in in_block_order(-(-config.images // config.block), features, world):
-            stream.add(feature_BD)
-            bar.update(len(feature_BD))
-    return stream.moments()
+    missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
+    with ThreadPoolExecutor(1) as thread, log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar:
+        pending: Future[None] | None = None
+        for k in missing:
+            image_BHWC = sample_images(model, block_ids(k, config.block), config)
+            if pending is not None:
+                pending.result()
+            pending = thread.submit(detect, k, image_BHWC)
+            bar.update(config.block * world.size)
+        if pending is not None:
+            pending.result()
+    barrier()
+    return blocks
 
 
 def derive_jsonl(output: Path) -> None:
@@ -235,12 +260,12 @@ def _device_name(device: torch.device) -> str:
 
 
 def _warn_of_few(result: dict[str, Any], detector: Detector) -> None:
-    if result["rank_deficient"]:
+    if result["rank_deficient"] and detector.score in result:
         logger.warning(
             "%s of %d generated and %d real images is biased upwards: the detector has %d features and wants more "
             "images than that; compare only scores of equal numbers of images",
             detector.score,
             result["images"],
             result["reference_images"],
-            detector.width,
+            detector.outputs["features"],
         )

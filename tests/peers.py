@@ -1,4 +1,7 @@
-"""Peers' evaluators, imported beside a CPU build of torch, with one random Inception for all of them."""
+"""Peers' evaluators, imported beside a CPU build of torch, with one random Inception for all of them.
+
+They live in a directory of their own (`make .venv/peers`), which only processes that import this module see.
+"""
 
 import importlib
 import sys
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / ".venv" / "peers"))
 # torchvision's wheels are CUDA builds: beside a CPU torch only this module of theirs fails, and no evaluator needs it
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 

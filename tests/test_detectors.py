@@ -61,7 +61,7 @@ def test_agrees_with_an_independent_forward(detector: EfficientNetLite0Detector)
     x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = detector.net(x)
-    assert ours.shape == (2, 1280) == (2, detector.width)
+    assert ours.shape == (2, 1280) == (2, detector.outputs["features"])
     assert torch.allclose(ours, independent_features(x), rtol=1e-3, atol=1e-4)
 
 

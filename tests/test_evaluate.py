@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peers import random_inception
 from pool import Pool
 from run_data import kept_logger, shared_run
 
@@ -19,12 +20,15 @@ from ldt.config import load
 from ldt.data.images import open_images, prepare
 from ldt.dist import World
 from ldt.errors import InputError
-from ldt.evaluate import Config, EvaluateConfig, evaluate, run
+from ldt.evaluate import Config, EvaluateConfig, evaluate, make_features, run
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.reference import load as load_reference
 from ldt.metrics.reference import reference_of_images
+from ldt.metrics.scores import METRICS
+from ldt.metrics.sets import inception_score, kernel_distance, precision_recall
+from ldt.metrics.store import FeatureStore
 from ldt.sample import DrawConfig, image_model, sample_images
 
 FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
@@ -69,9 +73,12 @@ def test_bitwise_the_same_from_any_number_of_processes(
     assert [r["world_size"] for r in results] == [1, 2, 3]
     for key in (SCORE, "moments_hash", "reference_hash", "images"):
         assert len({r[key] for r in results}) == 1, key
-    references = [load_reference(next((tmp_path / f"{size}").glob("*.npz"))) for size in (1, 2, 3)]
+    detector = make_detector("efficientnet_lite0")
+    references = [load_reference(next((tmp_path / f"{size}").glob("*.npz")), detector) for size in (1, 2, 3)]
     for other in references[1:]:
-        assert np.array_equal(other.covariance_DD, references[0].covariance_DD)
+        assert np.array_equal(
+            other.statistics("features").covariance_DD, references[0].statistics("features").covariance_DD
+        )
 
 
 def test_another_block_agrees_closely(run_dir: Path, settings: Callable[..., EvaluateConfig]) -> None:
@@ -166,7 +173,7 @@ def test_bad_input_is_refused(run_dir: Path, tmp_path: Path, settings: Callable[
         EvaluateConfig(images=1)
     with pytest.raises(InputError, match="needs evaluate.fit"):
         EvaluateConfig(reference="somewhere")
-    with pytest.raises(InputError, match="not set"):
+    with pytest.raises(InputError, match="belongs to images given as evaluate.reference"):
         EvaluateConfig(fit="crop")
     with pytest.raises(InputError, match="nothing to evaluate"):
         Config()
@@ -187,3 +194,101 @@ def test_damaged_reference_statistics_are_refused(
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="remove it"):
         score(run_dir, settings(seed=1))
+
+
+def test_an_interrupted_evaluation_makes_only_what_is_missing(
+    run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]
+) -> None:
+    """Blocks that a killed job left are kept, a damaged one is made again, and the numbers are the same."""
+    loaded, detector, config = load_denoiser(run_dir), make_detector("efficientnet_lite0"), settings()
+    store = FeatureStore(tmp_path / "work")
+    assert make_features(config, loaded, detector, store, ALONE) == 3
+    files = sorted(store.directory.iterdir())
+    before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
+    files[0].unlink()
+    files[1].write_bytes(before[1][0][:100])
+    make_features(config, loaded, detector, store, ALONE)
+    after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
+    assert [a[0] for a in after] == [b[0] for b in before]
+    assert [a[1] == b[1] for a, b in zip(after, before, strict=True)] == [False, False, True]
+
+
+def test_nothing_is_left_behind(run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    score(run_dir, settings())
+    leftovers = [p for where in (run_dir, tmp_path / "cache") for p in where.rglob("*") if ".work" in p.name]
+    assert leftovers == []
+
+
+def test_all_scores_of_inception(run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]) -> None:
+    """Through the program, with random weights: each score once more from the features themselves."""
+    weights = random_inception(tmp_path / "inception.pth")
+    keys = {"detector": "inception", "weights_file": str(weights), "metrics": list(METRICS), "images": 16}
+    images = tmp_path / "few"
+    for name in ("boot/0000", "coat/0001", "shirt/0002", "boot/0003", "coat/0004", "shirt/0005"):
+        target = images / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run_dir_images(run_dir) / f"{name}.png", target)
+    result = score(run_dir, settings(**keys, reference=str(images), fit="pad"))
+
+    detector = make_detector("inception", "cpu", str(weights))
+    drawing = DrawConfig(sampler="euler", steps=2, block=8)
+    model = image_model(load_denoiser(run_dir), "fp32", torch.device("cpu"))
+    made = detector(torch.cat([sample_images(model, range(i, i + 8), drawing) for i in (0, 8)])).arrays()
+    source = open_images(str(images))
+    real = detector(torch.from_numpy(np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(6)]))).arrays()
+
+    def frechet(name: str) -> float:
+        x, y = made[name].astype(np.float64), real[name].astype(np.float64)
+        return frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+
+    assert result["fid"] == pytest.approx(frechet("features"), rel=1e-4)
+    assert result["sfid"] == pytest.approx(frechet("spatial"), rel=1e-4)
+    assert result["inception_score"] == pytest.approx(inception_score(made["logits"]).mean, rel=1e-5)
+    assert result["kid_inception_tensorflow"] == pytest.approx(
+        kernel_distance(made["features"], real["features"], subset_size=6).mean, rel=1e-4
+    )
+    pair = precision_recall(made["features"], real["features"])
+    assert (result["precision_inception_tensorflow"], result["recall_inception_tensorflow"]) == pair
+    assert result["detector_hash"] == detector.hash
+
+
+def test_statistics_as_adm_publishes_them(
+    run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]
+) -> None:
+    """An .npz with mu and sigma alone, as the reference: the same score as from the images it was made of."""
+    expected = score(run_dir, settings())[SCORE]
+    ours = np.load(next((tmp_path / "cache").glob("*.npz")), allow_pickle=False)
+    path = tmp_path / "adm.npz"
+    np.savez(path, mu=ours["mu"], sigma=ours["sigma"])
+    result = score(run_dir, settings(reference=str(path), seed=0))
+    assert result[SCORE] == expected
+
+    def refused(message: str, **arrays: np.ndarray) -> None:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            score(run_dir, settings(reference=str(path), seed=1))
+
+    refused("holds no reference statistics", mu=ours["mu"])
+    refused("features of width 7, but the detector", mu=np.zeros(7), sigma=np.eye(7))
+    refused("NaN or infinite", mu=ours["mu"] * np.nan, sigma=ours["sigma"])
+    other = json.dumps({"detector": "other", "detector_hash": "x", "hash": "y"})
+    refused("statistics of another detector", mu=ours["mu"], sigma=ours["sigma"], made_by=np.array(other))
+    path.write_bytes(b"not an archive")
+    with pytest.raises(InputError, match="not readable as .npz"):
+        score(run_dir, settings(reference=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metrics": ["fid"]}, "evaluate.metrics has fid, which is not one of frechet"),
+        ({"metrics": []}, "evaluate.metrics is empty"),
+        ({"metrics": ["inception_score"]}, "needs a detector with logits, which efficientnet_lite0 has not"),
+        ({"detector": "inception", "weights_file": "nowhere.pth"}, "detector weights nowhere.pth do not exist"),
+    ],
+)
+def test_impossible_scores_are_refused(
+    run_dir: Path, settings: Callable[..., EvaluateConfig], keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        score(run_dir, settings(**keys))

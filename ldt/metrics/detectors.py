@@ -1,33 +1,46 @@
 """Feature nets behind one interface: uint8 images in, features out, with a name and a hash for the record."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldt.errors import InputError
-from ldt.metrics import efficientnet
+from ldt.metrics import efficientnet, inception
 
 
 class Features(NamedTuple):
-    """What a detector sees in a batch of images. feature_BD: float32 [B, D], the input of the Fréchet distance."""
+    """What a detector sees in a batch of images, float32 on its device.
+
+    feature_BD: the input of Fréchet and kernel distances; spatial_BS: a map of an inner layer, flattened (sFID);
+    logit_BC: of a classifier (Inception Score).
+    """
 
     feature_BD: Tensor
+    spatial_BS: Tensor | None = None
+    logit_BC: Tensor | None = None
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """Those that are there, under the names of `Detector.outputs`."""
+        named = zip(("features", "spatial", "logits"), self, strict=True)
+        return {name: value.cpu().numpy() for name, value in named if value is not None}
 
 
 class Detector(Protocol):
     """A frozen feature net, resizing and normalisation included.
 
-    `score` is the name under which its Fréchet distance is reported; `hash` covers its weights and its preprocessing.
+    `score` is the name under which its Fréchet distance is reported; `hash` covers its weights and its preprocessing;
+    `outputs` are the widths of what it gives.
     """
 
     name: str
     score: str
-    width: int
+    outputs: dict[str, int]
     hash: str
 
     def __call__(self, image_BHWC: Tensor) -> Features:
@@ -45,7 +58,7 @@ class EfficientNetLite0Detector:
 
     name = "efficientnet_lite0"
     score = "fd_efficientnet_lite0"  # never "fid": the numbers do not compare with Inception's
-    width = efficientnet.HEAD
+    outputs = {"features": efficientnet.HEAD}
     size = 96
     preprocessing = "bicubic-antialias-96 clip (x-0.498)/0.502"
 
@@ -65,16 +78,34 @@ class EfficientNetLite0Detector:
         return (x_BCHW / 255 - 0.498) / 0.502
 
 
-DETECTORS: dict[str, Callable[[torch.device | str], Detector]] = {
-    EfficientNetLite0Detector.name: EfficientNetLite0Detector,
-}
+class InceptionDetector:
+    """FID's Inception with torch-fidelity's, pytorch-fid's or clean-fid's way to 299 × 299."""
+
+    SCORES = {"tensorflow": "fid", "bilinear": "fid_bilinear", "clean": "fid_clean"}
+    outputs = {"features": inception.POOL, "spatial": inception.SPATIAL, "logits": inception.LOGITS}
+
+    def __init__(self, weights: str, resize: str, device: torch.device | str = "cpu") -> None:
+        self.name = f"inception_{resize}"
+        self.score = self.SCORES[resize]
+        self.net = inception.Inception(weights, resize, device)
+        self.hash = _tensors_hash(self.net.net.state_dict(), resize)
+
+    def __call__(self, image_BHWC: Tensor) -> Features:
+        return Features(*self.net(colour(image_BHWC).permute(0, 3, 1, 2).to(self.net.device)))
 
 
-def make_detector(name: str, device: torch.device | str = "cpu") -> Detector:
-    """The detector of that name on a device."""
-    if name not in DETECTORS:
-        raise InputError(f"detector {name} is not one of {', '.join(DETECTORS)}; choose one of these")
-    return DETECTORS[name](device)
+DETECTORS = ("efficientnet_lite0", "inception")
+
+
+def make_detector(
+    name: str, device: torch.device | str = "cpu", weights: str = "", resize: str = "tensorflow"
+) -> Detector:
+    """The detector of that name on a device. weights, resize: of Inception; see `ldt.metrics.inception`."""
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0Detector(device)
+    if name == "inception":
+        return InceptionDetector(weights, resize, device)
+    raise InputError(f"detector {name} is not one of {', '.join(DETECTORS)}; choose one of these")
 
 
 def colour(image_BHWC: Tensor) -> Tensor:
@@ -94,4 +125,13 @@ def _file_hash(path: Path, preprocessing: str) -> str:
     with path.open("rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tensors_hash(state: dict[str, Tensor], preprocessing: str) -> str:
+    """SHA-256 of named tensors, whatever file they came from, and of the preprocessing."""
+    digest = hashlib.sha256(preprocessing.encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldt.errors import InputError
 
-POOL, SPATIAL, SIZE = 2048, 2023, 299
+POOL, SPATIAL, LOGITS, SIZE = 2048, 2023, 1008, 299
 SPATIAL_CHANNELS = 7  # of 192: ADM's evaluator takes the first 7 channels of mixed_6/conv, 7 × 17 × 17 numbers
 BEFORE_SPATIAL = (
     *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),

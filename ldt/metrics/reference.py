@@ -1,9 +1,14 @@
-"""Statistics of real images, the other side of a Fréchet distance, kept in a cache by the hash of what made them."""
+"""Statistics of real images, the other side of every score, kept in a cache by the hash of what made them.
+
+A reference is a set of images (directory, tar or embedded), the images behind latent shards, or a `.npz` of
+statistics: ours, or ADM's (mu, sigma, mu_s, sigma_s, as in Dhariwal and Nichol 2105.05233).
+"""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,26 +17,53 @@ from numpy.typing import NDArray
 
 from ldt import log
 from ldt.data.images import open_images, prepare
-from ldt.dist import World, broadcast, in_block_order
+from ldt.dist import World, barrier, broadcast, in_block_order
 from ldt.errors import InputError
 from ldt.metrics.detectors import Detector
-from ldt.metrics.moments import Moments, MomentStream
+from ldt.metrics.moments import MomentStream
+from ldt.metrics.store import FeatureStore
 
 logger = log.get_logger(__name__)
 BLOCK = 64
+SUFFIX = {"features": "", "spatial": "_s"}  # of mu and sigma in an .npz
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean [D] and covariance [D, D], float64."""
+
+    mean_D: NDArray[np.float64]
+    covariance_DD: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Mean [D] and covariance [D, D] of a detector's features on real images, float64.
+    """Statistics by kind of feature (`features`, `spatial`), and where the features themselves are, if anywhere.
 
-    `hash` covers the pixels (so the crop as well) and the detector.
+    `hash` covers the pixels (so the crop as well) and the detector. `images` is 0 where a file does not say.
     """
 
-    mean_D: NDArray[np.float64]
-    covariance_DD: NDArray[np.float64]
+    by_name: dict[str, Statistics]
     images: int
     hash: str
+    file: Path
+
+    def statistics(self, name: str) -> Statistics:
+        """Statistics of one kind of feature."""
+        if name not in self.by_name:
+            raise InputError(f"{self.file} holds no statistics of {name} features; give images as evaluate.reference")
+        return self.by_name[name]
+
+    def features(self) -> NDArray[np.float32]:
+        """The features of the real images, for scores that need more than moments."""
+        file = _features_file(self.file)
+        if not file.exists():
+            raise InputError(
+                f"{self.file} has no features beside it, which kernel and precision_recall need; "
+                "give images as evaluate.reference"
+            )
+        features: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        return features
 
 
 def reference_of_images(
@@ -47,44 +79,84 @@ def reference_of_images(
         ids = range(k * BLOCK, min((k + 1) * BLOCK, len(source)))
         return np.stack([prepare(source.image(i), size, channels, fit) for i in ids])
 
-    def features(k: int) -> NDArray[np.float32]:
-        return detector(torch.from_numpy(images(k))).feature_BD.cpu().numpy()
-
     blocks = -(-len(source) // BLOCK)
     digest = hashlib.sha256(detector.hash.encode())
     for block_digest in in_block_order(blocks, lambda k: hashlib.sha256(images(k).tobytes()).digest(), world):
         digest.update(block_digest)
     file = cache_dir / f"{detector.name}-{digest.hexdigest()[:32]}.npz"
     if not broadcast(file.exists()):
-        stream = MomentStream(detector.width)
+        store = FeatureStore(file.with_suffix(".work"))
         with log.progress(len(source), "img", "reference", show=world.rank == 0) as bar:
-            for feature_BD in in_block_order(blocks, features, world):
-                stream.add(feature_BD)
-                bar.update(len(feature_BD))
+            for k in range(world.rank, blocks, world.size):
+                if not store.has(k):
+                    store.write(k, detector(torch.from_numpy(images(k))).arrays())
+                bar.update(BLOCK * world.size)
+        barrier()
         if world.rank == 0:
             made_by = {"images": path, "size": size, "channels": channels, "fit": fit, "detector": detector.name}
-            save(file, stream.moments(), made_by | {"detector_hash": detector.hash, "hash": digest.hexdigest()})
+            _save(file, store, blocks, detector, made_by | {"hash": digest.hexdigest()})
+            store.remove()
     # rank 0 hands its own around: the others may see another file system
-    return broadcast(load(file) if world.rank == 0 else None)  # type: ignore[return-value]
+    return broadcast(load(file, detector) if world.rank == 0 else None)  # type: ignore[return-value]
 
 
-def save(file: Path, moments: Moments, made_by: dict[str, object]) -> None:
-    """Write statistics as .npz: mu and sigma as other evaluators name them, the count, and how they were made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _save(file: Path, store: FeatureStore, blocks: int, detector: Detector, made_by: dict[str, object]) -> None:
+    """Write an .npz: mu and sigma as other evaluators name them, the count, and how they were made."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, suffix in SUFFIX.items():
+        if name not in detector.outputs:
+            continue
+        stream = MomentStream(detector.outputs[name])
+        for block in store.read(blocks):
+            stream.add(block[name])
+        moments = stream.moments()
+        arrays |= {f"mu{suffix}": moments.mean_D, f"sigma{suffix}": moments.covariance_DD}
+        arrays["count"] = np.int64(moments.count)  # type: ignore[assignment]
+    arrays["made_by"] = np.array(json.dumps(made_by | {"detector_hash": detector.hash}))
+    with _features_file(file).open("wb") as f:
+        np.save(f, store.column("features", blocks), allow_pickle=False)
     temporary = file.with_name(f".{file.name}.tmp")
-    text = np.array(json.dumps(made_by))
     with temporary.open("wb") as f:
-        np.savez(f, mu=moments.mean_D, sigma=moments.covariance_DD, count=np.int64(moments.count), made_by=text)
+        np.savez(f, **arrays)  # type: ignore[arg-type]
     temporary.replace(file)
 
 
-def load(file: Path) -> Reference:
-    """Read statistics written by `save`; refuses files that hold none, or hold NaN."""
+def _features_file(file: Path) -> Path:
+    return file.with_suffix(".features.npy")
+
+
+def load(file: Path, detector: Detector) -> Reference:
+    """Read statistics of ours or ADM's; refuses those of another detector, of another width, and NaN."""
     try:
         with file.open("rb") as f, np.load(f, allow_pickle=False) as z:
-            reference = Reference(z["mu"], z["sigma"], int(z["count"]), json.loads(str(z["made_by"]))["hash"])
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise InputError(f"{file} holds no reference statistics ({error}); remove it to have it made again") from None
-    if not (np.isfinite(reference.mean_D).all() and np.isfinite(reference.covariance_DD).all()):
-        raise InputError(f"{file} holds NaN or infinite statistics; remove it to have it made again")
-    return reference
+            held = {name: z[name] for name in z.files if name in ("mu", "sigma", "mu_s", "sigma_s", "count", "made_by")}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f"{file} is not readable as .npz ({error}); remove it or get it again") from None
+    by_name = {
+        name: Statistics(held[f"mu{s}"].astype(np.float64), held[f"sigma{s}"].astype(np.float64))
+        for name, s in SUFFIX.items()
+        if f"mu{s}" in held and f"sigma{s}" in held
+    }
+    if "features" not in by_name:
+        raise InputError(f"{file} holds no reference statistics (mu and sigma); remove it or give another file")
+    made_by = json.loads(str(held["made_by"])) if "made_by" in held else {}
+    if made_by and made_by["detector_hash"] != detector.hash:
+        raise InputError(
+            f"{file} holds statistics of another detector ({made_by['detector']}) than evaluate.detector="
+            f"{detector.name} with its weights and resize; evaluate with that one, or give images as evaluate.reference"
+        )
+    for name, statistics in by_name.items():
+        _check(file, name, statistics, detector)
+    digest = made_by.get("hash") or hashlib.sha256(file.read_bytes()).hexdigest()
+    return Reference(by_name, int(held.get("count", 0)), digest, file)
+
+
+def _check(file: Path, name: str, statistics: Statistics, detector: Detector) -> None:
+    width = detector.outputs.get(name, len(statistics.mean_D))
+    if statistics.mean_D.shape != (width,) or statistics.covariance_DD.shape != (width, width):
+        raise InputError(
+            f"{file} holds {name} of width {len(statistics.mean_D)}, but the detector {detector.name} has {width}; "
+            "it was made by another detector"
+        )
+    if not (np.isfinite(statistics.mean_D).all() and np.isfinite(statistics.covariance_DD).all()):
+        raise InputError(f"{file} holds NaN or infinite statistics; remove it or get it again")

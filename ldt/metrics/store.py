@@ -1,0 +1,58 @@
+"""Features of images on disk, one file a block of consecutive ids, while a score is being made.
+
+Blocks are written whole or not at all, by whichever process made them, so a job that was killed goes on with the
+blocks that are missing; they are read back in the order of ids, so the result does not depend on who made what.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class FeatureStore:
+    """`block-<k>.safetensors` files in a directory; each holds float32 arrays with a row an image."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, k: int) -> Path:
+        return self.directory / f"block-{k:07d}.safetensors"
+
+    def has(self, k: int) -> bool:
+        """Whether block k is there and readable; a damaged one is removed."""
+        file = self._file(k)
+        if not file.exists():
+            return False
+        try:
+            load_file(file)
+        except (SafetensorError, OSError):
+            file.unlink(missing_ok=True)
+            return False
+        return True
+
+    def write(self, k: int, arrays: Arrays) -> None:
+        """Block k, atomically."""
+        temporary = self._file(k).with_suffix(".tmp")
+        temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
+        temporary.replace(self._file(k))
+
+    def read(self, blocks: int) -> Iterator[Arrays]:
+        """Blocks 0 to blocks − 1."""
+        for k in range(blocks):
+            yield load_file(self._file(k))
+
+    def column(self, name: str, blocks: int) -> NDArray[np.float32]:
+        """One array of all blocks, in the order of ids."""
+        return np.concatenate([arrays[name] for arrays in self.read(blocks)])
+
+    def remove(self) -> None:
+        """Delete the directory: the score is made."""
+        shutil.rmtree(self.directory)
