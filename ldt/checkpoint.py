@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldt import __version__, rng
+from ldt.claims import pinned
 from ldt.config import from_dict
 from ldt.diffusion.objectives import Objective, ObjectiveConfig
 from ldt.dist import World, all_gather, barrier, broadcast
@@ -274,8 +275,13 @@ def newest_whole(root: Path, world: World) -> Path | None:
 
 
 def remove_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; each is renamed first, so that none is ever seen half deleted."""
+    """Delete all but the newest `keep` checkpoints and those that somebody has claimed or waits for.
+
+    Each is renamed first, so that none is ever seen half deleted.
+    """
     for path in listed(root)[: -keep or None]:
+        if pinned(path):
+            continue
         doomed = path.with_name(f".{path.name}.deleted")
         path.rename(doomed)
         shutil.rmtree(doomed)

@@ -83,7 +83,7 @@ def _run(name: str, arguments: list[str]) -> int:
     program = importlib.import_module(command.module)
     flags = [a for a in arguments if a.startswith("-")]
     for flag in flags:
-        if flag not in ("-h", "--help", "--dry-run", "--quiet"):
+        if flag not in ("-h", "--help", "--dry-run", "--quiet", "--watch"):
             raise InputError(
                 f"unknown flag {flag}; settings are given as key=value, flags are --dry-run, --quiet, --help"
             )
@@ -93,6 +93,8 @@ def _run(name: str, arguments: list[str]) -> int:
     path, overrides = _split(command, [a for a in arguments if not a.startswith("-")])
     if command.reads_run_config and path is None:
         path = _config_of_run(overrides)
+    if "--watch" in flags:
+        overrides.append("watch=true")
     settings = config.load(program.Config, path, overrides)
     if "--dry-run" in flags:
         print(config.to_yaml(settings), end="")

@@ -7,6 +7,7 @@ image ids, so that they do not depend on the number of processes.
 
 import hashlib
 import json
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ldt.metrics.store import FeatureStore
 from ldt.options import choice, section
 from ldt.rundir import write_json
 from ldt.sample import DrawConfig, block_ids, image_model, sample_images
+from ldt.watch import follow
 
 logger = log.get_logger(__name__)
 
@@ -79,11 +81,14 @@ def _is_images(reference: str) -> bool:
 class Config:
     """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
 
+    `watch` follows the run directory and scores each new checkpoint until the run is done.
+
     The other sections are those of a training config, so that the same file serves both; they are not read here.
     """
 
     run: str = ""
     run_dir: str = ""
+    watch: bool = False
     evaluate: EvaluateConfig = section(EvaluateConfig)
     seed: int = 0
     data: Section = field(default_factory=dict)
@@ -115,12 +120,16 @@ def run(config: Config) -> int:
 def evaluate(config: Config, world: World) -> None:
     """`run` inside of a process group."""
     torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
-    settings = config.evaluate
-    checkpoints = broadcast(select(Path(config.run or config.run_dir), settings.checkpoint))
+    settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize)
     check(settings.metrics, detector)
+    if config.watch:
+        key = _short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
+        paths = follow(run_dir, key, world)
+    else:
+        paths = iter(broadcast(select(run_dir, settings.checkpoint)))
     reference = None
-    for path in checkpoints:
+    for path in paths:
         loaded = load_denoiser(path, settings.weights, world.device)
         output = Path(settings.output) if settings.output else path.parent.parent / "evaluations.jsonl"
         if reference is None:  # all checkpoints of a run have the same
@@ -232,11 +241,16 @@ def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, st
 
 
 def derive_jsonl(output: Path) -> None:
-    """Rewrite evaluations.jsonl from the result files beside it, in the order of samples seen."""
-    results = [json.loads(p.read_text()) for p in sorted((output.parent / "evaluations").glob("*.json"))]
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
-    temporary.replace(output)
+    """Rewrite evaluations.jsonl from the result files beside it, in the order of samples seen.
+
+    Several evaluations may do so at once: whoever finds a new result after writing writes again.
+    """
+    directory, written = output.parent / "evaluations", None
+    while written != (files := sorted(directory.glob("*.json"))):
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(json.loads(p.read_text())) + "\n" for p in files))
+        temporary.replace(output)
+        written = files
 
 
 def _read_result(file: Path, checkpoint_hash: str) -> dict[str, Any] | None:

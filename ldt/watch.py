@@ -1,0 +1,74 @@
+"""Following a run: each of its checkpoints goes to one of the watchers, once, and is kept until then."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldt.checkpoint import MANIFEST, MANIFEST_HASH, listed
+from ldt.claims import Claim, forget, want
+from ldt.dist import World, broadcast
+from ldt.errors import InputError
+
+POLL = 5.0
+ENDED = ("done", "failed", "wrong_input")  # a stopped run goes on after its requeue
+
+
+def follow(run_dir: Path, key: str, world: World) -> Iterator[Path]:
+    """The checkpoints of a run as they appear, each claimed while it is worked on; ends when the run has ended.
+
+    `key` names the work, so that several kinds of it may follow the same run. All ranks iterate together.
+    """
+    if not broadcast(run_dir.is_dir()):
+        raise InputError(f"{run_dir} is not a run directory to follow; start the training first")
+    while True:
+        claimed = _next(run_dir, key) if world.rank == 0 else None
+        over = claimed is None and _has_ended(run_dir)
+        path, over = broadcast((claimed[0] if claimed else None, over))
+        if path is not None:
+            with claimed[1] if claimed else contextlib.nullcontext():
+                yield path
+                if world.rank == 0:
+                    _mark(path, key).touch()
+                    forget(path, key)
+        elif over:
+            return
+        else:
+            time.sleep(POLL)
+
+
+def _next(run_dir: Path, key: str) -> tuple[Path, Claim] | None:
+    """The oldest checkpoint that nobody has worked on or is working on; all that wait are kept from deletion."""
+    waiting = [p for p in listed(run_dir / "checkpoints") if _waits(p, key)]
+    for path in waiting:
+        want(path, key)
+    for path in waiting:
+        claim = Claim.take(path, key)
+        if claim is not None:
+            if _waits(path, key):
+                return path, claim
+            with claim:  # somebody was faster, or it was deleted before it was wanted
+                forget(path, key)
+    return None
+
+
+def _waits(path: Path, key: str) -> bool:
+    try:
+        return (path / MANIFEST).exists() and not _mark(path, key).exists()
+    except FileNotFoundError:  # deleted meanwhile
+        return False
+
+
+def _mark(path: Path, key: str) -> Path:
+    """The file that says that this very checkpoint is done with."""
+    directory = path.parent.parent / "evaluations"
+    directory.mkdir(exist_ok=True)
+    return directory / f".{path.name}-{(path / MANIFEST_HASH).read_text()[:8]}.done-{key}"
+
+
+def _has_ended(run_dir: Path) -> bool:
+    try:
+        return json.loads((run_dir / "outcome.json").read_text())["outcome"] in ENDED
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,121 @@
+"""Following a run: every checkpoint scored once by whoever comes first, kept until then, whatever is killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_data import shared_run
+
+from ldt import claims
+from ldt.checkpoint import remove_old
+from ldt.claims import Claim, forget, pinned, want
+from ldt.log import read_jsonl
+from ldt.rundir import DONE, write_outcome
+
+FAST = ["evaluate.images=16", "evaluate.sampler=euler", "evaluate.steps=2", "evaluate.block=4"]
+
+
+@pytest.fixture
+def run_dir(tmp_path_factory, tmp_path):
+    return Path(shutil.copytree(shared_run(tmp_path_factory), tmp_path / "run"))
+
+
+@pytest.fixture
+def watcher(run_dir, tmp_path):
+    """Starts watchers of the run; none outlives the test."""
+    command = [sys.executable, "-m", "ldt", "evaluate", str(run_dir), "--watch", *FAST]
+    command.append(f"evaluate.cache_dir={tmp_path}/cache")
+    started = []
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
+
+
+def results(run_dir):
+    return list((run_dir / "evaluations").glob("0*.json"))
+
+
+def test_watchers_share_a_run_and_survive_a_kill(run_dir, watcher):
+    """One watcher is killed at work; two others finish everything, each checkpoint once, and end with the run."""
+    root = run_dir / "checkpoints"
+    later = (root / "000000002000").rename(run_dir / "later")
+    first = watcher()
+    wait_for(lambda: list((run_dir / "evaluations").glob(".*.work/block-*.safetensors")))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert results(run_dir) == [], "killed before it was done"
+    (left,) = root.glob("*.claim-*")
+    assert pinned(root / "000000001000"), "a fresh claim is believed"
+    os.utime(left, (0, 0))  # as after ten minutes without a sign of life
+
+    watchers = [watcher(), watcher()]
+    wait_for(lambda: len(results(run_dir)) == 1)
+    later.rename(root / "000000002000")
+    wait_for(lambda: len(results(run_dir)) == 2)
+    write_outcome(run_dir, DONE, 2000)
+    printed = []
+    for w in watchers:
+        out, error = w.communicate(timeout=120)
+        assert w.returncode == 0, error
+        printed += [line for line in out.splitlines() if " at " in line]
+    assert len(printed) == 2, "each once"
+    assert [r["samples_seen"] for r in read_jsonl(run_dir / "evaluations.jsonl")] == [1000, 2000]
+    assert not [p for p in root.iterdir() if p.is_file()], "claims are given back"
+    assert not list((run_dir / "evaluations").glob(".*.work"))
+
+
+def test_what_is_wanted_or_claimed_is_not_deleted(run_dir):
+    root = run_dir / "checkpoints"
+    old = root / "000000001000"
+    want(old, "a")
+    remove_old(root, keep=1)
+    assert old.exists()
+    claim = Claim.take(old, "a")
+    assert claim is not None
+    with claim:
+        forget(old, "a")
+        remove_old(root, keep=1)
+        assert old.exists()
+    remove_old(root, keep=1)
+    assert [p.name for p in root.iterdir()] == ["000000002000"]
+
+
+def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path):
+    checkpoint = tmp_path / "000000001000"
+    first = Claim.take(checkpoint, "a")
+    assert first is not None
+    assert Claim.take(checkpoint, "a") is None
+    other = Claim.take(checkpoint, "b")
+    assert other is not None, "other work is not affected"
+    (file,) = tmp_path.glob("*.claim-a")
+    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    assert Claim.take(checkpoint, "a") is not None
+    assert not list(tmp_path.glob(".*")), "the dead owner's claim is buried"
+
+
+def test_a_stale_wish_pins_nothing(tmp_path):
+    checkpoint = tmp_path / "000000001000"
+    want(checkpoint, "a")
+    assert pinned(checkpoint)
+    (file,) = tmp_path.iterdir()
+    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    assert not pinned(checkpoint)
