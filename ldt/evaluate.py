@@ -41,16 +41,17 @@ Section = dict[str, Any]
 class EvaluateConfig(DrawConfig):
     """How checkpoints are scored.
 
-    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`, `resize`: of the
-    inception detector. `checkpoint`: newest, all, or one's number of samples. `reference`: real images (directory, tar
-    or embedded:NAME, brought to size by `fit`), latent shards (the images behind them) or an .npz of statistics; empty
-    for the images that the run's data were encoded from. `output`: the evaluations.jsonl to write, empty for the
-    run's. `cache_dir`: where statistics of real images are kept.
+    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`: of the inception
+    and timm detectors; `resize`: of inception; `model`: of timm. `checkpoint`: newest, all, or one's number of samples.
+    `reference`: real images (directory, tar or embedded:NAME, brought to size by `fit`), latent shards (the images
+    behind them) or an .npz of statistics; empty for the images that the run's data were encoded from. `output`: the
+    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
     """
 
     images: int = 50_000
     metrics: list[str] = field(default_factory=lambda: ["frechet"])
-    detector: str = choice("efficientnet_lite0", "inception")
+    detector: str = choice("efficientnet_lite0", "inception", "timm")
+    model: str = "vit_large_patch14_dinov2.lvd142m"
     weights_file: str = ""
     resize: str = choice("tensorflow", "bilinear", "clean")
     checkpoint: str = "newest"
@@ -106,7 +107,7 @@ class Config:
             raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
 
 
-NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file")
+NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file", "model")
 """Keys that say where things are, not what is computed."""
 
 
@@ -121,7 +122,7 @@ def evaluate(config: Config, world: World) -> None:
     """`run` inside of a process group."""
     torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
     settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
-    detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize)
+    detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
     check(settings.metrics, detector)
     if config.watch:
         key = _short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})

@@ -18,6 +18,8 @@ OWNERS = {
     "streaming": {"data.shards"},
     "flash_attn": {"nn.attention"},
     "diffusers": {"autoencoder", "nn.unet", "export"},
+    "timm": {"metrics.timm_net"},
+    "torch_fidelity": {"metrics.inception"},
     "matplotlib": {"report", "reporting"},
 }
 

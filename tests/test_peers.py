@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from peers import peer, random_inception
+from safetensors.torch import save_file
 
 from ldt.errors import InputError
+from ldt.metrics.detectors import make_detector
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.inception import Inception
 from ldt.metrics.moments import Moments
@@ -182,3 +184,26 @@ def test_bad_weights_are_named(tmp_path):
 def test_too_few_images_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_timm_model_is_a_detector(images, tmp_path):
+    """By name with a local file: the same features as timm gives on pixels prepared by Pillow-free arithmetic."""
+    timm = peer("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet10t", pretrained=False, num_classes=7).eval()
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    detector = make_detector("timm", weights=str(tmp_path / "weights.safetensors"), model="resnet10t")
+    assert (detector.score, detector.outputs) == ("fd_resnet10t", {"features": 512})
+    image_BCHW = images[0][:4]
+    large = torch.nn.functional.interpolate(image_BCHW.float(), (176, 176), mode="bicubic", antialias=True)
+    x = (large.clamp(0, 255) / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )[:, None, None]
+    with torch.no_grad():
+        expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+    ours = detector(image_BCHW.permute(0, 2, 3, 1)).feature_BD
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="evaluate.model=resnet9000 is not a model of timm"):
+        make_detector("timm", weights="x", model="resnet9000")
+    with pytest.raises(InputError, match="are not those of resnet18"):
+        make_detector("timm", weights=str(tmp_path / "weights.safetensors"), model="resnet18")

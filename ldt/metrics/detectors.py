@@ -1,6 +1,7 @@
 """Feature nets behind one interface: uint8 images in, features out, with a name and a hash for the record."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ldt.errors import InputError
 from ldt.metrics import efficientnet, inception
+from ldt.metrics.timm_net import TimmNet
 
 
 class Features(NamedTuple):
@@ -94,17 +96,33 @@ class InceptionDetector:
         return Features(*self.net(colour(image_BHWC).permute(0, 3, 1, 2).to(self.net.device)))
 
 
-DETECTORS = ("efficientnet_lite0", "inception")
+class TimmDetector:
+    """A model of timm; see `ldt.metrics.timm_net`. Its score is `fd_<model>`."""
+
+    def __init__(self, model: str, weights: str, device: torch.device | str = "cpu") -> None:
+        self.net = TimmNet(model, weights, device)
+        self.name = re.sub(r"\W+", "_", model)
+        self.score = f"fd_{self.name}"
+        self.outputs = {"features": self.net.width}
+        self.hash = _tensors_hash(self.net.net.state_dict(), self.net.preprocessing)
+
+    def __call__(self, image_BHWC: Tensor) -> Features:
+        return Features(self.net(colour(image_BHWC).permute(0, 3, 1, 2)))
+
+
+DETECTORS = ("efficientnet_lite0", "inception", "timm")
 
 
 def make_detector(
-    name: str, device: torch.device | str = "cpu", weights: str = "", resize: str = "tensorflow"
+    name: str, device: torch.device | str = "cpu", weights: str = "", resize: str = "tensorflow", model: str = ""
 ) -> Detector:
-    """The detector of that name on a device. weights, resize: of Inception; see `ldt.metrics.inception`."""
+    """The detector of that name on a device. weights: of inception and timm; resize: of inception; model: of timm."""
     if name == "efficientnet_lite0":
         return EfficientNetLite0Detector(device)
     if name == "inception":
         return InceptionDetector(weights, resize, device)
+    if name == "timm":
+        return TimmDetector(model, weights, device)
     raise InputError(f"detector {name} is not one of {', '.join(DETECTORS)}; choose one of these")
 
 

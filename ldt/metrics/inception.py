@@ -9,17 +9,16 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldt.errors import InputError
+from ldt.metrics.weights import read_tensors
 
 POOL, SPATIAL, LOGITS, SIZE = 2048, 2023, 1008, 299
 SPATIAL_CHANNELS = 7  # of 192: ADM's evaluator takes the first 7 channels of mixed_6/conv, 7 × 17 × 17 numbers
@@ -79,17 +78,7 @@ def _read(weights: str) -> dict[str, Tensor]:
         module = _import()
         state: Any = torch.hub.load_state_dict_from_url(module.URL_INCEPTION_V3, weights_only=True)
         return state
-    path = Path(weights)
-    if not path.is_file():
-        raise InputError(f"detector weights {weights} do not exist; give a file, or none for torch-fidelity's download")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"detector weights {weights} are not a file of tensors ({reason}); get it again") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"detector weights {weights} hold no state dict; give one of Inception for FID")
-    return state
+    return read_tensors(Path(weights))
 
 
 def _build(state: dict[str, Tensor]) -> Any:
