@@ -85,13 +85,24 @@ def train_case(world: World, stage: int, micro_batches: int, precision: str):
         averaging.update(average, [f.master for f in engine.partition.owned], 0.9)
         steps.append(list(result))
     expected_steps, expected_weights, expected_average = reference()
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 2e-2, "atol": 3e-3}
-    torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected_steps), **tolerance)
+    digits = 1e-5 if precision == "fp32" else 2e-2
+    torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected_steps), rtol=digits, atol=0)
+    # Adam turns the rounding of a vanishing gradient into a visible part of a step: compare to the length of one
     weights_now = gather(engine.partition, [f.master for f in engine.partition.owned])
-    torch.testing.assert_close(weights_now, expected_weights, **tolerance)
-    torch.testing.assert_close(gather(engine.partition, average), expected_average, **tolerance)
+    average_now = gather(engine.partition, average)
+    if precision == "fp32":
+        torch.testing.assert_close(weights_now, expected_weights, rtol=0, atol=0.05 * LR)
+        torch.testing.assert_close(average_now, expected_average, rtol=0, atol=0.05 * LR)
+    assert distance(weights_now, expected_weights) < digits
+    assert distance(average_now, expected_average) < digits
     assert engine.partition.optimizer_steps() == STEPS
     check_swap(engine, average)
+
+
+def distance(ours, theirs):
+    """Root mean square difference of all weights relative to their root mean square."""
+    a, b = (torch.cat([x[n].flatten() for n in theirs]) for x in (ours, theirs))
+    return float((a - b).norm() / b.norm())
 
 
 def check_swap(engine, average):
