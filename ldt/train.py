@@ -55,10 +55,14 @@ PREVIEW_COLUMNS = 8
 
 @dataclass
 class DataConfig:
-    """`path` holds shards and a manifest (`ldt encode`); `streams` and `window` shape the shuffle (docs/data.md)."""
+    """`path` holds shards and a manifest (`ldt encode`); `streams` and `window` shape the shuffle (docs/data.md).
+
+    A remote `path` (`s3://…`) is read through `cache_dir` on each node, of at most `cache_gb` (10⁹ bytes).
+    """
 
     path: str = required()
     cache_dir: str = ""
+    cache_gb: float = 100.0
     streams: int = 16
     window: int = 65536
     threads: int = 2
@@ -141,7 +145,7 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch = config.train.global_batch
-        self.shards = open_shards(config.data.path, config.data.cache_dir or None)
+        self.shards = open_shards(config.data.path, config.data.cache_dir or None, config.data.cache_gb)
         self.sampling = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
         self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
@@ -234,7 +238,7 @@ class Trainer:
                 "encode with validation_fraction, or set log.validation_every_samples=0"
             )
         validation = ValidationLoader(
-            open_shards(held_out),
+            open_shards(held_out, config.data.cache_dir or None, config.data.cache_gb),
             seed=config.seed,
             micro_batch=loader.share.size,
             rank=world.rank,

@@ -128,10 +128,10 @@ def test_bad_manifests(tmp_path):
     good_head, good_table = head.read_text(), table.read_bytes()
     for bad, said in [
         (good_head[:40], "not readable"),
-        (good_head.replace('"version": 1', '"version": 99'), "version 99"),
+        (good_head.replace('"version": 2', '"version": 99'), "version 99"),
         (good_head.replace("ldt latent shards", "x"), "not a manifest"),
-        (good_head.replace(CLASSES[0], "wolf"), "does not belong"),
-        (good_head.replace('"fp16"', '"fp7"'), "fp7"),
+        (good_head.replace(CLASSES[0], "wolf"), "does not belong to its own hash"),
+        (good_head.replace('"fp16"', '"fp7"'), "damaged"),
     ]:
         head.write_text(bad)
         with pytest.raises(InputError, match=said):
@@ -144,5 +144,5 @@ def test_bad_manifests(tmp_path):
     with pytest.raises(InputError, match=r"shards\.npy is missing"):
         open_shards(tmp_path)
     head.unlink()
-    with pytest.raises(InputError, match="--index"):
+    with pytest.raises(InputError, match="index="):
         open_shards(tmp_path)

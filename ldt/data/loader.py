@@ -7,6 +7,7 @@ on W. Every rank makes the same number of equal micro-batches; a rank short of s
 import contextlib
 import itertools
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ldt.data.order import Order
 from ldt.data.shards import LatentShards
 from ldt.errors import InputError
 
+PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
 VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training sample
 
 
@@ -166,6 +168,8 @@ class Loader(_Loader):
         self.order = Order(shards.manifest.counts, seed, batch, streams, window)
         self.batch, self.seed, self.label_drop = batch, seed, label_drop
         self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
+        self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
+        self._asked: OrderedDict[int, None] = OrderedDict()
         super().__init__(Share.of(batch, rank, ranks, micro_batch), shards, device, threads, ahead)
 
     @property
@@ -177,8 +181,37 @@ class Loader(_Loader):
         """Steps from a multiple of the global batch on, at once, wherever that is."""
         if samples_seen % self.batch:
             raise InputError(f"samples_seen={samples_seen} is not a multiple of the global batch of {self.batch}")
-        for first, buffer, waited in self._run(self._fill, range(samples_seen, 1 << 62, self.batch)):
+        for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
             yield Step(first, buffer.batches(), buffer.digest, waited)
+
+    def _positions(self, samples_seen: int) -> Iterator[int]:
+        """First index of each step; remote shards are asked for on the way."""
+        ahead = PREFETCH_STEPS * self.batch
+        if self._downloads is not None:
+            for first in range(samples_seen, samples_seen + ahead, self.batch):
+                self._prefetch(first)
+        for first in range(samples_seen, 1 << 62, self.batch):
+            if self._downloads is not None:
+                self._prefetch(first + ahead)
+            yield first
+
+    def close(self) -> None:
+        """Stop the threads; downloads that have begun are finished, so that nothing half-done stays behind."""
+        if self._downloads is not None:
+            self._downloads.shutdown(wait=True, cancel_futures=True)
+        super().close()
+
+    def _prefetch(self, first: int) -> None:
+        """Ask for the shards of the step at `first`, once each while they are likely to be in use."""
+        assert self._downloads is not None
+        shard_n, _ = self.order.locate(first + np.arange(self.share.start, self.share.stop))
+        for shard in np.unique(shard_n).tolist():
+            if shard not in self._asked:
+                self._downloads.submit(self.shards.fetch, shard)  # an error comes again when the shard is read
+            self._asked[shard] = None
+            self._asked.move_to_end(shard)
+        while len(self._asked) > 4096:
+            self._asked.popitem(last=False)
 
     def _fill(self, first: int, buffer: _Buffer) -> None:
         index_n = first + np.arange(self.share.start, self.share.stop)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ldt.data.shards.files import write_atomic
 from ldt.data.shards.layout import STORED, Layout
+from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
 
-VERSION = 1
+VERSION = 2
 HEAD, TABLE = "manifest.json", "shards.npy"
 VALIDATION = "validation"
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
@@ -96,18 +97,27 @@ class Manifest:
             "table_xxh64": xxhash.xxh64_hexdigest(out.getvalue()),
             "recipe": self.recipe,
         }
+        head["head_xxh64"] = head_hash(head)
         write_atomic(directory / HEAD, json.dumps(head, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: Path) -> "Manifest":
-        """Read and check head and table."""
+    def load(cls, directory: str | Path) -> "Manifest":
+        """Read and check head and table of a local directory or an fsspec address."""
         head = read_head(directory)
-        path = directory / TABLE
-        table = _load_table(path, head["table_xxh64"])
+        try:
+            return cls._from_head(head, directory)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{place(directory, HEAD)} is damaged or not ours ({error!r}); encode or index the data again"
+            ) from None
+
+    @classmethod
+    def _from_head(cls, head: dict[str, Any], directory: str | Path) -> "Manifest":
+        table = _load_table(directory, head["table_xxh64"])
         if head["format"] not in ("tar", "mds") or head["dtype"] not in STORED:
             raise InputError(
-                f"{directory / HEAD} has format {head['format']!r} and dtype {head['dtype']!r}; known are tar, mds and "
-                f"{', '.join(STORED)}; encode or index the data again"
+                f"{place(directory, HEAD)} has format {head['format']!r} and dtype {head['dtype']!r}; known are tar, "
+                f"mds and {', '.join(STORED)}; encode or index the data again"
             )
         manifest = cls(
             format=head["format"],
@@ -127,7 +137,7 @@ class Manifest:
         )
         if head["fingerprint"] != manifest.fingerprint:
             raise InputError(
-                f"{directory / HEAD} does not belong to the table beside it; encode or index the data again"
+                f"{place(directory, HEAD)} does not belong to the table beside it; encode or index the data again"
             )
         return manifest
 
@@ -139,14 +149,26 @@ def make_table(rows: list[tuple[str, int, int, int, int]]) -> NDArray[np.void]:
     return np.array([(n, *row[1:]) for n, row in zip(names, rows, strict=True)], [("name", f"S{width}"), *_NUMBERS])
 
 
-def read_head(directory: Path) -> dict[str, Any]:
-    """The JSON head of a shard directory, checked for kind and version."""
-    path = directory / HEAD
+def place(directory: str | Path, name: str) -> str:
+    """The full name of a file of the directory, for messages and reading."""
+    return f"{str(directory).rstrip('/')}/{name}"
+
+
+def read_file(directory: str | Path, name: str) -> bytes:
+    """A small file of a shard directory, wherever that is."""
+    return Remote(str(directory)).read(name) if is_remote(directory) else (Path(directory) / name).read_bytes()
+
+
+def read_head(directory: str | Path) -> dict[str, Any]:
+    """The JSON head of a shard directory, checked for kind, version and its own hash."""
+    path = place(directory, HEAD)
     try:
-        head = json.loads(path.read_bytes())
+        head = json.loads(read_file(directory, HEAD))
     except FileNotFoundError:
         raise InputError(_explain_absence(directory)) from None
-    except (ValueError, UnicodeDecodeError):
+    except InputError:  # is a ValueError too
+        raise
+    except ValueError:
         raise InputError(f"{path} is not readable as JSON; encode or index the data again") from None
     if not isinstance(head, dict) or head.get("kind") != "ldt latent shards":
         raise InputError(f"{path} is not a manifest of latent shards; give the output directory of `ldt encode`")
@@ -155,18 +177,24 @@ def read_head(directory: Path) -> dict[str, Any]:
             f"{path} is of version {head.get('version')}, this ldt reads version {VERSION}; encode or "
             "index the data again"
         )
+    if head.get("head_xxh64") != head_hash(head):
+        raise InputError(f"{path} is damaged: it does not belong to its own hash; encode or index the data again")
     return head
 
 
-def open_validation(directory: str | Path) -> Path | None:
-    """The directory of the held-out split, or None where the data were encoded without one."""
-    path = Path(directory) / VALIDATION
-    return path if (path / HEAD).exists() else None
+def open_validation(directory: str | Path) -> str | None:
+    """Where the held-out split is, or None where the data were encoded without one."""
+    if is_remote(directory):
+        there = Remote(str(directory)).exists(f"{VALIDATION}/{HEAD}")
+    else:
+        there = (Path(directory) / VALIDATION / HEAD).exists()
+    return place(directory, VALIDATION) if there else None
 
 
-def _load_table(path: Path, xxh64: str) -> NDArray[np.void]:
+def _load_table(directory: str | Path, xxh64: str) -> NDArray[np.void]:
+    path = place(directory, TABLE)
     try:
-        content = path.read_bytes()
+        content = read_file(directory, TABLE)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; encode or index the data again") from None
     if xxhash.xxh64_hexdigest(content) != xxh64:
@@ -178,11 +206,20 @@ def _load_table(path: Path, xxh64: str) -> NDArray[np.void]:
     return table
 
 
-def _explain_absence(directory: Path) -> str:
+def head_hash(head: dict[str, Any]) -> str:
+    """xxh64 of the head's content without the hash itself."""
+    rest = {k: v for k, v in head.items() if k != "head_xxh64"}
+    return xxhash.xxh64_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _explain_absence(address: str | Path) -> str:
+    if is_remote(address):
+        return f"data path {address} has no {HEAD}; upload the whole output directory of `ldt encode`"
+    directory = Path(address)
     if not directory.exists():
         return f"data path {directory} does not exist; make it with `ldt encode`"
     if (directory / "encode.json").exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):
-        return f"{directory} holds shards but no {HEAD}; run `ldt encode --index {directory}` once"
+        return f"{directory} holds shards but no {HEAD}; run `ldt encode index={directory} autoencoder=NAME` once"
     return f"{directory} has no {HEAD}; give the output directory of `ldt encode`"

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Index, Layout
 from ldt.data.shards.manifest import Manifest
+from ldt.data.shards.remote import Cache, Remote, is_remote
 from ldt.errors import InputError
 
 T = TypeVar("T")
@@ -61,8 +62,8 @@ class LatentShards:
     InputError that names the shard, and nothing of it is ever returned.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: str | Path, manifest: Manifest, cache: Cache | None = None) -> None:
+        self.path, self.manifest, self.cache = path, manifest, cache
         self._index: OrderedDict[int, tuple[Index, tuple[int, int, int]]] = OrderedDict()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -94,25 +95,55 @@ class LatentShards:
         return self._open(shard)[1]
 
     def _name(self, shard: int) -> str:
-        return str(self.path / self.manifest.table["name"][shard].decode())
+        return f"{self.path}/{self.manifest.table['name'][shard].decode()}"
 
     def _open(self, shard: int) -> tuple[_File, Index]:
         with self._opening[shard % len(self._opening)]:
             with self._lock:
                 file, known = self._files.get(shard), self._index.get(shard)
             if file is None:
-                try:
-                    file = _File(self.path / self.manifest.table["name"][shard].decode())
-                except FileNotFoundError:
-                    raise InputError(
-                        f"shard {self._name(shard)} is missing; restore it or encode the data again"
-                    ) from None
-            if known is None or known[1] != file.identity:
+                file = self._open_file(shard)
+            if self.cache is not None and known is None:
+                file, known = self._verify_cached(shard, file)
+            elif known is None or known[1] != file.identity:
                 known = self._verify(shard, file), file.identity
             with self._lock:
                 _remember(self._files, shard, file, FILES_KEPT)
                 _remember(self._index, shard, known, INDEXES_KEPT)
             return file, known[0]
+
+    def fetch(self, shard: int) -> Path:
+        """Where a shard is on this node, downloaded first if it is remote."""
+        row = self.manifest.table[shard]
+        name = row["name"].decode()
+        if self.cache is None:
+            return Path(self.path) / name
+        return self.cache.fetch(name, int(row["xxh64"]), int(row["bytes"]))
+
+    def _open_file(self, shard: int) -> _File:
+        for _ in range(3):  # a cached file may be evicted between the two calls
+            path = self.fetch(shard)
+            try:
+                return _File(path)
+            except FileNotFoundError:
+                if self.cache is None:
+                    break
+            except OSError as error:
+                raise InputError(f"shard {self._name(shard)} can't be opened ({error.strerror}); restore it") from None
+        if self.cache is not None:
+            raise InputError(f"{path} keeps vanishing from data.cache_dir; raise data.cache_gb")
+        raise InputError(f"shard {self._name(shard)} is missing; restore it or encode the data again")
+
+    def _verify_cached(self, shard: int, file: _File) -> tuple[_File, tuple[Index, tuple[int, int, int]]]:
+        """Verify; a file that was damaged on this node's disk is downloaded once more."""
+        assert self.cache is not None
+        try:
+            return file, (self._verify(shard, file), file.identity)
+        except InputError:
+            row = self.manifest.table[shard]
+            self.cache.drop(int(row["xxh64"]), int(row["bytes"]))
+            file = self._open_file(shard)
+            return file, (self._verify(shard, file), file.identity)
 
     def _verify(self, shard: int, file: _File) -> Index:
         """Read the whole file once: hash it and find its samples."""
@@ -150,7 +181,16 @@ def _remember(kept: OrderedDict[int, T], key: int, value: T, limit: int) -> None
         kept.popitem(last=False)
 
 
-def open_shards(path: str | Path, cache_dir: str | None = None) -> LatentShards:
-    """Open an output directory of `ldt encode` (or its `validation` split)."""
-    directory = Path(path)
-    return LatentShards(directory, Manifest.load(directory))
+def open_shards(path: str | Path, cache_dir: str | None = None, cache_gb: float = 100.0) -> LatentShards:
+    """Open an output directory of `ldt encode` (or its `validation` split), local or at an fsspec address.
+
+    Remote shards are kept in `cache_dir` on this node, at most `cache_gb` (10⁹ bytes) of them.
+    """
+    if not is_remote(path):
+        return LatentShards(Path(path), Manifest.load(path))
+    address = str(path).rstrip("/")
+    if not cache_dir:
+        raise InputError(f"data.path={address} is remote; give a directory of this node as data.cache_dir")
+    if not cache_gb > 0:
+        raise InputError(f"data.cache_gb={cache_gb} must be more than 0")
+    return LatentShards(address, Manifest.load(address), Cache(Remote(address), cache_dir, int(cache_gb * 1e9)))
