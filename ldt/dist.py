@@ -85,6 +85,7 @@ def process_group() -> Iterator[World]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield world
+        barrier()  # leave together: a connection that closes early aborts whoever still listens
     finally:
         dist.destroy_process_group()
 
