@@ -20,7 +20,7 @@ from ldt.autoencoder import Autoencoder
 from ldt.config import choice, required, section
 from ldt.data.ahead import ahead
 from ldt.data.images import open_images, prepare
-from ldt.data.shards import mds
+from ldt.data.shards import adopt, mds
 from ldt.data.shards.files import remove_unfinished, write_atomic
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import HEAD, VALIDATION, Manifest, make_table, read_head
@@ -43,8 +43,8 @@ class ImagesConfig:
     `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
     """
 
-    path: str = required()
-    size: int = required()
+    path: str = ""
+    size: int = 0
     fit: str = choice("crop", "pad")
 
 
@@ -54,11 +54,13 @@ class Config:
 
     `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share
     of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
+    `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
     """
 
     images: ImagesConfig = section(ImagesConfig)
     autoencoder: str = required()
-    output: str = required()
+    output: str = ""
+    index: str = ""
     format: str = choice("tar", "mds")
     dtype: str = choice("fp16", "bf16", "fp32")
     flips: bool = False
@@ -69,6 +71,10 @@ class Config:
     threads: int = 2
 
     def __post_init__(self) -> None:
+        needed = {"images.path": self.images.path, "images.size": self.images.size, "output": self.output}
+        for name, value in needed.items():
+            if not value and not self.index:
+                raise InputError(f"{name} is not set; give it in the config or as {name}=VALUE")
         for name in ("shard_samples", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -90,8 +96,61 @@ def run(config: Config) -> int:
     """Encode; returns the exit code."""
     with process_group() as world:
         log.configure(world.rank)
-        _Encoder(config, world).run()
+        if config.index:
+            _index(config, world)
+        else:
+            _Encoder(config, world).run()
     return 0
+
+
+def _index(config: Config, world: World) -> None:
+    """Check every sample of shards written elsewhere, divided among ranks, and write their manifest."""
+    directory = Path(config.index)
+    autoencoder = Autoencoder.load(config.autoencoder)
+    format, names = _on_rank_zero(world, lambda: adopt.find_shards(directory))
+    layout = _on_rank_zero(world, lambda: adopt.read_layout(directory, names[0], format))
+    if layout.latent_shape[0] != autoencoder.latent_channels:
+        raise InputError(
+            f"index={directory} holds latents of {layout.latent_shape[0]} channels, autoencoder={config.autoencoder} "
+            f"makes {autoencoder.latent_channels}; give the autoencoder that they come from"
+        )
+    mine: list[Sidecar] = []
+    message = ""
+    try:
+        mine = [adopt.examine(directory, name, format, layout) for name in names[world.rank :: world.size]]
+    except InputError as error:
+        message = str(error)
+    _raise_first(message)
+    sidecars = sorted((s for part in all_gather(mine) for s in part), key=lambda s: s.name)
+
+    def finish() -> None:
+        adopt.refuse_duplicates(directory, sidecars)
+        classes = adopt.class_names(directory, max(len(s.class_counts) for s in sidecars) - 1)
+        counts = np.zeros(len(classes), np.int64)
+        for s in sidecars:
+            counts[: len(s.class_counts)] += s.class_counts
+        mean_C, std_C = Sums.total(s.sums for s in sidecars).mean_std()
+        Manifest(
+            format=format,
+            latent_shape=layout.latent_shape,
+            dtype=layout.dtype,
+            flips=layout.flips,
+            classes=classes,
+            class_counts=counts.tolist(),
+            mean_C=mean_C,
+            std_C=std_C,
+            autoencoder=config.autoencoder,
+            autoencoder_hash=autoencoder.hash,
+            image_size=layout.latent_shape[1] * autoencoder.downsample,
+            image_channels=autoencoder.image_channels,
+            table=make_table([s.row for s in sidecars]),
+            recipe={"index": True},
+        ).save(directory)
+        samples = sum(s.samples for s in sidecars)
+        print(f"{samples:,} samples in {len(sidecars):,} {format} shards checked and indexed")
+        print(f"latent shards: {directory}")
+
+    _on_rank_zero(world, finish)
 
 
 class _Encoder:
@@ -144,6 +203,7 @@ class _Encoder:
             "shard_samples": config.shard_samples,
             "validation_fraction": config.validation_fraction,
             "seed": config.seed,
+            "batch": config.batch,  # the last bits of a latent depend on how many are in its batch
         }
 
     def _claim_output(self) -> bool:

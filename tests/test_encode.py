@@ -149,11 +149,16 @@ def test_again_is_complete_and_other_settings_are_refused(encode, tmp_path, caps
     assert encode(out) == 0
     before = files(out)
     capsys.readouterr()
-    assert encode(out, batch=7) == 0
+    assert encode(out, threads=3) == 0
     assert "already" in capsys.readouterr().out
-    assert encode(out, dtype="fp32", shard_samples=4) == 2
+    assert encode(out, dtype="fp32", shard_samples=4, batch=7) == 2
     message = capsys.readouterr().err
-    assert "dtype: 'fp16' there, 'fp32' now" in message and "shard_samples" in message and "format" not in message
+    assert (
+        "dtype: 'fp16' there, 'fp32' now" in message
+        and "shard_samples" in message
+        and "batch" in message
+        and "format" not in message
+    )
     assert files(out) == before
 
 

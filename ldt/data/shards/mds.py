@@ -57,6 +57,25 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     return Index(label_n, first + place[MOMENTS], first + place[FLIPPED] if layout.flips else None)
 
 
+def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
+    """The layout that a shard's own description tells."""
+    n = int(content[:4].view("<u4")[0]) if len(content) >= 8 else 0
+    if len(content) < 8 + 4 * n or n == 0:
+        raise InputError(f"shard {name} is damaged or without samples; remove it")
+    columns = _read_columns(bytes(content[8 + 4 * n : int(content[4:8].view("<u4")[0])]), name)
+    encodings = {k: str(encoding) for k, encoding, _ in columns}
+    kind, _, rest = encodings.get(MOMENTS, "").partition(":")
+    dtype, _, text = rest.partition(":")
+    shape = [int(v) for v in text.split(",") if v.isdigit()]
+    known = {stored.name: d for d, stored in STORED.items()}
+    if kind != "ndarray" or dtype not in known or len(shape) != 4 or shape[0] != 2:
+        raise InputError(
+            f"shard {name} has columns {encodings}; expected are label: int and moments: ndarray:float16:2,C,H,W "
+            "(or float32, or uint16 for bf16)"
+        )
+    return Layout((shape[1], shape[2], shape[3]), known[dtype], FLIPPED in encodings)
+
+
 def library_index(names: list[str], sizes: list[int], samples: list[int], hashes: list[str], layout: Layout) -> bytes:
     """The `index.json` with which StreamingDataset opens a directory of shards."""
     shards = [

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, Index, Layout, Samples
+from ldt.data.shards.walk import walk
 from ldt.errors import InputError
 
 SUFFIX = ".tar"
@@ -36,6 +37,14 @@ def pack(samples: Samples, layout: Layout, first: int) -> bytes:
 
 def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     """Find the samples in a shard's bytes; anything that does not fit together is an InputError."""
+    try:
+        return _strided(content, layout, name)
+    except InputError:  # another writer's file, or a damaged one: the slow way tells
+        return walk(content, layout, name)
+
+
+def _strided(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
+    """All samples laid out like the first one, as `pack` writes them."""
     wanted = [CLS, MOMENTS + NPY] + ([FLIPPED + NPY] if layout.flips else [])
     first = _first_sample(content, wanted, name)
     stride = sum(BLOCK + m.padded for m in first)

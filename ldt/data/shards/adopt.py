@@ -1,0 +1,96 @@
+"""Shards that other programs wrote, checked sample by sample and given a manifest: `ldt encode index=DIR`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ldt.data.shards import mds, walk
+from ldt.data.shards.layout import Index, Layout, Samples
+from ldt.data.shards.statistics import Sums
+from ldt.data.shards.unit import Sidecar
+from ldt.errors import InputError
+
+BLOCK = 1024  # samples whose float32 copies are in memory at a time
+
+FIND: dict[str, Callable[[NDArray[np.uint8], str], Layout]] = {"tar": walk.find_layout, "mds": mds.find_layout}
+WALK: dict[str, Callable[[NDArray[np.uint8], Layout, str], Index]] = {"tar": walk.walk, "mds": mds.index}
+
+
+def find_shards(directory: Path) -> tuple[str, list[str]]:
+    """The one format of a directory and the names of its shards, sorted."""
+    if not directory.is_dir():
+        raise InputError(f"index={directory} is not a directory; give one with .tar or .mds shards")
+    found = {f: sorted(p.name for p in directory.glob(f"*.{f}") if p.is_file()) for f in FIND}
+    present = [f for f in found if found[f]]
+    if len(present) != 1:
+        what = "both .tar and .mds shards" if present else "neither .tar nor .mds shards"
+        raise InputError(f"index={directory} holds {what}; one format a directory can be indexed")
+    return present[0], found[present[0]]
+
+
+def read_layout(directory: Path, name: str, format: str) -> Layout:
+    """The layout of the first shard, which all others must have."""
+    return FIND[format](np.fromfile(directory / name, np.uint8), str(directory / name))
+
+
+def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
+    """Check a whole shard and describe it. `class_counts` is as long as its largest label needs."""
+    path = str(directory / name)
+    content = np.fromfile(directory / name, np.uint8)
+    index = WALK[format](content, layout, path)
+    if len(index) == 0:
+        raise InputError(f"shard {path} holds no samples; remove it")
+    if index.label_n.min() < 0:
+        raise InputError(f"shard {path} has a negative label; labels are class numbers from 0")
+    offsets = [index.moments_n] + ([index.flipped_n] if index.flipped_n is not None else [])
+    stored, sums = [], []
+    for start_n in offsets:
+        raw_nb = np.lib.stride_tricks.sliding_window_view(content, layout.moments_bytes)[start_n]
+        for first in range(0, len(raw_nb), BLOCK):
+            moments = layout.unpack(raw_nb[first : first + BLOCK])
+            bad = ~np.isfinite(moments).reshape(len(moments), -1).all(1) | (moments[:, 1] < 0).reshape(
+                len(moments), -1
+            ).any(1)
+            if bad.any():
+                raise InputError(
+                    f"shard {path}: the moments of sample {first + int(bad.argmax())} are not finite or have a "
+                    "negative standard deviation; moments are [mean, std]"
+                )
+            sums.append(Sums.of(moments))
+        stored.append(raw_nb)
+    content_hash = Samples(index.label_n, stored[0], stored[1] if len(stored) > 1 else None).content_hash()
+    total = Sums.total(sums)
+    return Sidecar(
+        name=name,
+        bytes=len(content),
+        samples=len(index),
+        xxh64=f"{xxhash.xxh64_intdigest(content.data):016x}",
+        content=f"{content_hash:016x}",
+        class_counts=np.bincount(index.label_n).tolist(),
+        first_C=total.first_C.tolist(),
+        second_C=total.second_C.tolist(),
+        elements=total.elements,
+    )
+
+
+def class_names(directory: Path, largest: int) -> list[str]:
+    """`classes.txt`, one name a line, where it is there; else the numbers."""
+    path = directory / "classes.txt"
+    if not path.exists():
+        return [str(i) for i in range(largest + 1)]
+    names = path.read_text().splitlines()
+    if len(names) <= largest or len(set(names)) != len(names):
+        raise InputError(f"{path} has {len(names)} names, not all different or too few for label {largest}")
+    return names
+
+
+def refuse_duplicates(directory: Path, sidecars: list[Sidecar]) -> None:
+    """The same samples under two names would be trained on twice."""
+    seen: dict[str, str] = {}
+    for s in sidecars:
+        if s.content in seen:
+            raise InputError(f"{directory}: shards {seen[s.content]} and {s.name} hold the same samples; remove one")
+        seen[s.content] = s.name
