@@ -76,10 +76,9 @@ class Partition:
     def materialise_moments(self, steps: int) -> None:
         """Make Adam's state (it appears at the first step otherwise), ready to be filled from a checkpoint."""
         optimizer = self._base_optimizer()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p] = {"step": torch.tensor(float(steps))}
-                optimizer.state[p] |= {k: torch.zeros_like(p, dtype=torch.float32).detach() for k in MOMENTS}
+        for p in self._owners():
+            optimizer.state[p] = {"step": torch.tensor(float(steps))}
+            optimizer.state[p] |= {k: torch.zeros_like(p, dtype=torch.float32).detach() for k in MOMENTS}
         if self.stage in (1, 2):  # the parameters' own links into the state
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -112,6 +111,12 @@ class Partition:
             for f, value in zip(self.whole(), saved, strict=True):
                 f.master.copy_(value.view(-1))
             self.publish()
+
+    def _owners(self) -> list[Tensor]:
+        """All tensors that the optimizer updates on this rank; between steps stage 3 hides them from it."""
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._base_optimizer().param_groups for p in group["params"]]
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer

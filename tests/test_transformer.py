@@ -178,6 +178,11 @@ def test_impossible_models_are_refused(settings, message):
         ModelConfig(**settings)
 
 
+def test_no_classes_are_refused():
+    with pytest.raises(InputError, match="the data have no classes"):
+        build(VARIANTS[0], SHAPE, 0, 0)
+
+
 def test_patch_must_divide_the_latent():
     with pytest.raises(InputError, match="model.patch=3 does not divide the latent size 8x8"):
         build(ModelConfig(width=32, depth=1, heads=2, patch=3), SHAPE, CLASSES, 0)

@@ -1,0 +1,220 @@
+"""Saving and resuming: exact at the same world, elastic across ranks and stages, and never from damaged bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from shard_data import write_shards
+
+from ldt.checkpoint import Damaged, Reader, load_denoiser, newest, read_manifest, verify
+from ldt.config import load
+from ldt.dist import World, broadcast
+from ldt.errors import InputError
+from ldt.log import read_jsonl
+from ldt.rundir import STOPPED
+from ldt.train import Config, Trainer
+
+BATCH = 8
+SETTINGS = [
+    "seed=5",
+    "model={width: 32, depth: 2, heads: 2}",
+    f"train.global_batch={BATCH}",
+    "optimizer.lr=3e-3",
+    f"log.every_samples={BATCH}",
+    "checkpoint.every_samples=80",
+    "checkpoint.keep=9",
+]
+
+
+def train_case(world: World, settings: list[str]) -> list[dict]:
+    """Train in this pool; the training lines of metrics.jsonl."""
+    config = load(Config, None, SETTINGS + settings)
+    Trainer(config, world).train()
+    return broadcast([r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
+
+
+def refused_case(world: World, settings: list[str]) -> str:
+    """The sentence with which the trainer refuses these settings."""
+    try:
+        Trainer(load(Config, None, SETTINGS + settings), world)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_shards(path, [40, 23])
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(pool, data, tmp_path_factory):
+    """An uninterrupted run of 160 samples on one process: its directory and its log."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    settings = [f"run_dir={run_dir}", f"data.path={data}", "train.total_samples=160", "engine.zero_stage=1"]
+    return run_dir, pool(1).run(train_case, settings=settings)
+
+
+@pytest.fixture
+def copy(straight, tmp_path):
+    """A copy of that run to spoil."""
+    return Path(shutil.copytree(straight[0], tmp_path / "run"))
+
+
+def tensors(run_dir):
+    path = newest(Path(run_dir))
+    reader = Reader(path, read_manifest(path))
+    return {kind: reader.full(kind) for kind in reader.manifest["tensors"]}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
+def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ranks, stage):
+    def run(name, total):
+        settings = [f"run_dir={tmp_path}/{name}", f"data.path={data}", f"train.total_samples={total}"]
+        return pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
+
+    whole = run("whole", 160)
+    run("parts", 80)
+    parts = run("parts", 160)
+    for key in ("samples_seen", "digest", "loss", "grad_norm", "lr"):
+        assert [r[key] for r in parts] == [r[key] for r in whole], key
+    assert [r["attempt"] for r in parts] == [0] * 10 + [1] * 10
+    a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert set(a) == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert all(torch.equal(a[kind][name], b[kind][name]) for kind in a for name in a[kind])
+
+
+def test_resumed_on_other_ranks_and_stages_is_the_same_run(pool, data, straight, tmp_path):
+    """1 rank stage 2 → 3 ranks stage 1 → 2 ranks stage 3 → 1 rank stage 0, each from the last one's checkpoint."""
+    for ranks, stage, total in ((1, 2, 40), (3, 1, 80), (2, 3, 120), (1, 0, 160)):
+        settings = [f"run_dir={tmp_path}/run", f"data.path={data}", f"train.total_samples={total}"]
+        log = pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
+    assert [r["digest"] for r in log] == [r["digest"] for r in straight[1]]
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in straight[1]], rel=1e-5)
+    assert sorted({r["world_size"] for r in log}) == [1, 2, 3]
+
+
+def test_it_can_be_read_alone(straight):
+    """By safetensors alone, and as a denoiser without process group, data or DeepSpeed."""
+    path = newest(straight[0])
+    manifest = verify(path)
+    (name,) = manifest["files"]
+    with safe_open(path / name, framework="pt") as f:
+        ema = f.get_tensor("ema/patchify.weight")
+    loaded = load_denoiser(straight[0])
+    assert torch.equal(loaded.denoiser.patchify.weight.flatten(), ema)
+    master = load_denoiser(path, weights="master")
+    assert not torch.equal(loaded.denoiser.patchify.weight, master.denoiser.patchify.weight)
+    assert loaded.samples_seen == 160
+    assert loaded.sampling.classes == ["ant", "bee", "cat"] and loaded.sampling.std_C == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_every_flipped_cut_or_missing_byte_is_found(copy):
+    path = newest(copy)
+    generator = torch.Generator().manual_seed(0)
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for _ in range(20):
+            at = int(torch.randint(len(content), (1,), generator=generator))
+            bit = 1 << int(torch.randint(8, (1,), generator=generator))
+            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            with pytest.raises(Damaged, match=path.name):
+                verify(path)
+            file.write_bytes(content[:at])
+            with pytest.raises(Damaged, match=path.name):
+                verify(path)
+        file.unlink()
+        with pytest.raises(Damaged, match=path.name):
+            verify(path)
+        file.write_bytes(content)
+        verify(path)
+
+
+def spoil(checkpoint):
+    file = next(checkpoint.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(pool, data, straight, copy):
+    spoil(copy / "checkpoints" / "000000000160")
+    settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=160", "engine.zero_stage=1"]
+    log = pool(2).run(train_case, settings=settings)
+    assert [r["digest"] for r in log] == [r["digest"] for r in straight[1]]
+    assert [r["attempt"] for r in log] == [0] * 10 + [1] * 10
+    assert (copy / "checkpoints" / "000000000160.damaged").is_dir()
+    assert len(list(read_jsonl(copy / "metrics.cut.jsonl"))) == 10, "the lines after the checkpoint are kept aside"
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(pool, data, copy):
+    for checkpoint in (copy / "checkpoints").iterdir():
+        spoil(checkpoint)
+    settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=160", "engine.zero_stage=1"]
+    for _ in range(2):  # also the second time, when all have been set aside
+        assert "is whole (2 damaged)" in pool(1).run(refused_case, settings=settings)
+
+
+def test_another_run_is_not_continued(pool, data, copy, tmp_path):
+    def refused(*settings):
+        return pool(1).run(refused_case, settings=[f"run_dir={copy}", f"data.path={data}", *settings])
+
+    message = refused("optimizer.lr=1e-3", "seed=6")
+    assert "optimizer.lr: 0.003 there, 0.001 here" in message and "seed: 5 there, 6 here" in message
+    assert "model.width: 32 there, 64 here" in refused("model.width=64")
+    write_shards(tmp_path / "other", [40, 24])
+    assert "holds other data (fingerprint" in refused(f"data.path={tmp_path}/other")
+
+
+def test_starting_from_other_weights(pool, data, straight, tmp_path):
+    settings = [f"run_dir={tmp_path}/run", f"data.path={data}", f"train.init_from={straight[0]}"]
+    log = pool(2).run(train_case, settings=[*settings, "train.total_samples=8"])
+    assert log[0]["loss"] < straight[1][0]["loss"] - 0.05, "not from nothing"
+    assert log[0]["digest"] == straight[1][0]["digest"], "but from the first sample"
+    write_shards(tmp_path / "larger", [40], latent_shape=(8, 2, 2))
+    settings = [f"run_dir={tmp_path}/two", f"data.path={tmp_path}/larger", f"train.init_from={straight[0]}"]
+    message = pool(1).run(refused_case, settings=settings)
+    assert "holds another model: parameter patchify.weight has shape [32, 16] there and [32, 32] here" in message
+
+
+def test_old_checkpoints_are_removed(pool, data, tmp_path):
+    settings = [f"run_dir={tmp_path}", f"data.path={data}", "train.total_samples=160"]
+    pool(1).run(train_case, settings=[*settings, "checkpoint.every_samples=40", "checkpoint.keep=2"])
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["000000000120", "000000000160"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_ends_in_a_checkpoint_and_75(data, straight, tmp_path, number):
+    """A real process under a real signal; resumed, it is the run that was never stopped."""
+    settings = [f"run_dir={tmp_path}/run", f"data.path={data}", "engine.zero_stage=1"]
+    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, *settings, "train.total_samples=800000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
+    while not metrics.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.send_signal(number)  # a second one changes nothing
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == STOPPED, error
+    assert '"outcome": "stopped"' in (tmp_path / "run" / "outcome.json").read_text()
+    log = [r for r in read_jsonl(metrics) if "loss" in r]
+    assert newest(tmp_path / "run").name == f"{log[-1]['samples_seen']:012d}"
+    n = min(len(log), len(straight[1]))
+    assert [r["digest"] for r in log[:n]] == [r["digest"] for r in straight[1][:n]]
+
+
+def test_an_unwritable_run_directory_is_named(data):
+    if os.geteuid() == 0:  # root may write everywhere but under a file
+        command = [sys.executable, "-m", "ldt", "train", *SETTINGS, "run_dir=/dev/null/run", f"data.path={data}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "run_dir=/dev/null/run can't be written" in done.stderr
