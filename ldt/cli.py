@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": Command(
         "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
     ),
+    "inspect": Command("ldt.inspect", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }
 

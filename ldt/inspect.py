@@ -1,0 +1,68 @@
+"""What a path holds and whether it is whole: a directory of latent shards.
+
+Exit codes: 0 whole, 1 damaged (what is wrong is printed), 2 not one of ours.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldt import log
+from ldt.autoencoder import Autoencoder
+from ldt.data.shards import open_shards
+from ldt.data.shards.reader import LatentShards
+from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
+from ldt.errors import InputError
+from ldt.options import required
+from ldt.pictures import class_grid, write_picture
+
+logger = log.get_logger(__name__)
+WHOLE, DAMAGED = 0, 1
+
+
+@dataclass
+class Config:
+    """`path`: what to look at; `grid`: a PNG to draw decoded samples into; `images`: how many."""
+
+    path: str = required()
+    grid: str = ""
+    images: int = 64
+
+
+def run(config: Config) -> int:
+    """Look; returns the exit code."""
+    path = Path(config.path)
+    if is_shard_directory(path):
+        return _inspect_shards(config)
+    raise InputError(f"{path} is not a directory of latent shards; give the output of `ldt encode`")
+
+
+def _inspect_shards(config: Config) -> int:
+    try:
+        shards = open_shards(config.path)
+    except InputError as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    summary = summarize(shards)
+    for name, value in summary.facts.items():
+        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+    for problem in summary.problems:
+        print(f"damaged: {problem}")
+    if summary.problems:
+        return DAMAGED
+    if config.grid:
+        _draw(shards, config)
+        print(f"decoded samples: {config.grid}")
+    print(f"whole: {config.path}")
+    return WHOLE
+
+
+def _draw(shards: LatentShards, config: Config) -> None:
+    manifest = shards.manifest
+    autoencoder = Autoencoder.load(manifest.autoencoder)
+    if autoencoder.hash != manifest.autoencoder_hash:
+        raise InputError(f"autoencoder {manifest.autoencoder} is not the one that {config.path} was encoded with")
+    latent_BCHW, label_B = latents_to_show(shards, config.images)
+    image_BHWC = autoencoder.decode(torch.from_numpy(latent_BCHW.copy()))
+    write_picture(Path(config.grid), class_grid(image_BHWC.cpu().numpy(), label_B))
