@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from run_data import kept_logger, make_autoencoder, shared_run
 
-from ldt.checkpoint import load_denoiser
+from ldt.checkpoint import Sampling, load_denoiser
 from ldt.cli import main
 from ldt.errors import InputError
 from ldt.pictures import class_grid
@@ -149,3 +149,9 @@ def test_another_autoencoder_is_refused(model: ImageModel, tmp_path: Path) -> No
     other.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"encoded with {model.sampling.autoencoder_hash[:12]}"):
         load_autoencoder(replace(model.sampling, autoencoder=str(tmp_path)), CPU)
+
+
+def test_weights_of_another_autoencoder_are_refused() -> None:
+    sampling = Sampling((4, 8, 8), ["a"], [0.0] * 4, [1.0] * 4, "embedded:fashion_mnist", "0" * 16, 32, 1)
+    with pytest.raises(InputError, match="put the original weights back, or encode and train again"):
+        load_autoencoder(sampling, torch.device("cpu"))
