@@ -16,7 +16,10 @@ import torch
 
 from ldt.checkpoint import versions
 
-BENCHMARKS = {"evaluate": "images a second of an evaluation against its raw sampler and detector"}
+BENCHMARKS = {
+    "data": "the loader against a memmap gather, beside other readers",
+    "evaluate": "images a second of an evaluation against its raw sampler and detector",
+}
 
 
 def main() -> int:

@@ -1,0 +1,109 @@
+"""The loader against a memmap gather of the same samples, with StreamingDataset and webdataset beside it."""
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldt.data.loader import Loader
+from ldt.data.shards import open_shards
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Size of the data."""
+    parser.add_argument("--samples", type=int, default=16384)
+    parser.add_argument("--shard-samples", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Samples a second of each reader, hot cache, latents of 4x32x32 fp16 (16 KB a sample), and ratios to the limit."""
+    from shard_data import write_shards
+
+    shape = (4, 32, 32)
+    counts = [arguments.shard_samples] * (arguments.samples // arguments.shard_samples)
+    out: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        for format in ("tar", "mds"):
+            write_shards(root / format, counts, format, "fp16", False, shape)
+        out["memmap gather, samples/s"] = limit = _memmap(root / "gather.bin", arguments.samples, shape)
+        shards = {f: open_shards(root / f) for f in ("tar", "mds")}
+        rng = np.random.default_rng(0)
+        for format, opened in shards.items():
+            for shard in range(len(counts)):
+                opened.check(shard)
+            out[f"{format} read() as float32, samples/s"] = _rate(
+                lambda opened=opened: opened.read(  # type: ignore[misc]
+                    rng.integers(0, len(counts), 256), rng.integers(0, arguments.shard_samples, 256)
+                ),
+                256,
+            )
+            with Loader(opened, batch=arguments.batch, seed=0, threads=arguments.threads) as loader:
+                steps = loader.steps()
+                for _ in itertools.islice(steps, 8):
+                    pass
+                out[f"{format} loader, all draws, samples/s"] = _rate(lambda steps=steps: next(steps), arguments.batch)  # type: ignore[misc]
+        out["webdataset decode, samples/s"] = _webdataset(root / "tar")
+        out["StreamingDataset[i], samples/s"] = _streaming(root / "mds", shards["mds"].manifest)
+    ratios = {f"ratio: {k.removesuffix(', samples/s')}": v / limit for k, v in out.items() if k[0] != "m" or "mds" in k}
+    return out | ratios
+
+
+def _rate(action: Callable[[], Any], samples: int, seconds: float = 1.5) -> float:
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        action()
+        done += samples
+    return done / (time.perf_counter() - start)
+
+
+def _memmap(path: Path, samples: int, shape: tuple[int, ...]) -> float:
+    """Rows of one flat file copied in random order into a reused batch."""
+    row = 2 * int(np.prod(shape))
+    np.random.default_rng(0).integers(0, 1 << 14, (samples, row), np.uint16).tofile(path)
+    data = np.memmap(path, np.float16, "r", shape=(samples, row))
+    batch, rng = np.empty((256, row), np.float16), np.random.default_rng(0)
+    return _rate(lambda: np.take(data, rng.integers(0, samples, 256), axis=0, out=batch), 256)
+
+
+def _webdataset(directory: Path) -> float:
+    import webdataset
+
+    names = sorted(str(p) for p in directory.glob("*.tar"))
+    rows = iter(webdataset.WebDataset(names, shardshuffle=False).decode().to_tuple("moments.npy", "cls").batched(256))
+    next(rows)
+    start = time.perf_counter()
+    done = sum(len(labels) for _, labels in itertools.islice(rows, 16))
+    return done / (time.perf_counter() - start)
+
+
+def _streaming(directory: Path, manifest: Any) -> float:
+    import streaming_package
+
+    from ldt.data.shards import mds
+
+    streaming = streaming_package.load()
+    table = manifest.table
+    columns = ([n.decode() for n in table["name"]], table["bytes"].tolist(), table["samples"].tolist())
+    hashes = [f"{h:016x}" for h in table["xxh64"].tolist()]
+    (directory / "index.json").write_bytes(mds.library_index(*columns, hashes, manifest.layout))
+    streaming.base.util.clean_stale_shared_memory()
+    dataset, rng = (
+        streaming.StreamingDataset(local=str(directory), batch_size=1, shuffle=False),
+        np.random.default_rng(0),
+    )
+    return _rate(
+        lambda: torch.from_numpy(np.stack([dataset[int(i)]["moments"] for i in rng.integers(0, len(dataset), 256)])),
+        256,
+    )
