@@ -1,8 +1,9 @@
-"""What a path holds and whether it is whole: a directory of latent shards.
+"""What a path holds and whether it is whole: a directory of latent shards, a checkpoint, or a run with checkpoints.
 
 Exit codes: 0 whole, 1 damaged (what is wrong is printed), 2 not one of ours.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from ldt import log
 from ldt.autoencoder import Autoencoder
+from ldt.checkpoint import Damaged, verify
 from ldt.data.shards import open_shards
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
@@ -35,7 +37,32 @@ def run(config: Config) -> int:
     path = Path(config.path)
     if is_shard_directory(path):
         return _inspect_shards(config)
-    raise InputError(f"{path} is not a directory of latent shards; give the output of `ldt encode`")
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return _inspect_checkpoint(path)
+    if (path / "checkpoints").is_dir():
+        checkpoints = sorted(p for p in (path / "checkpoints").iterdir() if p.is_dir())
+        return max((_inspect_checkpoint(p) for p in checkpoints), default=WHOLE)
+    raise InputError(f"{path} holds neither latent shards nor checkpoints; give the output of `ldt encode` or a run")
+
+
+def _inspect_checkpoint(path: Path) -> int:
+    try:
+        manifest = verify(path)
+    except Damaged as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    written, numbers = manifest["written_by"], [math.prod(s) for s in manifest["parameters"].values()]
+    facts = {
+        "samples seen": manifest["progress"]["samples_seen"],
+        "parameters": sum(numbers),
+        "tensors": ", ".join(manifest["tensors"]),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "written by": f"{written['world_size']} ranks at ZeRO stage {written['zero_stage']}, ldt {written['ldt']}",
+    }
+    for name, value in facts.items():
+        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+    print(f"whole: {path}")
+    return WHOLE
 
 
 def _inspect_shards(config: Config) -> int:

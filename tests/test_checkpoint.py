@@ -14,6 +14,7 @@ from safetensors import safe_open
 from shard_data import write_shards
 
 from ldt.checkpoint import Damaged, Reader, load_denoiser, newest, read_manifest, verify
+from ldt.cli import main
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
@@ -137,6 +138,19 @@ def test_every_flipped_cut_or_missing_byte_is_found(copy):
             verify(path)
         file.write_bytes(content)
         verify(path)
+
+
+def test_inspection_says_whole_damaged_or_not_ours(copy, tmp_path, capsys):
+    newest_checkpoint = newest(copy)
+    assert main(["inspect", str(newest_checkpoint)]) == 0
+    assert capsys.readouterr().out.strip().endswith(f"whole: {newest_checkpoint}")
+    assert main(["inspect", str(copy)]) == 0
+    spoil(newest_checkpoint)
+    assert main(["inspect", str(newest_checkpoint)]) == 1
+    assert "safetensors differs from its hash" in capsys.readouterr().out
+    assert main(["inspect", str(copy)]) == 1
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "holds neither latent shards nor checkpoints" in capsys.readouterr().err
 
 
 def spoil(checkpoint):
