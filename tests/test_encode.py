@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -213,3 +215,41 @@ def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
     if total > 20:
         assert np.diff(held_out).max() <= 2 * total / len(held_out) + 1
         assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
+
+
+@pytest.mark.parametrize(("format", "goal"), [("tar", 1), ("mds", 4)])  # shards that are there at the kill
+def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format, goal):
+    assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
+    expected, out = files(tmp_path / "one"), tmp_path / "two"
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ldt", *encode.arguments(out, format=format, shard_samples=2)],
+            env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(f"shard-*.{format}"))) < goal and time.monotonic() < deadline:
+        time.sleep(0.002)
+    processes[goal % 2].kill()
+    for p in processes:
+        p.kill()
+        p.wait(timeout=60)
+    assert encode(out, format=format, shard_samples=2) == 0
+    assert files(out) == expected
+
+
+def test_a_full_disk_is_said_and_the_next_run_goes_on(encode, tmp_path, capsys):
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        assert encode(out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "make room" in capsys.readouterr().err
+    assert not list(out.glob("*.tar")) and not list(out.glob("*.unfinished"))
+    assert encode(out) == 0

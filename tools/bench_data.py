@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldt import rng as rng_of_ldt
+from ldt.data.draws import Batch, digest, fill
 from ldt.data.loader import Loader
-from ldt.data.shards import open_shards
+from ldt.data.order import Order
+from ldt.data.shards import LatentShards, open_shards
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples a second of each reader, hot cache, latents of 4x32x32 fp16 (16 KB a sample), and ratios to the limit."""
-    from shard_data import write_shards
+    from shard_data import write_shards  # type: ignore[import-not-found]
 
     shape = (4, 32, 32)
     counts = [arguments.shard_samples] * (arguments.samples // arguments.shard_samples)
@@ -54,10 +57,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for _ in itertools.islice(steps, 8):
                     pass
                 out[f"{format} loader, all draws, samples/s"] = _rate(lambda steps=steps: next(steps), arguments.batch)  # type: ignore[misc]
+        out |= _parts(shards["tar"], arguments.batch)
         out["webdataset decode, samples/s"] = _webdataset(root / "tar")
         out["StreamingDataset[i], samples/s"] = _streaming(root / "mds", shards["mds"].manifest)
-    ratios = {f"ratio: {k.removesuffix(', samples/s')}": v / limit for k, v in out.items() if k[0] != "m" or "mds" in k}
+    ratios = {
+        f"ratio: {k.removesuffix(', samples/s')}": v / limit
+        for k, v in out.items()
+        if "samples/s" in k and "memmap" not in k
+    }
     return out | ratios
+
+
+def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
+    """What a loader thread spends on a sample, in microseconds: one thread, one part at a time."""
+    shape = shards.manifest.latent_shape
+    elements, rows = int(np.prod(shape)), Batch.padding(batch, shape, len(shards.manifest.classes), pin=False)
+    order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
+    key_n = np.arange(batch)
+    shard_n, sample_n = order.locate(key_n)
+    fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False)
+    parts: dict[str, Callable[[], Any]] = {
+        "locate": lambda: order.locate(key_n),
+        "read": lambda: shards.read(shard_n, sample_n),
+        "one normal draw of two": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, key_n, elements),
+        "digest": lambda: digest(rows, sample_n),
+        "all of fill": lambda: fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False),
+    }
+    return {f"us/sample: {name}": 1e6 / _rate(action, batch, 0.7) for name, action in parts.items()}
 
 
 def _rate(action: Callable[[], Any], samples: int, seconds: float = 1.5) -> float:
@@ -89,7 +115,7 @@ def _webdataset(directory: Path) -> float:
 
 
 def _streaming(directory: Path, manifest: Any) -> float:
-    import streaming_package
+    import streaming_package  # type: ignore[import-not-found]
 
     from ldt.data.shards import mds
 

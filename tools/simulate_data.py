@@ -1,7 +1,7 @@
 """What a choice of data.streams and data.window costs and gives, without any data: `python tools/simulate_data.py`.
 
-Drives the real order of thousands of ranks over thousands of shards and reports, for each choice, shard downloads a
-node and epoch with a cache that holds a share of the data, and how many classes a global batch of class-sorted data has.
+Drives the real order of thousands of ranks over thousands of shards and reports, for each choice, shard downloads of a
+node whose cache holds a share of the data, and how many classes a global batch of class-sorted data has.
 """
 
 import argparse
