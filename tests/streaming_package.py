@@ -8,6 +8,8 @@ import types
 import warnings
 from typing import Any
 
+import peers  # noqa: F401  (makes the peers' directory importable)
+
 ABSENT = {
     "torchvision": {
         "torchvision": {},
