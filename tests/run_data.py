@@ -16,6 +16,7 @@ from PIL import Image
 from ldt.autoencoder import Autoencoder
 from ldt.checkpoint import Progress, Sampling, save
 from ldt.config import to_dict
+from ldt.data.shards.manifest import VERSION, head_hash
 from ldt.diffusion.objectives import ObjectiveConfig
 from ldt.dist import process_group
 from ldt.engine import Engine, EngineConfig, OptimizerConfig
@@ -116,7 +117,8 @@ def make_manifest_head(path: Path, images: Path) -> None:
     """The part of a shard directory that evaluation reads: where the images came from."""
     path.mkdir(parents=True)
     recipe = {"images.path": str(images), "images.fit": "pad"}
-    head = {"kind": "ldt latent shards", "version": 1, "recipe": recipe}
+    head = {"kind": "ldt latent shards", "version": VERSION, "recipe": recipe}
+    head["head_xxh64"] = head_hash(head)
     (path / "manifest.json").write_text(json.dumps(head))
 
 

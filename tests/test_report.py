@@ -23,7 +23,7 @@ from ldt import rundir
 from ldt.checkpoint import read_manifest
 from ldt.cli import main
 from ldt.config import to_yaml
-from ldt.data.shards.manifest import read_head
+from ldt.data.shards.manifest import head_hash, read_head
 from ldt.data.split import Split
 from ldt.dist import World
 from ldt.errors import InputError
@@ -55,6 +55,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = read_manifest(path / "checkpoints" / "000000002000")["config"]["data"]["path"]
     head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1}
     head["recipe"] |= {"validation_fraction": 0.1, "seed": 0}
+    head["head_xxh64"] = head_hash(head)
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(json.dumps(head))
     config = TrainConfig(run_dir=str(path), data=DataConfig(path=str(root / "shards")))
