@@ -80,7 +80,7 @@ def process_group() -> Iterator[World]:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise InputError(
-                    f"{world.size} processes but no {name}; start them with torchrun, deepspeed or slurm/train.sh"
+                    f"{world.size} processes but no {name}; start them with torchrun or deepspeed"
                 )
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
