@@ -79,9 +79,7 @@ def process_group() -> Iterator[World]:
     else:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise InputError(
-                    f"{world.size} processes but no {name}; start them with torchrun or deepspeed"
-                )
+                raise InputError(f"{world.size} processes but no {name}; start them with torchrun or deepspeed")
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield world
