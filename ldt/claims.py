@@ -7,6 +7,7 @@
 taken for dead. Exclusive creation and rename decide, not locks, which network file systems forget.
 """
 
+import contextlib
 import os
 import platform
 import threading
@@ -16,6 +17,28 @@ from typing import Self
 
 STALE = 600.0
 BEAT = 60.0
+
+
+class Heartbeat:
+    """Touches an existing file every so many seconds while active; never makes one."""
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.file, self._seconds = file, seconds
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._seconds):
+            with contextlib.suppress(OSError):  # somebody took it over, or the file system is away for a while
+                os.utime(self.file)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def want(checkpoint: Path, key: str) -> None:
@@ -39,20 +62,14 @@ class Claim:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = Heartbeat(file, BEAT)
 
     @classmethod
     def take(cls, checkpoint: Path, key: str) -> Self | None:
         """The claim, or None while another live process holds it. A dead owner's claim is taken over."""
         file = _beside(checkpoint, "claim", key)
-        if file.exists() and _stale(file):
-            grave = file.with_name(f".{file.name}.{os.getpid()}.stale")
-            try:
-                file.rename(grave)  # only one of several can
-            except FileNotFoundError:
-                return None
-            grave.unlink()
+        if file.exists() and _stale(file) and not remove_dead(file, _read(file)):
+            return None
         try:
             with file.open("x") as f:
                 f.write(f"{platform.node()} {os.getpid()} {time.time():.0f}\n")
@@ -60,22 +77,39 @@ class Claim:
             return None
         return cls(file)
 
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT):
-            self._file.touch()
-
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._heartbeat.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+        self._heartbeat.__exit__()
         self._file.unlink(missing_ok=True)
+
+
+def remove_dead(file: Path, content: str) -> bool:
+    """Remove a dead owner's file that said `content`; False if somebody else was faster or it says something new."""
+    grave = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.dead")
+    try:
+        file.rename(grave)  # only one of several can
+    except FileNotFoundError:
+        return False
+    dead = _read(grave) == content
+    if not dead:  # a new owner had come in between
+        with contextlib.suppress(FileExistsError):
+            os.link(grave, file)
+    grave.unlink()
+    return dead
 
 
 def _beside(checkpoint: Path, kind: str, key: str) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.{kind}-{key}")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _stale(file: Path) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldt import __version__, config, log
-from ldt.errors import InputError
-from ldt.rundir import DONE, WRONG_INPUT
+from ldt.errors import InputError, RunError
+from ldt.rundir import DONE, FAILED, WRONG_INPUT
 
 
 class Command(NamedTuple):
@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ldt {name}: error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except RunError as error:
+        print(f"ldt {name}: failed: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _run(name: str, arguments: list[str]) -> int:

@@ -2,11 +2,13 @@
 
 Two profiles. `power` weighs the past by a power of its age relative to the length of the run, so its width is a
 fraction of the run whatever its length (Karras et al. 2312.02696, section 3.1 and appendix C). `half_life` forgets
-half in a fixed number of samples.
+half in a fixed number of samples. From stored averages of two widths, those of any width in between can be
+reconstructed afterwards (appendix C.2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +20,53 @@ from ldt.options import choice
 
 @dataclass
 class EMAConfig:
-    """`width` is the relative standard deviation of the power profile; `half_life` is in samples."""
+    """`widths`: relative standard deviations of the power profiles, the first is the one that is sampled from;
+    `half_life`: in samples. Every `snapshot_every_samples` (0: never) the averages are stored for later reconstruction.
+    """
 
     kind: str = choice("power", "half_life")
-    width: float = 0.05
+    widths: list[float] = field(default_factory=lambda: [0.05, 0.10])
     half_life: int = 500_000
+    snapshot_every_samples: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < 0.28:
-            raise InputError(f"ema.width={self.width} must lie between 0 and 0.28, such as 0.05 or 0.10")
+        if not self.widths or len(set(self.widths)) < len(self.widths):
+            raise InputError(f"ema.widths={self.widths} must be one or several different widths, such as [0.05, 0.10]")
+        for width in self.widths:
+            if not 0 < width < 0.28:
+                raise InputError(f"ema.widths={self.widths}: each must lie between 0 and 0.28, such as 0.05 or 0.10")
         if self.half_life < 1:
             raise InputError(f"ema.half_life={self.half_life} must be at least 1 sample")
+        if self.snapshot_every_samples < 0:
+            raise InputError(f"ema.snapshot_every_samples={self.snapshot_every_samples} can't be negative; 0 is never")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How one average weighs the past: by a `width` (power) or a `half_life` in samples."""
+
+    width: float = 0.0
+    half_life: int = 0
+
+    def decay(self, samples_seen: int, batch: int) -> float:
+        """The factor that keeps the old average at the step that ends at `samples_seen` (2312.02696, eq. 10)."""
+        if self.half_life:
+            return float(0.5 ** (batch / self.half_life))
+        return float((1 - batch / samples_seen) ** (power_exponent(self.width) + 1))
+
+    def describe(self) -> dict[str, Any]:
+        """As it is written into a checkpoint's manifest."""
+        if self.half_life:
+            return {"kind": "half_life", "half_life": self.half_life}
+        return {"kind": "power", "width": self.width}
+
+
+def profiles(config: EMAConfig) -> dict[str, Profile]:
+    """The averages of a run by the name of their tensors: `ema`, then `ema_<width>` for each further width."""
+    if config.kind == "half_life":
+        return {"ema": Profile(half_life=config.half_life)}
+    first, *others = config.widths
+    return {"ema": Profile(width=first)} | {f"ema_{width:g}": Profile(width=width) for width in others}
 
 
 def power_exponent(width: float) -> float:
@@ -40,15 +78,28 @@ def power_exponent(width: float) -> float:
     return float(roots[np.isreal(roots)].real.max())
 
 
-def decay(config: EMAConfig, samples_seen: int, batch: int) -> float:
-    """The factor that keeps the old average at the step that ends at `samples_seen` (2312.02696, eq. 10)."""
-    if config.kind == "half_life":
-        return 0.5 ** (batch / config.half_life)
-    return (1 - batch / samples_seen) ** (power_exponent(config.width) + 1)
-
-
 @torch.no_grad()
 def update(average: Sequence[Tensor], weights: Sequence[Tensor], keep: float) -> None:
     """average ← keep·average + (1 − keep)·weights, in place, for lists of float32 tensors of equal shapes."""
     if average:
         torch._foreach_lerp_(list(average), list(weights), 1 - keep)
+
+
+def reconstruction(stored: Sequence[tuple[int, float]], samples_seen: int, width: float) -> list[float]:
+    """Coefficients that combine stored power averages, each (samples_seen, width), into another one.
+
+    Least squares between the profiles as functions of time: with A the inner products of the stored ones and b those
+    with the one asked for, the solution of A x = b (2312.02696, eqs. 14-16, algorithm 3).
+    """
+    times = np.array([t for t, _ in stored], np.float64) / samples_seen
+    gammas = np.array([power_exponent(w) for _, w in stored])
+    a = _inner(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
+    b = _inner(times, gammas, np.ones(1), np.array([power_exponent(width)]))
+    return [float(x) for x in np.linalg.lstsq(a, b, rcond=1e-14)[0]]
+
+
+def _inner(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """∫ p_tg(τ) p_uh(τ) dτ of power profiles p_tg(τ) = (g + 1) τᵍ / tᵍ⁺¹ on [0, t]."""
+    log_integral = (g + h + 1) * np.log(np.minimum(t, u)) - (g + 1) * np.log(t) - (h + 1) * np.log(u)
+    out: np.ndarray = (g + 1) * (h + 1) / (g + h + 1) * np.exp(log_integral)
+    return out

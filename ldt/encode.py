@@ -21,7 +21,6 @@ from ldt.config import choice, required, section
 from ldt.data.ahead import ahead
 from ldt.data.images import open_images, prepare
 from ldt.data.shards import adopt, mds
-from ldt.data.shards.files import remove_unfinished, write_atomic
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import HEAD, VALIDATION, Manifest, make_table, read_head
 from ldt.data.shards.statistics import Sums
@@ -29,6 +28,7 @@ from ldt.data.shards.unit import Sidecar, read_sidecar, shard_name, sidecar_path
 from ldt.data.split import Split
 from ldt.dist import World, all_gather, broadcast, process_group
 from ldt.errors import InputError
+from ldt.files import remove_unfinished, write_atomic
 
 logger = log.get_logger(__name__)
 RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole

@@ -6,6 +6,7 @@ it has no schedule and no clock of its own.
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,19 +23,27 @@ from ldt.partition import Partition
 
 MicroBatch = TypeVar("MicroBatch")
 
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+
 
 @dataclass
 class EngineConfig:
-    """Where and how the same arithmetic is done; none of it defines the run."""
+    """Where and how the same arithmetic is done; none of it defines the run.
+
+    A rank that makes no progress for `stall_seconds` (a hung collective, loader or disk) ends the job; 0 waits forever.
+    """
 
     zero_stage: int = 1
     precision: str = choice("fp32", "bf16")
     compile: bool = False
     deterministic: bool = False
+    stall_seconds: float = 900.0
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise InputError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.stall_seconds < 0:
+            raise InputError(f"engine.stall_seconds={self.stall_seconds} must be positive, or 0 to wait forever")
         if self.zero_stage == 0 and self.precision == "bf16":
             raise InputError(
                 "engine.precision=bf16 needs engine.zero_stage of 1 to 3 (DeepSpeed keeps no float32 weights at stage "
@@ -65,10 +74,25 @@ class OptimizerConfig:
 
 
 class Step(NamedTuple):
-    """What a step is known by: its loss (mean over the global batch) and the gradient's norm before clipping."""
+    """What a step is known by.
+
+    loss: mean over the global batch; grad_norm: before clipping; applied: whether the weights were changed;
+    sums: over all ranks, of what each gave as `also`.
+    """
 
     loss: float
     grad_norm: float
+    applied: bool
+    sums: list[float]
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that can let a step go by: DeepSpeed calls it deep inside of its own step, at every stage alike."""
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)
 
 
 class Engine:
@@ -85,7 +109,7 @@ class Engine:
             denoiser.compile()
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
-        adam = torch.optim.AdamW(
+        self._adam = _AdamW(
             _parameter_groups(denoiser, optimizer.weight_decay),
             lr=optimizer.lr,
             betas=optimizer.betas,
@@ -95,10 +119,11 @@ class Engine:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=denoiser, optimizer=adam, config=_deepspeed_config(config, optimizer, micro_batches)
+                model=denoiser, optimizer=self._adam, config=_deepspeed_config(config, optimizer, micro_batches)
             )
         self.module: nn.Module = self.deepspeed
         self.partition = Partition(self.deepspeed, config.zero_stage)
+        self.partition.materialise_moments(0)
 
     def step(
         self,
@@ -106,33 +131,45 @@ class Engine:
         weighted_loss: Callable[[nn.Module, MicroBatch], Tensor],
         lr: float,
         global_batch: int,
+        loss_limit: float = math.inf,
+        also: Sequence[int] = (),
     ) -> Step:
         """One optimizer step. `weighted_loss` is the weighted sum of a micro-batch's per-sample losses, a scalar.
 
         DeepSpeed divides the gradient by the number of ranks and of micro-batches, ours is the mean over the global
         batch: the factor below makes up the difference exactly, whatever the split.
+
+        Before the weights change, one all-reduce tells every rank the loss, the gradient's norm and the sums of
+        `also` (exact for integers below 2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no
+        rank applies the step: weights, moments and Adam's step count stay as they are.
         """
         assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         factor = self.world.size * self.micro_batches / global_batch
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches):
+            if i:
+                self.deepspeed.step()  # only counts micro-batches until the last
             loss = weighted_loss(self.module, batch)
             total += loss.detach()
             self.deepspeed.backward(loss * factor)
-            grad_norm = self._replica_grad_norm()
-            self.deepspeed.step()
-        loss_sum = float(all_reduce_sum(total))
-        if self.partition.stage > 0:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return Step(loss_sum / global_batch, grad_norm)
+        shares = torch.cat(
+            [torch.stack([total, self._squared_norm()]), torch.tensor(also, dtype=torch.float64).to(total)]
+        )
+        loss_sum, squared_norm, *sums = all_reduce_sum(shares).tolist()
+        step_loss, grad_norm = loss_sum / global_batch, squared_norm**0.5
+        # DeepSpeed squares norms in float32 and would leave out a step that overflows there by itself
+        finite = math.isfinite(step_loss) and squared_norm < FLOAT32_MAX
+        self._adam.skip = not (finite and step_loss <= loss_limit)
+        self.deepspeed.step()
+        return Step(step_loss, grad_norm, not self._adam.skip, sums)
 
-    def _replica_grad_norm(self) -> float:
-        """The gradient's norm before clipping at stage 0, where DeepSpeed reports none."""
-        if self.partition.stage > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
-            return 0.0
-        return float(torch.nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None))
+    def _squared_norm(self) -> Tensor:
+        """This rank's share of the gradient's squared norm: a float64 scalar."""
+        norms = torch._foreach_norm(self.partition.gradients(), 2, torch.float32)
+        squared = torch.stack(norms).double().square().sum()
+        return squared / self.world.size if self.partition.stage == 0 else squared
 
 
 def learning_rate(config: OptimizerConfig, samples_seen: int, total_samples: int) -> float:

@@ -1,4 +1,4 @@
-"""The one exception a user should ever see."""
+"""The two exceptions that a user should ever see."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message is one sentence that names the thing, what was expected and what to do. The command line prints it
     without a traceback and exits with code 2, which job scripts read as "do not requeue".
+    """
+
+
+class RunError(RuntimeError):
+    """A run that can't go on though its input is right: a diverged model, a full disk, a hung rank.
+
+    The message explains it in a sentence; the command line prints it without a traceback and exits with code 1.
     """

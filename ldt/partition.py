@@ -69,6 +69,18 @@ class Partition:
         state = self._state(fragment)
         return {k: fragment.slice_of(state[k]) for k in MOMENTS}
 
+    def gradients(self) -> list[Tensor]:
+        """This rank's share of the averaged gradient, between the last backward pass and the step.
+
+        Together the ranks hold every element once, at stage 0 each holds all of them; padding is zero.
+        """
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            return [p.grad for _, p in _trainable(self.engine) if p.grad is not None]
+        if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # bf16 at stage 1
+            return list(optimizer.fp32_groups_gradient_flat_partition)
+        return [g for group in optimizer.averaged_gradients.values() for g in group if g is not None]
+
     def optimizer_steps(self) -> int:
         """How many steps the optimizer has taken; 0 before the first."""
         return max((int(s["step"]) for s in self._base_optimizer().state.values() if "step" in s), default=0)

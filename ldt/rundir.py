@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ PLACEMENT = (
     "train.micro_batch",
     "train.total_samples",
     "train.init_from",
+    "train.time_limit_minutes",
+    "train.accept_changes",
     "engine.",
+    "ema.snapshot_every_samples",
     "checkpoint.",
     "log.",
     "evaluate.",
@@ -47,14 +51,18 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not k.startswith(PLACEMENT)}
 
 
-def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path) -> None:
-    """`InputError` with the list of differences if `config` would continue another run than the saved one."""
+def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path, accepted: Collection[str] = ()) -> None:
+    """`InputError` with the list of differences if `config` would continue another run than the saved one.
+
+    Keys that are `accepted` may differ.
+    """
     old, new = identity(json.loads(json.dumps(saved))), identity(json.loads(json.dumps(config)))
-    differences = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old | new) if old.get(k) != new.get(k)]
-    if differences:
+    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and k not in accepted]
+    if changed:
+        differences = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in changed)
         raise InputError(
-            f"{where} belongs to a run with another config ({'; '.join(differences)}); "
-            "restore these keys to resume it, or choose another run_dir"
+            f"{where} belongs to a run with another config ({differences}); restore these keys to resume it, choose "
+            f"another run_dir, or go on with the changes by train.accept_changes=[{','.join(changed)}]"
         )
 
 

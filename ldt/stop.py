@@ -1,10 +1,11 @@
-"""Requests to stop: a signal sets a flag, the training loop agrees on it at a step boundary.
+"""Requests to stop: a signal or the clock sets a flag, the training loop agrees on it at a step boundary.
 
 SIGTERM, SIGUSR1 (sent before a time limit) and the first Ctrl-C ask for a checkpoint and exit code 75. Further signals
 of the first two kinds change nothing; a second Ctrl-C aborts at once.
 """
 
 import signal
+import time
 from types import FrameType
 from typing import Self
 
@@ -12,10 +13,16 @@ REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequests:
-    """While active, catches the signals; `received` names the first one."""
+    """While active, catches the signals and watches the clock; `limit_s` of 0 is no limit."""
 
-    def __init__(self) -> None:
-        self.received: str = ""
+    def __init__(self, limit_s: float = 0.0) -> None:
+        self._signal = ""
+        self._end = time.monotonic() + limit_s if limit_s else float("inf")
+
+    @property
+    def received(self) -> str:
+        """The first reason to stop, empty for none."""
+        return self._signal or ("time limit" if time.monotonic() > self._end else "")
 
     def __enter__(self) -> Self:
         self._previous = {s: signal.signal(s, self._handle) for s in REQUESTS}
@@ -26,6 +33,6 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
+        if number == signal.SIGINT and self._signal == "SIGINT":
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name
+        self._signal = self._signal or signal.Signals(number).name

@@ -6,46 +6,54 @@ same command resumes.
 """
 
 import contextlib
+import math
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldt import ema as averaging
 from ldt import log, rundir
+from ldt.bad_steps import REMEDY, BadSteps
 from ldt.checkpoint import (
+    Content,
     Progress,
+    Retention,
     Sampling,
+    Writer,
     newest_whole,
     read_manifest,
-    remove_old,
-    resolve,
     restore,
-    save,
     start_from,
 )
-from ldt.config import required, section, to_dict, to_yaml
+from ldt.checkpoint.writer import remove_leftovers
+from ldt.config import from_dict, required, section, to_dict, to_yaml
 from ldt.data.draws import Batch, digest_text
 from ldt.data.loader import Loader, ValidationLoader
+from ldt.data.loader import Step as LoadedStep
 from ldt.data.shards import Manifest, open_shards, open_validation
 from ldt.diffusion.objectives import Denoiser, Objective, ObjectiveConfig
 from ldt.dist import World, all_gather, all_reduce_sum, barrier, process_group
 from ldt.ema import EMAConfig
 from ldt.engine import Engine, EngineConfig, OptimizerConfig, Step, learning_rate
-from ldt.errors import InputError
+from ldt.errors import InputError, RunError
 from ldt.evaluate import EvaluateConfig
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
 from ldt.nn.config import ModelConfig
+from ldt.owner import Owner, owned
+from ldt.partition import MOMENTS
 from ldt.pictures import class_grid, write_picture
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.sample import ImageModel, labels_of, load_autoencoder, sample_images
 from ldt.stop import StopRequests
+from ldt.watchdog import Watchdog
 
 logger = log.get_logger(__name__)
 
@@ -70,12 +78,22 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share."""
+    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share.
+
+    A step whose loss or gradient is not finite is skipped, with `spike_factor` also one whose loss lies that many
+    robust standard deviations above the recent median; `bad_steps` of them in a row roll the run back once.
+    `time_limit_minutes`: stop with a checkpoint then, to be started again. `accept_changes`: keys of the config that
+    may differ from the run's checkpoint though they define it.
+    """
 
     global_batch: int = 256
     total_samples: int = 1_000_000
     micro_batch: int = 0
     init_from: str = ""
+    bad_steps: int = 3
+    spike_factor: float = 0.0
+    time_limit_minutes: float = 0.0
+    accept_changes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
@@ -84,14 +102,25 @@ class TrainConfig:
             raise InputError(f"train.total_samples={self.total_samples} is less than one global batch")
         if self.micro_batch < 0:
             raise InputError(f"train.micro_batch={self.micro_batch} must be positive, or 0 for the rank's whole share")
+        if self.bad_steps < 1:
+            raise InputError(f"train.bad_steps={self.bad_steps} must be at least 1")
+        if self.spike_factor < 0:
+            raise InputError(f"train.spike_factor={self.spike_factor} must be positive, such as 20, or 0 for off")
+        if self.time_limit_minutes < 0:
+            raise InputError(f"train.time_limit_minutes={self.time_limit_minutes} must be positive, or 0 for none")
 
 
 @dataclass
 class CheckpointConfig:
-    """Save every so many samples (0: only at the end) and keep the newest ones."""
+    """Save every so many samples (0: only at the end); keep the newest ones and one every `keep_every_samples`."""
 
     every_samples: int = 0
     keep: int = 2
+    keep_every_samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise InputError(f"checkpoint.keep={self.keep} must be at least 1")
 
 
 @dataclass
@@ -125,9 +154,9 @@ class Config:
 def run(config: Config) -> int:
     """Train until `train.total_samples` or until asked to stop; returns the exit code."""
     run_dir = Path(config.run_dir)
-    with process_group() as world:
+    with process_group() as world, owned(run_dir, world) as owner:
         try:
-            code, message, seen = Trainer(config, world).train()
+            code, message, seen = Trainer(config, world, owner).train()
         except BaseException as error:
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             if world.rank == 0 and run_dir.is_dir():
@@ -139,10 +168,16 @@ def run(config: Config) -> int:
     return code
 
 
+def attempt(config: Config, world: World) -> tuple[int, str, int]:
+    """One attempt inside of a process group: exit code, what happened, samples seen."""
+    with owned(Path(config.run_dir), world) as owner:
+        return Trainer(config, world, owner).train()
+
+
 class Trainer:
     """One attempt at a run: its parts, and the loop that drives them."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch = config.train.global_batch
         self.shards = open_shards(config.data.path, config.data.cache_dir or None, config.data.cache_gb)
@@ -153,46 +188,130 @@ class Trainer:
         self.parameters = parameter_count(denoiser)
         if world.rank == 0:
             rundir.prepare(self.run_dir, to_yaml(config), world.size)
+            for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
+                remove_leftovers(root)
         barrier()
         self.loader, self.validation = self._make_loaders()
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
-        self.ema = [f.master.clone() for f in self.engine.partition.owned]
+        self.profiles = averaging.profiles(config.ema)
+        self.averages = {name: [m.clone() for m in self._masters()] for name in self.profiles}
+        self.writer = Writer(self.engine.partition, world, owner.check)
         self.progress = self._restore()
+        self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics = self.run_dir / "metrics.jsonl"
         self.wandb = log.Wandb(self.run_dir, to_dict(config), config.log.wandb and world.rank == 0)
         self.meter = Meter()
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
-        config, total, stopping = self.config, self.config.train.total_samples, ""
+        config, total, request = self.config, self.config.train.total_samples, ""
         self._say_what_runs()
         bar = log.progress(total, "img", "train", self.progress.samples_seen, self.world.rank == 0)
-        with StopRequests() as stop, self.loader, self.validation or contextlib.nullcontext(), self.wandb, bar:
-            for step in self.loader.steps(self.progress.samples_seen):
-                before = self.progress.samples_seen
-                if before >= total or stopping:
-                    break
-                seen = self.progress.samples_seen = before + self.batch
-                lr = learning_rate(config.optimizer, seen, total)
-                result = self.engine.step(step.micro_batches, self.weighted_loss, lr, self.batch)
-                averaging.update(self.ema, self._masters(), averaging.decay(config.ema, seen, self.batch))
-                digest, stopping = self._agree(step.digest, stop.received)
-                self.meter.add(self.batch, step.waited)
-
-                last = seen >= total
-                if due(config.log.every_samples, before, seen, last):
-                    self._log_step(result, lr, digest)
-                if due(config.log.validation_every_samples, before, seen, last):
-                    self._log_validation()
-                if due(config.log.samples_every_samples, before, seen, last):
-                    self._draw_samples()
-                if due(config.checkpoint.every_samples, before, seen) or last or stopping:
-                    self._save()
-                bar.update(self.batch)
-                bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
+        watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
+        with (
+            StopRequests(60 * config.train.time_limit_minutes) as stop,
+            watchdog,
+            self.writer,
+            self.loader,
+            self.validation or contextlib.nullcontext(),
+            self.wandb,
+            bar,
+        ):
+            while self.progress.samples_seen < total and not request:
+                request = self._run_until_bad(stop, watchdog, bar)
+            watchdog.at("writing the last checkpoint")
+            self.writer.finish()
+        if self.writer.problem:
+            raise RunError(f"{self.writer.problem}; make room and start the same command again")
         if self.progress.samples_seen < total:
-            return STOPPED, f"stopped on request ({stopping})", self.progress.samples_seen
+            return STOPPED, f"stopped on request ({request})", self.progress.samples_seen
         return DONE, "trained to the end", self.progress.samples_seen
+
+    def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: tqdm) -> str:
+        """Steps until the end or a request to stop, which is returned; or until bad steps have rolled the run back."""
+        config, total = self.config, self.config.train.total_samples
+        watchdog.at(f"loading the data of the step at {self.progress.samples_seen} samples")
+        for step in self.loader.steps(self.progress.samples_seen):
+            watchdog.at(f"the step at {self.progress.samples_seen} samples")
+            before, seen = self.progress.samples_seen, self.progress.samples_seen + self.batch
+            lr = learning_rate(config.optimizer, seen, total)
+            result, digest, request = self._step(step, lr, stop.received)
+            self.progress.samples_seen = seen
+            for name, profile in self.profiles.items():
+                averaging.update(self.averages[name], self._masters(), profile.decay(seen, self.batch))
+            self.meter.add(self.batch, step.waited)
+            if result.applied:
+                self.guard.passed(result.loss, self.progress.recent_losses)
+            elif self._skip(step, result, digest):
+                return ""
+
+            last = seen >= total
+            if due(config.log.every_samples, before, seen, last) and result.applied:
+                self._log_step(result, lr, digest)
+            if due(config.log.validation_every_samples, before, seen, last):
+                self._log_validation()
+            if due(config.log.samples_every_samples, before, seen, last):
+                watchdog.at("drawing samples")
+                self._draw_samples()
+            snapshot = due(config.ema.snapshot_every_samples, before, seen, last)
+            if due(config.checkpoint.every_samples, before, seen) or last or request:
+                watchdog.at("copying a checkpoint")
+                self._save(checkpoint=True, snapshot=snapshot)
+            elif snapshot:
+                self._save(checkpoint=False, snapshot=True)
+            bar.update(self.batch)
+            bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
+            if last or request:
+                return request
+            watchdog.at(f"loading the data of the step at {seen} samples")
+        raise AssertionError("the loader's steps never end")
+
+    def _step(self, step: LoadedStep, lr: float, request: str) -> tuple[Step, str, str]:
+        """The optimizer's step, the digest of what it saw, and why to stop after it; agreed on by all ranks."""
+        digest = step.digest % 2**64
+        over, failed = self.writer.vote()
+        also = (digest >> 32, digest % 2**32, bool(request), over, failed, bool(self.writer.refused))
+        limit = -math.inf if step.first in self.guard.avoid else self.guard.loss_limit(self.progress.recent_losses)
+        result = self.engine.step(step.micro_batches, self.weighted_loss, lr, self.batch, limit, also)
+        high, low, requests, over, failed, refused = map(int, result.sums)
+        self.writer.settle(over, failed)
+        if refused:
+            raise RunError(self.writer.refused or "another job has taken the run directory over")
+        return result, digest_text((high << 32) + low), (request or "by another rank") if requests else ""
+
+    def _skip(self, step: LoadedStep, result: Step, digest: str) -> bool:
+        """Note a step that changed no weights; true if there were too many in a row and the run was rolled back."""
+        self.progress.skipped.append(step.first)
+        reason = self.guard.judge(step.first, result)
+        record = {
+            "samples_seen": self.progress.samples_seen,
+            "skipped_first": step.first,
+            "skipped_last": step.first + self.batch - 1,
+            "reason": reason,
+            "skipped_loss": result.loss if math.isfinite(result.loss) else None,
+            "skipped_grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+            "digest": digest,
+            "time": time.time(),
+            "attempt": self.progress.attempt,
+        }
+        self._write(record)
+        logger.warning("skipped positions %d to %d: %s", step.first, step.first + self.batch - 1, reason)
+        if not self.guard.exhausted:
+            return False
+        self._roll_back()
+        return True
+
+    def _roll_back(self) -> None:
+        """Return to the newest checkpoint and pass over the positions of the bad steps (collective)."""
+        self.writer.finish()
+        positions = self.guard.give_way(self.batch)
+        if newest_whole(self.run_dir / "checkpoints", self.world) is None:
+            raise RunError(f"{positions}, before there was a checkpoint to return to; {REMEDY}")
+        logger.warning("%s; rolling back to the newest checkpoint and passing over them", positions)
+        self.progress = self._restore()
+
+    def _stalled(self, summary: str) -> None:
+        rundir.write_outcome(self.run_dir, FAILED, self.progress.samples_seen, summary)
 
     def weighted_loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Sum of the samples' losses, padding left out: a scalar."""
@@ -205,12 +324,6 @@ class Trainer:
 
     def _masters(self) -> list[Tensor]:
         return [f.master for f in self.engine.partition.owned]
-
-    def _agree(self, digest: int, request: str) -> tuple[str, str]:
-        """Over all ranks: the step's digest, and whether anybody was asked to stop."""
-        shared = torch.tensor([digest, int(bool(request))], dtype=torch.int64, device=self.world.device)
-        total, requests = all_reduce_sum(shared).tolist()
-        return digest_text(total), (request or "by another rank") if requests else ""
 
     # ------------------------------------------------------------------------------------------- start and resumption
 
@@ -253,10 +366,13 @@ class Trainer:
         found = newest_whole(self.run_dir / "checkpoints", self.world)
         if found is None:
             if self.config.train.init_from:
-                start_from(resolve(Path(self.config.train.init_from)), self.engine.partition, self.ema)
-            return Progress(samples_seen=0, data_fingerprint=fingerprint, skipped=[], attempt=0)
-        rundir.check_identity(read_manifest(found)["config"], to_dict(self.config), found)
-        progress = restore(found, self.engine.partition, self.ema)
+                start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
+            return Progress(samples_seen=0, data_fingerprint=fingerprint)
+        saved = to_dict(
+            from_dict(Config, read_manifest(found)["config"])
+        )  # keys that are new since take their defaults
+        rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
+        progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
             raise InputError(
                 f"data.path={self.config.data.path} holds other data (fingerprint {fingerprint[:12]}) than those that "
@@ -318,7 +434,7 @@ class Trainer:
         """Loss of the averaged weights on the held-out samples, over all times and by tenths of t (collective)."""
         assert self.validation is not None
         sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.world.device)
-        with self.engine.partition.swapped(self.ema), torch.no_grad():
+        with self.engine.partition.swapped(self.averages["ema"]), torch.no_grad():
             for batch in self.validation.batches():
                 loss_B = self._loss_B(self.engine.module, batch).double() * batch.weight_B
                 bin_B = (self.objective.timesteps(batch.uniform_B) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
@@ -347,7 +463,7 @@ class Trainer:
         images = min(10, classes) * PREVIEW_COLUMNS
         mine = -(-images // self.world.size)  # the same number on every rank: ZeRO-3 gathers weights together
         model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device)
-        with self.engine.partition.swapped(self.ema):
+        with self.engine.partition.swapped(self.averages["ema"]):
             drawn = sample_images(model, range(self.world.rank * mine, (self.world.rank + 1) * mine), settings)
         blocks = all_gather(drawn.numpy())
         if self.world.rank == 0:
@@ -356,11 +472,24 @@ class Trainer:
             path.parent.mkdir(exist_ok=True)
             write_picture(path, class_grid(np.concatenate(blocks)[:images], label_N))
 
-    def _save(self) -> None:
-        root = self.run_dir / "checkpoints"
-        save(root, self.engine.partition, self.ema, self.progress, self.sampling, to_dict(self.config), self.world)
-        if self.world.rank == 0:
-            remove_old(root, self.config.checkpoint.keep)
+    def _save(self, checkpoint: bool, snapshot: bool) -> None:
+        """Start to write the whole state, and the averages alone where they are to be kept (collective)."""
+        partition, config = self.engine.partition, self.config
+        contents = []
+        if checkpoint:
+            moments = [partition.moments(f) for f in partition.owned]
+            kinds = {"master": self._masters()} | {kind: [m[kind] for m in moments] for kind in MOMENTS}
+            retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_samples)
+            contents.append(Content(self.run_dir / "checkpoints", kinds | self.averages, retention))
+        if snapshot:
+            contents.append(Content(self.run_dir / "ema", self.averages))
+        facts = {
+            "progress": asdict(self.progress),
+            "sampling": asdict(self.sampling),
+            "config": to_dict(config),
+            "averages": {name: profile.describe() for name, profile in self.profiles.items()},
+        }
+        self.writer.begin(contents, facts)
 
 
 class Meter:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldt.autoencoder import Autoencoder
-from ldt.checkpoint import Progress, Sampling, save
+from ldt.checkpoint import Content, Progress, Sampling, Writer
 from ldt.config import to_dict
 from ldt.data.shards.manifest import VERSION, head_hash
 from ldt.diffusion.objectives import ObjectiveConfig
@@ -66,13 +67,16 @@ def _make_run(root: Path) -> None:
     denoiser = randomised(build(model, sampling.latent_shape, len(CLASSES), seed=0))
     with process_group() as world:
         engine = Engine(denoiser, EngineConfig(zero_stage=0), OptimizerConfig(), world, 1)
-        engine.partition.materialise_moments(0)
-        ema = [f.master.clone() for f in engine.partition.owned]
-        for samples_seen in (1000, 2000):
-            progress = Progress(samples_seen, data_fingerprint="test", skipped=[], attempt=1)
-            save(root / "run" / "checkpoints", engine.partition, ema, progress, sampling, config, world)
-            for average in ema:
-                average.mul_(0.8)
+        masters = [f.master for f in engine.partition.owned]
+        kinds = {"master": masters, "ema": [m.clone() for m in masters]}
+        with Writer(engine.partition, world) as writer:
+            for samples_seen in (1000, 2000):
+                progress = asdict(Progress(samples_seen, data_fingerprint="test", attempt=1))
+                facts = {"progress": progress, "sampling": asdict(sampling), "config": config}
+                writer.begin([Content(root / "run" / "checkpoints", kinds)], facts)
+                writer.finish()
+                for average in kinds["ema"]:
+                    average.mul_(0.8)
 
 
 def randomised(denoiser: torch.nn.Module) -> torch.nn.Module:

@@ -7,9 +7,9 @@ import torch
 import xxhash
 
 from ldt.data.shards import mds, tar
-from ldt.data.shards.files import write_atomic
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import Manifest, make_table
+from ldt.files import write_atomic
 
 PACK = {"tar": tar.pack, "mds": mds.pack}
 CLASSES = ["ant", "bee", "cat"]
@@ -33,13 +33,17 @@ def write_shards(
     dtype: str = "fp16",
     flips: bool = False,
     latent_shape: tuple[int, int, int] = (4, 2, 2),
+    spoiled: dict[int, float] | None = None,
 ) -> list[Samples]:
-    """Shards of the given sizes with a manifest; returns what was written."""
+    """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value."""
     layout = Layout(latent_shape, dtype, flips)
     directory.mkdir(parents=True, exist_ok=True)
     rows, written, first = [], [], 0
     for i, count in enumerate(counts):
         samples = make_samples(count, layout, seed=i)
+        for sample, value in (spoiled or {}).items():
+            if first <= sample < first + count:
+                samples.moments_n2CHW[sample - first] = value
         content = PACK[format](samples, layout, first)
         name = f"shard-{i:08d}.{format}"
         write_atomic(directory / name, content)

@@ -20,7 +20,7 @@ from ldt.dist import World, broadcast
 from ldt.errors import InputError
 from ldt.log import read_jsonl
 from ldt.rundir import STOPPED
-from ldt.train import Config, Trainer
+from ldt.train import Config, attempt
 
 BATCH = 8
 SETTINGS = [
@@ -37,14 +37,14 @@ SETTINGS = [
 def train_case(world: World, settings: list[str]) -> list[dict]:
     """Train in this pool; the training lines of metrics.jsonl."""
     config = load(Config, None, SETTINGS + settings)
-    Trainer(config, world).train()
+    attempt(config, world)
     return broadcast([r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
 
 
 def refused_case(world: World, settings: list[str]) -> str:
     """The sentence with which the trainer refuses these settings."""
     try:
-        Trainer(load(Config, None, SETTINGS + settings), world)
+        attempt(load(Config, None, SETTINGS + settings), world)
     except InputError as error:
         return str(error)
     return ""
@@ -90,7 +90,7 @@ def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ran
         assert [r[key] for r in parts] == [r[key] for r in whole], key
     assert [r["attempt"] for r in parts] == [0] * 10 + [1] * 10
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert set(a) == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert set(a) == {"master", "exp_avg", "exp_avg_sq", "ema", "ema_0.1"}
     assert all(torch.equal(a[kind][name], b[kind][name]) for kind in a for name in a[kind])
 
 

@@ -12,7 +12,7 @@ import pytest
 from run_data import shared_run
 
 from ldt import claims
-from ldt.checkpoint import remove_old
+from ldt.checkpoint import Retention, remove_old
 from ldt.claims import Claim, forget, pinned, want
 from ldt.log import read_jsonl
 from ldt.rundir import DONE, write_outcome
@@ -87,15 +87,15 @@ def test_what_is_wanted_or_claimed_is_not_deleted(run_dir):
     root = run_dir / "checkpoints"
     old = root / "000000001000"
     want(old, "a")
-    remove_old(root, keep=1)
+    remove_old(root, Retention(1))
     assert old.exists()
     claim = Claim.take(old, "a")
     assert claim is not None
     with claim:
         forget(old, "a")
-        remove_old(root, keep=1)
+        remove_old(root, Retention(1))
         assert old.exists()
-    remove_old(root, keep=1)
+    remove_old(root, Retention(1))
     assert [p.name for p in root.iterdir()] == ["000000002000"]
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.data.shards.files import write_atomic
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
+from ldt.files import write_atomic
 
 VERSION = 2
 HEAD, TABLE = "manifest.json", "shards.npy"

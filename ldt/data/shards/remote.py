@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import fsspec
 import xxhash
 
-from ldt.data.shards.files import UNFINISHED
 from ldt.errors import InputError
+from ldt.files import UNFINISHED
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.2  # seconds before the second attempt; doubles, with jitter

@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 
 from ldt.data.shards import mds, tar
-from ldt.data.shards.files import write_atomic
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.statistics import Sums
+from ldt.files import write_atomic
 
 PACK = {"tar": tar.pack, "mds": mds.pack}
 

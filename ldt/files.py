@@ -13,10 +13,7 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write, fsync, rename, fsync the directory: a crash at any point leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
     try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
+        write_synced(temporary, content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -24,8 +21,17 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     sync_directory(path.parent)
 
 
+def write_synced(path: Path, *parts: bytes | memoryview) -> None:
+    """Write the parts one after another and fsync."""
+    with path.open("wb") as f:
+        for part in parts:
+            f.write(part)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def sync_directory(path: Path) -> None:
-    """Make renames within a directory durable."""
+    """Make renames within a directory survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,0 +1,92 @@
+"""Reading a model without an engine, a process group or its data: from a checkpoint or from an exported model.
+
+An exported model is a directory with `model.safetensors`, parameters in their shapes under their own names, and
+`model.json`, everything that sampling needs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, Sampling, resolve, verify, verify_file
+from ldt.checkpoint.tensors import Reader
+from ldt.config import from_dict
+from ldt.diffusion.objectives import Objective, ObjectiveConfig
+from ldt.errors import InputError
+from ldt.nn.build import build
+from ldt.nn.config import ModelConfig
+
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+
+
+@dataclass
+class Loaded:
+    """A denoiser ready for sampling."""
+
+    denoiser: nn.Module
+    objective: Objective
+    sampling: Sampling
+    config: dict[str, Any]
+    samples_seen: int
+    path: Path
+    hash: str
+
+
+def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
+    """The denoiser of a run's newest checkpoint, of one checkpoint or of an exported model.
+
+    `weights`: `ema`, `master`, or another average of the checkpoint. The files read are checked against their hashes.
+    """
+    directory = Path(path)
+    if (directory / MODEL).exists():
+        tensors, facts, digest = _read_exported(directory)
+    else:
+        directory = resolve(directory)
+        tensors, facts, digest = read_weights(directory, weights)
+    config = facts["config"]
+    sampling = Sampling(**facts["sampling"])
+    denoiser = build(from_dict(ModelConfig, config["model"]), sampling.latent_shape, len(sampling.classes), seed=0)
+    fixed = [name for name in denoiser.state_dict() if name not in dict(denoiser.named_parameters())]
+    wrong = denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
+    if odd := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if k not in fixed)]:
+        raise InputError(f"{directory} does not fit its own config: parameter {odd[0]} is in only one of them")
+    return Loaded(
+        denoiser=denoiser.to(device).eval(),
+        objective=Objective(from_dict(ObjectiveConfig, config["objective"])),
+        sampling=sampling,
+        config=config,
+        samples_seen=facts["samples_seen"],
+        path=directory,
+        hash=digest,
+    )
+
+
+def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """One kind of weights of a checkpoint, whole; what `model.json` says of them; the checkpoint's hash."""
+    try:
+        manifest = verify(checkpoint)
+        if kind not in manifest["tensors"]:
+            raise InputError(f"checkpoint {checkpoint} holds no {kind} weights, but {', '.join(manifest['tensors'])}")
+        tensors = Reader(checkpoint, manifest).full(kind)
+    except Damaged as error:
+        raise InputError(f"checkpoint {checkpoint} is damaged: {error}; use the one before it") from None
+    facts = {
+        "config": manifest["config"],
+        "sampling": manifest["sampling"],
+        "samples_seen": manifest["progress"]["samples_seen"],
+    }
+    return tensors, facts, (checkpoint / MANIFEST_HASH).read_text()
+
+
+def _read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    try:
+        facts: dict[str, Any] = json.loads((directory / MODEL).read_text())
+        verify_file(directory / WEIGHTS, facts["file"])
+        return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
+    except (Damaged, OSError, ValueError, KeyError) as error:
+        raise InputError(f"exported model {directory} is damaged: {error}; export it again") from None

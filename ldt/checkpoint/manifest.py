@@ -1,0 +1,142 @@
+"""What a checkpoint is: a directory `<samples_seen>` with one safetensors file a rank and a manifest that hashes them.
+
+A directory without a manifest, or whose bytes differ from the manifest's hashes, is not a checkpoint.
+docs/checkpoints.md is the specification.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from ldt import __version__
+from ldt.dist import World, all_gather
+from ldt.errors import InputError
+
+FORMAT, VERSION = "ldt-checkpoint", 2
+MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
+CHUNK = 1 << 24
+
+
+@dataclass
+class Sampling:
+    """What it takes to make images from a checkpoint without the data it was trained on."""
+
+    latent_shape: tuple[int, int, int]
+    classes: list[str]
+    mean_C: list[float]
+    std_C: list[float]
+    autoencoder: str
+    autoencoder_hash: str
+    image_size: int
+    image_channels: int
+
+
+@dataclass
+class Progress:
+    """The state of a run besides its tensors.
+
+    skipped: first positions of the steps that changed no weights; recent_losses: of the newest steps, oldest first,
+    kept while a loss spike is judged by them.
+    """
+
+    samples_seen: int
+    data_fingerprint: str
+    skipped: list[int] = field(default_factory=list)
+    attempt: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what its manifest says; the message names the file."""
+
+
+def versions() -> dict[str, str]:
+    """The software that wrote this."""
+    return {
+        "ldt": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def listed(root: Path) -> list[Path]:
+    """Complete-looking checkpoints under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest complete checkpoint of a run directory."""
+    candidates = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
+    if not candidates:
+        raise InputError(f"run {run_dir} has no complete checkpoint yet; train first, or give the path of a checkpoint")
+    return candidates[-1]
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of a run directory."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
+    return path if (path / MANIFEST).exists() else newest(path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The checked manifest of a checkpoint directory; `Damaged` if it is missing or altered."""
+    try:
+        text = (path / MANIFEST).read_bytes()
+        expected = (path / MANIFEST_HASH).read_text().strip()
+    except OSError as error:
+        raise Damaged(f"{path} has no readable {Path(error.filename).name}; it was not written to the end") from None
+    except UnicodeDecodeError:
+        raise Damaged(f"{path / MANIFEST_HASH} is not a hash") from None
+    if xxhash.xxh64(text).hexdigest() != expected:
+        raise Damaged(f"{path / MANIFEST} differs from its hash")
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not an ldt checkpoint; its manifest says format {manifest.get('format')!r}")
+    if manifest["version"] > VERSION:
+        raise InputError(
+            f"checkpoint {path} has format version {manifest['version']}; this ldt reads up to {VERSION}: upgrade ldt"
+        )
+    return manifest
+
+
+def verify_file(path: Path, entry: dict[str, Any]) -> None:
+    """`Damaged` unless the file has the size and hash that the manifest gives."""
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise Damaged(f"{path} has {size} bytes instead of {entry['bytes']}")
+        digest = xxhash.xxh64()
+        with path.open("rb") as f:
+            while chunk := f.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise Damaged(f"{path} can't be read: {error.strerror}") from None
+    if digest.hexdigest() != entry["xxh64"]:
+        raise Damaged(f"{path} differs from its hash in the manifest")
+
+
+def verify(path: Path, world: World | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose bytes are right; the ranks of `world` share the reading."""
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    problem: Exception | None = None
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = read_manifest(path)
+        for name, entry in list(manifest["files"].items())[rank::size]:
+            verify_file(path / name, entry)
+    except (Damaged, InputError) as error:
+        problem = error
+    problems = [p for p in (all_gather(problem) if world else [problem]) if p]
+    if problems:
+        raise problems[0]
+    return manifest

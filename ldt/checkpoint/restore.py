@@ -1,0 +1,98 @@
+"""Filling an engine from a checkpoint, whatever the ranks and the ZeRO stage that wrote it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldt.checkpoint.manifest import Damaged, Progress, listed, read_manifest, resolve, verify
+from ldt.checkpoint.tensors import Reader
+from ldt.dist import World, barrier, broadcast
+from ldt.errors import InputError
+from ldt.log import get_logger
+from ldt.partition import MOMENTS, Partition
+
+logger = get_logger(__name__)
+
+Averages = dict[str, list[Tensor]]
+"""Each average's tensors, one an owned fragment."""
+
+
+def newest_whole(root: Path, world: World) -> Path | None:
+    """The newest undamaged checkpoint, the same on all ranks; None if there is none at all.
+
+    A damaged newer one is named and set aside as `<name>.damaged`. If all are damaged this is an error, never a fresh
+    start.
+    """
+    candidates = broadcast(listed(root))
+    for path in reversed(candidates):
+        try:
+            verify(path, world)
+            return path
+        except Damaged as error:
+            logger.warning("checkpoint damaged, set aside as %s.damaged: %s", path.name, error)
+            barrier()
+            if world.rank == 0:
+                path.rename(path.with_name(f"{path.name}.damaged"))
+            barrier()
+    aside = broadcast(sorted(root.glob("*.damaged"))) if root.is_dir() or candidates else []
+    if candidates or aside:
+        raise InputError(
+            f"no checkpoint under {root} is whole ({len(aside)} damaged); restore one of them, "
+            "or remove the directory to start again from nothing"
+        )
+    return None
+
+
+def restore(path: Path, partition: Partition, averages: Averages) -> Progress:
+    """Fill the engine and the averages from a checkpoint of the same model (collective)."""
+    manifest = read_manifest(path)
+    _check_shapes(path, manifest["parameters"], partition)
+    _check_kinds(path, manifest["tensors"], ["master", *MOMENTS, *averages])
+    reader = Reader(path, manifest)
+    partition.materialise_moments(manifest["optimizer_steps"])
+    for f in partition.whole():
+        f.master.copy_(reader.read("master", f.name, f.start, f.count))
+        for kind, value in partition.moments(f).items():
+            value.copy_(reader.read(kind, f.name, f.start, f.count))
+    for kind, tensors in averages.items():
+        for f, average in zip(partition.owned, tensors, strict=True):
+            average.copy_(reader.read(kind, f.name, f.start, f.count))
+    partition.publish()
+    return Progress(**manifest["progress"])
+
+
+def start_from(path: Path, partition: Partition, averages: Averages) -> None:
+    """Weights and averages ← the averaged weights of another run's checkpoint; a new optimizer (collective)."""
+    path = resolve(path)
+    try:
+        manifest = verify(path)
+    except Damaged as error:
+        raise InputError(f"train.init_from={path} is damaged: {error}; give another checkpoint") from None
+    _check_shapes(path, manifest["parameters"], partition)
+    reader = Reader(path, manifest)
+    for f in partition.whole():
+        f.master.copy_(reader.read("ema", f.name, f.start, f.count))
+    for tensors in averages.values():
+        for f, average in zip(partition.owned, tensors, strict=True):
+            average.copy_(f.master)
+    partition.publish()
+
+
+def _check_shapes(path: Path, saved: dict[str, list[int]], partition: Partition) -> None:
+    ours: dict[str, Any] = {k: list(v) for k, v in partition.shapes().items()}
+    for name in [*ours, *saved]:
+        if saved.get(name) != ours.get(name):
+            raise InputError(
+                f"checkpoint {path} holds another model: parameter {name} has shape {saved.get(name, 'none')} there "
+                f"and {ours.get(name, 'none')} here; use the config it was trained with, or another run_dir"
+            )
+
+
+def _check_kinds(path: Path, saved: list[str], ours: list[str]) -> None:
+    missing = [kind for kind in ours if kind not in saved]
+    if missing:
+        raise InputError(
+            f"checkpoint {path} holds {', '.join(saved)} but not {', '.join(missing)}: it was written with another "
+            "optimizer or other averages; use the config it was trained with, or start a new run with train.init_from"
+        )

@@ -1,0 +1,164 @@
+"""One job owns a run directory: two that write into it would mix two runs.
+
+`RUN/owner.json` is created exclusively and touched while its owner lives; before every commit the owner reads it
+again. A dead owner's file is taken over: at once if it was an earlier start of the same scheduler job or a process of
+this machine that is gone, else after it has not been touched for `SILENCE` seconds. Changes are watched rather than
+compared to this machine's clock, which need not agree with the file system's.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldt.claims import Heartbeat, remove_dead
+from ldt.dist import World, broadcast
+from ldt.errors import InputError, RunError
+from ldt.log import get_logger
+
+logger = get_logger(__name__)
+
+BEAT = 10.0
+SILENCE = 30.0
+
+
+class Owner:
+    """Proof of ownership; on other ranks than 0 it has nothing to prove."""
+
+    def __init__(self, file: Path, token: str) -> None:
+        self._file, self._token = file, token
+
+    def check(self) -> None:
+        """`RunError` if another job has taken the run directory over."""
+        if self._token and _read(self._file).get("token") != self._token:
+            raise RunError(
+                f"{self._file.parent} was taken over by another job while this one was thought dead; it writes nothing "
+                "more there"
+            )
+
+
+@contextmanager
+def owned(run_dir: Path, world: World) -> Iterator[Owner]:
+    """Own the run directory for the length of the block, all ranks together; `InputError` if another job does."""
+    file, token, problem = run_dir / "owner.json", "", ""
+    if world.rank == 0:
+        try:
+            token = _take(file)
+        except InputError as error:
+            problem = str(error)
+    problem = broadcast(problem)
+    if problem:
+        raise InputError(problem)
+    owner = Owner(file, token)
+    with Heartbeat(file, BEAT) if token else contextlib.nullcontext():
+        try:
+            yield owner
+        finally:
+            if token and _read(file).get("token") == token:
+                file.unlink()
+
+
+def _take(file: Path) -> str:
+    """Create the file; returns what proves it is ours."""
+    token = uuid.uuid4().hex
+    me = {
+        "token": token,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "machine": _machine(),
+        "born": _born(os.getpid()),
+    }
+    me |= {"job": _job(), "restart": _restart(), "time": time.time()}
+    for _ in range(3):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("x") as f:
+                json.dump(me, f)
+            return token
+        except FileExistsError:
+            _bury(file)
+        except OSError as error:
+            raise InputError(
+                f"run_dir={file.parent} can't be written ({error.strerror}); choose another run_dir"
+            ) from None
+    raise InputError(f"several jobs want run_dir={file.parent} at once; give each run a directory of its own")
+
+
+def _bury(file: Path) -> None:
+    """Remove the file if its owner is dead; `InputError` if it lives."""
+    try:
+        content = file.read_text()
+    except FileNotFoundError:
+        return
+    owner = _read(file)
+    if not _gone(owner) and _beats(file):
+        job = f" as job {owner['job']}" if owner.get("job") else ""
+        raise InputError(
+            f"run_dir={file.parent} is in use by process {owner.get('pid')} on {owner.get('host')}{job}; "
+            "wait for it, stop it, or choose another run_dir"
+        )
+    logger.info("taking %s over from a dead owner on %s", file.parent, owner.get("host"))
+    remove_dead(file, content)
+
+
+def _gone(owner: dict[str, Any]) -> bool:
+    """Whether the owner is surely dead: an earlier start of this very job, or a process that is not there any more."""
+    if owner.get("job") and owner["job"] == _job() and owner.get("restart") != _restart():
+        return True
+    return bool(owner.get("machine") == _machine() and owner.get("born") != _born(int(owner.get("pid", 0))))
+
+
+def _beats(file: Path) -> bool:
+    """Whether the file is touched, or goes away, within `SILENCE` seconds."""
+    first, end = _modified(file), time.monotonic() + SILENCE
+    logger.warning("%s has an owner; waiting up to %.0f s to see whether it is alive", file.parent, SILENCE)
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        if _modified(file) != first:
+            return file.exists()
+    return False
+
+
+def _modified(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _restart() -> str:
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
+def _machine() -> str:
+    """One boot of one machine, as seen by one set of process numbers."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def _born(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty if there is none of this number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,123 @@
+"""Steps that must not change the weights, in whole runs: noted, skipped alike on all ranks, rolled back, explained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_data import write_shards
+
+from ldt.bad_steps import RECENT_LOSSES, BadSteps
+from ldt.checkpoint import newest, read_manifest
+from ldt.config import load
+from ldt.dist import World, broadcast
+from ldt.errors import InputError, RunError
+from ldt.log import read_jsonl
+from ldt.train import Config, attempt
+
+BATCH, COUNTS, SPOILED = 8, [40, 24], 21
+SETTINGS = [
+    "seed=5",
+    "model={width: 32, depth: 2, heads: 2}",
+    f"train.global_batch={BATCH}",
+    "optimizer.lr=3e-3",
+    f"log.every_samples={BATCH}",
+    "checkpoint.every_samples=16",
+]
+
+
+def train_case(world: World, settings: list[str]) -> list:
+    """Train in this pool: [how it ended, the lines of metrics.jsonl]."""
+    config, end = load(Config, None, SETTINGS + settings), "done"
+    try:
+        attempt(config, world)
+    except RunError as error:
+        end = str(error)
+    return broadcast([end, list(read_jsonl(Path(config.run_dir) / "metrics.jsonl"))])
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory):
+    """64 samples, one of which has a latent of NaNs."""
+    path = tmp_path_factory.mktemp("spoiled")
+    write_shards(path, COUNTS, spoiled={SPOILED: np.nan})
+    return path
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
+def test_a_bad_step_is_skipped_alike_everywhere_and_noted(pool, spoiled, tmp_path, ranks, stage):
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.total_samples=128"]
+    end, lines = pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
+    assert end == "done"
+    bad = [r for r in lines if "skipped_first" in r]
+    assert [r["reason"] for r in bad] == ["the loss is not finite"] * 2, "once an epoch"
+    assert all(r["skipped_last"] - r["skipped_first"] == BATCH - 1 for r in bad)
+    assert all(np.isfinite(r["loss"]) for r in lines if "loss" in r)
+    assert [r["samples_seen"] for r in lines] == list(range(8, 129, 8)), "every position exactly once"
+    assert read_manifest(newest(tmp_path))["progress"]["skipped"] == [r["skipped_first"] for r in bad]
+
+
+def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp_path):
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "train.total_samples=64"]
+    end, lines = pool(2).run(train_case, settings=settings)
+    assert end == "done"
+    assert [r["samples_seen"] for r in lines] == list(range(8, 65, 8)), "the lines before the roll-back are set aside"
+    (passed,) = (r for r in lines if "reason" in r)
+    assert passed["reason"] == "passed over after a roll-back"
+    aside = list(read_jsonl(tmp_path / "metrics.cut.jsonl"))
+    assert aside[-1]["reason"] == "the loss is not finite" and aside[-1]["digest"] == passed["digest"]
+
+
+def test_a_second_time_ends_the_run_with_an_explanation(pool, spoiled, tmp_path):
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "train.total_samples=160"]
+    end, _ = pool(2).run(train_case, settings=settings)
+    assert "1 bad steps in a row at positions" in end and "after a roll-back had passed over earlier ones" in end
+    assert "lower optimizer.lr" in end
+
+
+def test_without_a_checkpoint_to_return_to_it_is_said(pool, spoiled, tmp_path):
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "checkpoint.every_samples=0"]
+    end, _ = pool(1).run(train_case, settings=[*settings, "train.total_samples=64"])
+    assert "before there was a checkpoint to return to" in end
+
+
+def test_loss_spikes_are_skipped_once_there_is_enough_to_judge_by(pool, tmp_path):
+    write_shards(tmp_path / "data", COUNTS, spoiled={SPOILED: 3e4})
+    steps = RECENT_LOSSES + 24
+    settings = [f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "train.spike_factor=50", "optimizer.lr=1e-5"]
+    end, lines = pool(2).run(train_case, settings=[*settings, f"train.total_samples={steps * BATCH}"])
+    assert end == "done"
+    spikes = [r for r in lines if r.get("reason") == "loss spike"]
+    assert 2 <= len(spikes) <= 4 and all(r["samples_seen"] > RECENT_LOSSES * BATCH for r in spikes)
+    assert all(r["skipped_loss"] > 1e6 for r in spikes)
+    before = [r["loss"] for r in lines if "loss" in r and r["samples_seen"] <= RECENT_LOSSES * BATCH]
+    assert max(before) > 1e6, "without enough losses to judge by they are trained on"
+    assert max(r["loss"] for r in lines if "loss" in r and r["samples_seen"] > RECENT_LOSSES * BATCH) < 1e6
+    assert len(read_manifest(newest(tmp_path / "run"))["progress"]["recent_losses"]) == RECENT_LOSSES
+
+
+def test_the_limit_is_robust():
+    judge = BadSteps(in_a_row=3, spike_factor=10)
+    losses = [1.0 + 0.01 * (i % 10) for i in range(RECENT_LOSSES)]
+    limit = judge.loss_limit(losses)
+    assert 1.1 < limit < 1.6
+    assert judge.loss_limit([*losses[:-3], 1e9, 1e9, 1e9]) == pytest.approx(limit, rel=0.05)
+    assert judge.loss_limit(losses[:-1]) == float("inf")
+
+
+@pytest.mark.parametrize("setting", ["train.bad_steps=0", "train.spike_factor=-1", "train.time_limit_minutes=-1"])
+def test_wrong_settings_are_refused(setting):
+    with pytest.raises(InputError, match=setting.split("=")[0]):
+        load(Config, None, ["run_dir=x", "data.path=y", setting])
+
+
+def test_the_log_stays_readable_by_others(tmp_path, pool, spoiled):
+    """Infinite losses are written so that strict JSON readers can read them."""
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.total_samples=64"]
+    pool(1).run(train_case, settings=settings)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
