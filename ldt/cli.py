@@ -20,6 +20,7 @@ class Command(NamedTuple):
     summary: str
     positional: str  # the field that takes arguments which are neither a YAML file nor key=value
     reads_run_config: bool = False  # without a YAML file, start from the run's own config
+    options: tuple[str, ...] = ()  # fields that may be given as --field VALUE too
 
 
 COMMANDS = {
@@ -30,6 +31,13 @@ COMMANDS = {
         "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
     ),
     "inspect": Command("ldt.inspect", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"),
+    "export": Command(
+        "ldt.export",
+        "RUN|CHECKPOINT --to DIR [--ema-width W]",
+        "weights as safetensors",
+        "run",
+        options=("to", "ema_width"),
+    ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }
 
@@ -85,6 +93,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     program = importlib.import_module(command.module)
+    arguments = _options_as_keys(command, arguments)
     flags = [a for a in arguments if a.startswith("-")]
     for flag in flags:
         if flag not in ("-h", "--help", "--dry-run", "--quiet", "--watch"):
@@ -105,6 +114,23 @@ def _run(name: str, arguments: list[str]) -> int:
         return DONE
     log.configure(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))), quiet="--quiet" in flags)
     return program.run(settings)
+
+
+def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
+    """`--ema-width 0.1` and `--ema-width=0.1` as `ema_width=0.1`, for the options of the command."""
+    out: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, separator, value = word.partition("=")
+        field = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or field not in command.options:
+            out.append(word)
+            continue
+        value = value if separator else next(words, "")
+        if not value:
+            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: {command.usage}")
+        out.append(f"{field}={value}")
+    return out
 
 
 def _split(command: Command, words: list[str]) -> tuple[str | None, list[str]]:

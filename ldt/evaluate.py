@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ldt import log
-from ldt.checkpoint import MANIFEST, Loaded, listed, load_denoiser, newest, versions
+from ldt.checkpoint import MANIFEST, MODEL, Loaded, listed, load_denoiser, newest, versions
 from ldt.config import to_dict
 from ldt.data.shards.manifest import HEAD, read_head
 from ldt.dist import World, barrier, broadcast, process_group
@@ -132,7 +132,7 @@ def evaluate(config: Config, world: World) -> None:
     reference = None
     for path in paths:
         loaded = load_denoiser(path, settings.weights, world.device)
-        output = Path(settings.output) if settings.output else path.parent.parent / "evaluations.jsonl"
+        output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
         if reference is None:  # all checkpoints of a run have the same
             reference = open_reference(settings, loaded, detector, world)
         score_once(settings, loaded, reference, detector, output, world)
@@ -140,7 +140,7 @@ def evaluate(config: Config, world: World) -> None:
 
 def select(path: Path, which: str) -> list[Path]:
     """The checkpoints meant by a run directory and `newest`, `all` or a number of samples; or the one that is given."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or (path / MODEL).exists():
         return [path]
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")

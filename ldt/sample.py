@@ -195,7 +195,7 @@ def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
 def _output(config: Config, loaded: Loaded, world: World) -> Path:
     """Where the images go, found free before any is made."""
     suffix = {"grid": ".png", "folder": "", "npz": ".npz"}[config.format]
-    default = loaded.path.parent.parent / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
+    default = loaded.home / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
     output = Path(config.output) if config.output else default
     if config.format == "folder" and broadcast(output.exists()):
         raise InputError(f"output {output} exists; remove it, or give another output=")

@@ -7,14 +7,12 @@ same command resumes.
 
 import contextlib
 import math
-import resource
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,122 +31,29 @@ from ldt.checkpoint import (
     start_from,
 )
 from ldt.checkpoint.writer import remove_leftovers
-from ldt.config import from_dict, required, section, to_dict, to_yaml
+from ldt.config import from_dict, to_dict, to_yaml
 from ldt.data.draws import Batch, digest_text
 from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.loader import Step as LoadedStep
 from ldt.data.shards import Manifest, open_shards, open_validation
-from ldt.diffusion.objectives import Denoiser, Objective, ObjectiveConfig
-from ldt.dist import World, all_gather, all_reduce_sum, barrier, process_group
-from ldt.ema import EMAConfig
-from ldt.engine import Engine, EngineConfig, OptimizerConfig, Step, learning_rate
+from ldt.diffusion.objectives import Denoiser, Objective
+from ldt.dist import World, barrier, process_group
+from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
-from ldt.evaluate import EvaluateConfig
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
-from ldt.nn.config import ModelConfig
 from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
-from ldt.pictures import class_grid, write_picture
+from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
-from ldt.sample import ImageModel, labels_of, load_autoencoder, sample_images
+from ldt.sample import ImageModel, load_autoencoder
 from ldt.stop import StopRequests
+from ldt.train_config import Config
 from ldt.watchdog import Watchdog
 
+__all__ = ["Config", "Trainer", "attempt", "run"]
+
 logger = log.get_logger(__name__)
-
-TIME_BINS = 10
-PREVIEW_COLUMNS = 8
-
-
-@dataclass
-class DataConfig:
-    """`path` holds shards and a manifest (`ldt encode`); `streams` and `window` shape the shuffle (docs/data.md).
-
-    A remote `path` (`s3://…`) is read through `cache_dir` on each node, of at most `cache_gb` (10⁹ bytes).
-    """
-
-    path: str = required()
-    cache_dir: str = ""
-    cache_gb: float = 100.0
-    streams: int = 16
-    window: int = 65536
-    threads: int = 2
-
-
-@dataclass
-class TrainConfig:
-    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share.
-
-    A step whose loss or gradient is not finite is skipped, with `spike_factor` also one whose loss lies that many
-    robust standard deviations above the recent median; `bad_steps` of them in a row roll the run back once.
-    `time_limit_minutes`: stop with a checkpoint then, to be started again. `accept_changes`: keys of the config that
-    may differ from the run's checkpoint though they define it.
-    """
-
-    global_batch: int = 256
-    total_samples: int = 1_000_000
-    micro_batch: int = 0
-    init_from: str = ""
-    bad_steps: int = 3
-    spike_factor: float = 0.0
-    time_limit_minutes: float = 0.0
-    accept_changes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.global_batch < 1:
-            raise InputError(f"train.global_batch={self.global_batch} must be at least 1")
-        if self.total_samples < self.global_batch:
-            raise InputError(f"train.total_samples={self.total_samples} is less than one global batch")
-        if self.micro_batch < 0:
-            raise InputError(f"train.micro_batch={self.micro_batch} must be positive, or 0 for the rank's whole share")
-        if self.bad_steps < 1:
-            raise InputError(f"train.bad_steps={self.bad_steps} must be at least 1")
-        if self.spike_factor < 0:
-            raise InputError(f"train.spike_factor={self.spike_factor} must be positive, such as 20, or 0 for off")
-        if self.time_limit_minutes < 0:
-            raise InputError(f"train.time_limit_minutes={self.time_limit_minutes} must be positive, or 0 for none")
-
-
-@dataclass
-class CheckpointConfig:
-    """Save every so many samples (0: only at the end); keep the newest ones and one every `keep_every_samples`."""
-
-    every_samples: int = 0
-    keep: int = 2
-    keep_every_samples: int = 0
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise InputError(f"checkpoint.keep={self.keep} must be at least 1")
-
-
-@dataclass
-class LogConfig:
-    """Everything in samples; 0 turns validation and sample grids off."""
-
-    every_samples: int = 10_000
-    validation_every_samples: int = 0
-    samples_every_samples: int = 0
-    wandb: bool = False
-
-
-@dataclass
-class Config:
-    """A training run."""
-
-    run_dir: str = required()
-    seed: int = 0
-    data: DataConfig = section(DataConfig)
-    model: ModelConfig = section(ModelConfig)
-    objective: ObjectiveConfig = section(ObjectiveConfig)
-    train: TrainConfig = section(TrainConfig)
-    engine: EngineConfig = section(EngineConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    ema: EMAConfig = section(EMAConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
-    log: LogConfig = section(LogConfig)
-    evaluate: EvaluateConfig = section(EvaluateConfig)
 
 
 def run(config: Config) -> int:
@@ -249,10 +154,11 @@ class Trainer:
             if due(config.log.every_samples, before, seen, last) and result.applied:
                 self._log_step(result, lr, digest)
             if due(config.log.validation_every_samples, before, seen, last):
+                watchdog.at("validation")
                 self._log_validation()
             if due(config.log.samples_every_samples, before, seen, last):
                 watchdog.at("drawing samples")
-                self._draw_samples()
+                self._draw_preview()
             snapshot = due(config.ema.snapshot_every_samples, before, seen, last)
             if due(config.checkpoint.every_samples, before, seen) or last or request:
                 watchdog.at("copying a checkpoint")
@@ -368,9 +274,7 @@ class Trainer:
             if self.config.train.init_from:
                 start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
             return Progress(samples_seen=0, data_fingerprint=fingerprint)
-        saved = to_dict(
-            from_dict(Config, read_manifest(found)["config"])
-        )  # keys that are new since take their defaults
+        saved = to_dict(from_dict(Config, read_manifest(found)["config"]))  # keys new since then take their defaults
         rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
         progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
@@ -431,46 +335,25 @@ class Trainer:
         self._write(record)
 
     def _log_validation(self) -> None:
-        """Loss of the averaged weights on the held-out samples, over all times and by tenths of t (collective)."""
         assert self.validation is not None
-        sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=self.world.device)
-        with self.engine.partition.swapped(self.averages["ema"]), torch.no_grad():
-            for batch in self.validation.batches():
-                loss_B = self._loss_B(self.engine.module, batch).double() * batch.weight_B
-                bin_B = (self.objective.timesteps(batch.uniform_B) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-                sums[0].index_add_(0, bin_B, loss_B)
-                sums[1].index_add_(0, bin_B, batch.weight_B.double())
-        loss, count = all_reduce_sum(sums).cpu()
-        record: dict[str, Any] = {
-            "samples_seen": self.progress.samples_seen,
-            "validation_loss": float(loss.sum() / count.sum()),
-            "validation_loss_by_time": [float(x / n) if n else None for x, n in zip(loss, count, strict=True)],
-            "time": time.time(),
-            "attempt": self.progress.attempt,
-        }
-        self._write(record)
+        with self.engine.partition.swapped(self.averages["ema"]):
+            losses = validation_loss(
+                self.validation, self.objective, lambda b: self._loss_B(self.engine.module, b), self.world.device
+            )
+        seen, attempt = self.progress.samples_seen, self.progress.attempt
+        self._write({"samples_seen": seen, **losses, "time": time.time(), "attempt": attempt})
+
+    def _draw_preview(self) -> None:
+        assert self.autoencoder is not None
+        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device)
+        path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
+        with self.engine.partition.swapped(self.averages["ema"]):
+            draw_preview(model, self.config.evaluate, self.world, path)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.world.rank == 0:
             log.append_jsonl(self.metrics, record)
             self.wandb.log(record)
-
-    def _draw_samples(self) -> None:
-        """A grid of the averaged weights' samples, always of the same noise and labels (collective)."""
-        assert self.autoencoder is not None
-        settings = self.config.evaluate
-        classes = len(self.sampling.classes)
-        images = min(10, classes) * PREVIEW_COLUMNS
-        mine = -(-images // self.world.size)  # the same number on every rank: ZeRO-3 gathers weights together
-        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device)
-        with self.engine.partition.swapped(self.averages["ema"]):
-            drawn = sample_images(model, range(self.world.rank * mine, (self.world.rank + 1) * mine), settings)
-        blocks = all_gather(drawn.numpy())
-        if self.world.rank == 0:
-            label_N = labels_of(range(images), classes, settings)
-            path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
-            path.parent.mkdir(exist_ok=True)
-            write_picture(path, class_grid(np.concatenate(blocks)[:images], label_N))
 
     def _save(self, checkpoint: bool, snapshot: bool) -> None:
         """Start to write the whole state, and the averages alone where they are to be kept (collective)."""
@@ -492,23 +375,6 @@ class Trainer:
         self.writer.begin(contents, facts)
 
 
-class Meter:
-    """Images a second and the share of time spent waiting for data, since it was last read."""
-
-    def __init__(self) -> None:
-        self._since, self._samples, self._waited = time.perf_counter(), 0, 0.0
-
-    def add(self, samples: int, waited: float) -> None:
-        self._samples += samples
-        self._waited += waited
-
-    def read(self) -> tuple[float, float]:
-        elapsed = time.perf_counter() - self._since
-        out = self._samples / elapsed, self._waited / elapsed
-        self.__init__()  # type: ignore[misc]
-        return out
-
-
 def due(every: int, before: int, after: int, last: bool = False) -> bool:
     """Whether a multiple of `every` lies in (before, after], or it is the last step; never if `every` is 0."""
     return every > 0 and (last or after // every > before // every)
@@ -526,10 +392,3 @@ def sampling_of(manifest: Manifest) -> Sampling:
         image_size=manifest.image_size,
         image_channels=manifest.image_channels,
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held, in bytes: on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,6 +4,7 @@ from ldt.checkpoint.denoiser import Loaded, load_denoiser
 from ldt.checkpoint.manifest import (
     MANIFEST,
     MANIFEST_HASH,
+    MODEL,
     Damaged,
     Progress,
     Sampling,
@@ -21,6 +22,7 @@ from ldt.checkpoint.writer import Content, Retention, Writer, remove_old
 __all__ = [
     "MANIFEST",
     "MANIFEST_HASH",
+    "MODEL",
     "Averages",
     "Content",
     "Damaged",

@@ -13,15 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, Sampling, resolve, verify, verify_file
+from ldt.checkpoint.manifest import MANIFEST_HASH, MODEL, WEIGHTS, Damaged, Sampling, resolve, verify, verify_file
 from ldt.checkpoint.tensors import Reader
 from ldt.config import from_dict
 from ldt.diffusion.objectives import Objective, ObjectiveConfig
 from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
-
-MODEL, WEIGHTS = "model.json", "model.safetensors"
 
 
 @dataclass
@@ -36,6 +34,11 @@ class Loaded:
     path: Path
     hash: str
 
+    @property
+    def home(self) -> Path:
+        """Where what is made with it goes: the run directory, or the exported model's own."""
+        return self.path if (self.path / MODEL).exists() else self.path.parent.parent
+
 
 def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
     """The denoiser of a run's newest checkpoint, of one checkpoint or of an exported model.
@@ -44,7 +47,7 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
     """
     directory = Path(path)
     if (directory / MODEL).exists():
-        tensors, facts, digest = _read_exported(directory)
+        tensors, facts, digest = read_exported(directory)
     else:
         directory = resolve(directory)
         tensors, facts, digest = read_weights(directory, weights)
@@ -83,7 +86,8 @@ def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     return tensors, facts, (checkpoint / MANIFEST_HASH).read_text()
 
 
-def _read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The weights of an exported model; its `model.json`; the hash of the weights file."""
     try:
         facts: dict[str, Any] = json.loads((directory / MODEL).read_text())
         verify_file(directory / WEIGHTS, facts["file"])

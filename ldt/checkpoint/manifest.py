@@ -20,6 +20,7 @@ from ldt.errors import InputError
 
 FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
+MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
 
 

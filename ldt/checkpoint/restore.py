@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldt.checkpoint.manifest import Damaged, Progress, listed, read_manifest, resolve, verify
+from ldt.checkpoint.denoiser import read_exported, read_weights
+from ldt.checkpoint.manifest import MODEL, Damaged, Progress, listed, read_manifest, resolve, verify
 from ldt.checkpoint.tensors import Reader
 from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError
@@ -63,16 +64,18 @@ def restore(path: Path, partition: Partition, averages: Averages) -> Progress:
 
 
 def start_from(path: Path, partition: Partition, averages: Averages) -> None:
-    """Weights and averages ← the averaged weights of another run's checkpoint; a new optimizer (collective)."""
-    path = resolve(path)
-    try:
-        manifest = verify(path)
-    except Damaged as error:
-        raise InputError(f"train.init_from={path} is damaged: {error}; give another checkpoint") from None
-    _check_shapes(path, manifest["parameters"], partition)
-    reader = Reader(path, manifest)
+    """Weights and averages ← the averaged weights of another run, a checkpoint or an exported model (collective).
+
+    The optimizer starts anew.
+    """
+    if (path / MODEL).exists():
+        weights, _, _ = read_exported(path)
+    else:
+        path = resolve(path)
+        weights, _, _ = read_weights(path, "ema")
+    _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition)
     for f in partition.whole():
-        f.master.copy_(reader.read("ema", f.name, f.start, f.count))
+        f.master.copy_(weights[f.name].flatten()[f.start : f.start + f.count])
     for tensors in averages.values():
         for f, average in zip(partition.owned, tensors, strict=True):
             average.copy_(f.master)

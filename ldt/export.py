@@ -1,0 +1,113 @@
+"""Take one set of weights out of a run: parameters in their shapes as safetensors, and what sampling needs beside them.
+
+Without `ema_width` it is the average that the run samples from (or its plain `weights=master`). With it, the average
+of that width at the same number of samples is reconstructed from all that are stored: the run's checkpoints and the
+snapshots of `ema.snapshot_every_samples` (Karras et al. 2312.02696, appendix C).
+
+The directory is a model of its own: `ldt sample DIR`, `ldt evaluate DIR` and `train.init_from=DIR` take it, and
+`model.safetensors` is an ordinary state dict.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldt import ema, log
+from ldt.checkpoint import Damaged, Reader, listed, resolve, verify, versions
+from ldt.checkpoint.denoiser import read_weights
+from ldt.checkpoint.manifest import MODEL, WEIGHTS
+from ldt.checkpoint.tensors import write_safetensors
+from ldt.errors import InputError
+from ldt.files import write_atomic
+from ldt.options import choice, required
+
+logger = log.get_logger(__name__)
+
+
+@dataclass
+class Config:
+    """`run`: a run directory (its newest checkpoint) or a checkpoint; `to`: a directory that does not exist yet."""
+
+    run: str = required()
+    to: str = required()
+    weights: str = choice("ema", "master")
+    ema_width: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ema_width < 0:
+            raise InputError(
+                f"ema_width={self.ema_width} must be positive, such as 0.07, or 0 for the run's own average"
+            )
+        if self.ema_width and self.weights != "ema":
+            raise InputError(f"ema_width={self.ema_width} is of an average; leave weights={self.weights} out")
+
+
+def run(config: Config) -> int:
+    """Write the directory."""
+    target, checkpoint = Path(config.to), resolve(Path(config.run))
+    if target.exists():
+        raise InputError(f"to={target} exists; give a directory that does not")
+    facts: dict[str, Any]
+    if config.ema_width:
+        tensors, facts = reconstruct(checkpoint, config.ema_width)
+    else:
+        tensors, facts, digest = read_weights(checkpoint, config.weights)
+        facts |= {"weights": config.weights, "made_from": {str(int(checkpoint.name)): digest}}
+    target.mkdir(parents=True)
+    facts["file"] = write_safetensors(target / WEIGHTS, tensors, {"format": "pt"})
+    facts["written_by"] = versions()
+    write_atomic(target / MODEL, json.dumps(facts, indent=1).encode())
+    millions = sum(t.numel() for t in tensors.values()) / 1e6
+    print(f"{millions:.2f} M parameters ({facts['weights']}) at {facts['samples_seen']} samples: {target}")
+    return 0
+
+
+def reconstruct(checkpoint: Path, width: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The average of any width at a checkpoint, combined from those stored up to there; and what `model.json` says."""
+    sources = _stored_averages(checkpoint)
+    widths = sorted({w for _, _, w, _ in sources})
+    if not widths[0] <= width <= widths[-1]:
+        raise InputError(
+            f"ema_width={width} lies outside of the widths that {checkpoint} was trained with, {widths[0]} to "
+            f"{widths[-1]}; choose one between them"
+        )
+    samples_seen = int(checkpoint.name)
+    coefficients = ema.reconstruction([(int(path.name), w) for path, _, w, _ in sources], samples_seen, width)
+    out: dict[str, Tensor] = {}
+    with log.progress(len(sources), "average", "reconstruct") as bar:
+        for (path, kind, _, manifest), coefficient in zip(sources, coefficients, strict=True):
+            for name, tensor in Reader(path, manifest).full(kind).items():
+                out.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64)).add_(tensor, alpha=coefficient)
+            bar.update()
+    manifest = sources[-1][-1]
+    facts = {
+        "config": manifest["config"],
+        "sampling": manifest["sampling"],
+        "samples_seen": samples_seen,
+        "weights": f"power average of width {width:g}",
+        "made_from": {f"{path.name}/{kind}": c for (path, kind, _, _), c in zip(sources, coefficients, strict=True)},
+    }
+    return {name: tensor.float() for name, tensor in out.items()}, facts
+
+
+def _stored_averages(checkpoint: Path) -> list[tuple[Path, str, float, dict[str, Any]]]:
+    """Power averages stored up to the checkpoint, one a time and width: (directory, kind, width, manifest)."""
+    directories = {p.name: p for root in (checkpoint.parent, checkpoint.parent.parent / "ema") for p in listed(root)}
+    directories[checkpoint.name] = checkpoint
+    out = []
+    for name in sorted(n for n in directories if n <= checkpoint.name):
+        try:
+            manifest = verify(directories[name])
+        except Damaged as error:
+            logger.warning("left out: %s", error)
+            continue
+        for kind, profile in manifest.get("averages", {}).items():
+            if profile["kind"] == "power":
+                out.append((directories[name], kind, float(profile["width"]), manifest))
+    if not out:
+        raise InputError(f"{checkpoint} holds no power averages to reconstruct others from; train with ema.kind=power")
+    return out

@@ -1,0 +1,75 @@
+"""What a run measures of itself besides its training loss."""
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldt.data.draws import Batch
+from ldt.data.loader import ValidationLoader
+from ldt.diffusion.objectives import Objective
+from ldt.dist import World, all_gather, all_reduce_sum
+from ldt.pictures import class_grid, write_picture
+from ldt.sample import DrawConfig, ImageModel, labels_of, sample_images
+
+TIME_BINS = 10
+PREVIEW_COLUMNS = 8
+
+
+def validation_loss(
+    validation: ValidationLoader, objective: Objective, loss: Callable[[Batch], Tensor], device: torch.device
+) -> dict[str, Any]:
+    """Loss on the held-out samples, over all times and by tenths of t (collective). loss: of each sample, [B]."""
+    sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for batch in validation.batches():
+            loss_B = loss(batch).double() * batch.weight_B
+            bin_B = (objective.timesteps(batch.uniform_B) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            sums[0].index_add_(0, bin_B, loss_B)
+            sums[1].index_add_(0, bin_B, batch.weight_B.double())
+    total, count = all_reduce_sum(sums).cpu()
+    return {
+        "validation_loss": float(total.sum() / count.sum()),
+        "validation_loss_by_time": [float(x / n) if n else None for x, n in zip(total, count, strict=True)],
+    }
+
+
+def draw_preview(model: ImageModel, settings: DrawConfig, world: World, path: Path) -> None:
+    """Write a grid of samples, always of the same noise and labels (collective)."""
+    classes = len(model.sampling.classes)
+    images = min(10, classes) * PREVIEW_COLUMNS
+    mine = -(-images // world.size)  # the same number on every rank: ZeRO-3 gathers weights together
+    drawn = sample_images(model, range(world.rank * mine, (world.rank + 1) * mine), settings)
+    blocks = all_gather(drawn.numpy())
+    if world.rank == 0:
+        path.parent.mkdir(exist_ok=True)
+        write_picture(path, class_grid(np.concatenate(blocks)[:images], labels_of(range(images), classes, settings)))
+
+
+class Meter:
+    """Images a second and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self._since, self._samples, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, samples: int, waited: float) -> None:
+        self._samples += samples
+        self._waited += waited
+
+    def read(self) -> tuple[float, float]:
+        elapsed = time.perf_counter() - self._since
+        out = self._samples / elapsed, self._waited / elapsed
+        self.__init__()  # type: ignore[misc]
+        return out
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held, in bytes: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,101 @@
+"""The keys of a training run."""
+
+from dataclasses import dataclass, field
+
+from ldt.diffusion.objectives import ObjectiveConfig
+from ldt.ema import EMAConfig
+from ldt.engine import EngineConfig, OptimizerConfig
+from ldt.errors import InputError
+from ldt.evaluate import EvaluateConfig
+from ldt.nn.config import ModelConfig
+from ldt.options import required, section
+
+
+@dataclass
+class DataConfig:
+    """`path` holds shards and a manifest (`ldt encode`); `streams` and `window` shape the shuffle (docs/data.md).
+
+    A remote `path` (`s3://…`) is read through `cache_dir` on each node, of at most `cache_gb` (10⁹ bytes).
+    """
+
+    path: str = required()
+    cache_dir: str = ""
+    cache_gb: float = 100.0
+    streams: int = 16
+    window: int = 65536
+    threads: int = 2
+
+
+@dataclass
+class TrainConfig:
+    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share.
+
+    A step whose loss or gradient is not finite is skipped, with `spike_factor` also one whose loss lies that many
+    robust standard deviations above the recent median; `bad_steps` of them in a row roll the run back once.
+    `time_limit_minutes`: stop with a checkpoint then, to be started again. `accept_changes`: keys of the config that
+    may differ from the run's checkpoint though they define it.
+    """
+
+    global_batch: int = 256
+    total_samples: int = 1_000_000
+    micro_batch: int = 0
+    init_from: str = ""
+    bad_steps: int = 3
+    spike_factor: float = 0.0
+    time_limit_minutes: float = 0.0
+    accept_changes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1:
+            raise InputError(f"train.global_batch={self.global_batch} must be at least 1")
+        if self.total_samples < self.global_batch:
+            raise InputError(f"train.total_samples={self.total_samples} is less than one global batch")
+        if self.micro_batch < 0:
+            raise InputError(f"train.micro_batch={self.micro_batch} must be positive, or 0 for the rank's whole share")
+        if self.bad_steps < 1:
+            raise InputError(f"train.bad_steps={self.bad_steps} must be at least 1")
+        if self.spike_factor < 0:
+            raise InputError(f"train.spike_factor={self.spike_factor} must be positive, such as 20, or 0 for off")
+        if self.time_limit_minutes < 0:
+            raise InputError(f"train.time_limit_minutes={self.time_limit_minutes} must be positive, or 0 for none")
+
+
+@dataclass
+class CheckpointConfig:
+    """Save every so many samples (0: only at the end); keep the newest ones and one every `keep_every_samples`."""
+
+    every_samples: int = 0
+    keep: int = 2
+    keep_every_samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise InputError(f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass
+class LogConfig:
+    """Everything in samples; 0 turns validation and sample grids off."""
+
+    every_samples: int = 10_000
+    validation_every_samples: int = 0
+    samples_every_samples: int = 0
+    wandb: bool = False
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    run_dir: str = required()
+    seed: int = 0
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    train: TrainConfig = section(TrainConfig)
+    engine: EngineConfig = section(EngineConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    ema: EMAConfig = section(EMAConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    log: LogConfig = section(LogConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
