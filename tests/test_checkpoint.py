@@ -1,6 +1,6 @@
 """Saving and resuming: exact at the same world, elastic across ranks and stages, and never from damaged bytes."""
 
-import os
+import json
 import shutil
 import signal
 import subprocess
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from shard_data import write_shards
 
-from ldt.checkpoint import Damaged, Reader, load_denoiser, newest, read_manifest, verify
+from ldt.checkpoint import Damaged, Reader, listed, load_denoiser, newest, read_manifest, verify
 from ldt.cli import main
 from ldt.config import load
 from ldt.dist import World, broadcast
@@ -94,14 +95,38 @@ def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ran
     assert all(torch.equal(a[kind][name], b[kind][name]) for kind in a for name in a[kind])
 
 
-def test_resumed_on_other_ranks_and_stages_is_the_same_run(pool, data, straight, tmp_path):
-    """1 rank stage 2 → 3 ranks stage 1 → 2 ranks stage 3 → 1 rank stage 0, each from the last one's checkpoint."""
-    for ranks, stage, total in ((1, 2, 40), (3, 1, 80), (2, 3, 120), (1, 0, 160)):
+@pytest.fixture(scope="module")
+def fifty(pool, data, tmp_path_factory):
+    """The losses and digests of 50 uninterrupted steps in either precision."""
+    logs = {}
+    for precision in ("fp32", "bf16"):
+        run_dir = tmp_path_factory.mktemp("fifty")
+        settings = [f"run_dir={run_dir}", f"data.path={data}", f"train.total_samples={50 * BATCH}"]
+        logs[precision] = pool(1).run(train_case, settings=[*settings, f"engine.precision={precision}"])
+    return logs
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_resumed_on_other_ranks_and_stages_is_the_same_run(pool, data, fifty, tmp_path, precision, digits):
+    """4 → 2 → 3 → 1 ranks at stages 1 → 3 → 2 → 0 (1 in bf16), each from the last one's checkpoint, over 50 steps."""
+    last_stage = 0 if precision == "fp32" else 1
+    for ranks, stage, total in ((4, 1, 104), (2, 3, 200), (3, 2, 304), (1, last_stage, 400)):
         settings = [f"run_dir={tmp_path}/run", f"data.path={data}", f"train.total_samples={total}"]
-        log = pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
-    assert [r["digest"] for r in log] == [r["digest"] for r in straight[1]]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in straight[1]], rel=1e-5)
-    assert sorted({r["world_size"] for r in log}) == [1, 2, 3]
+        settings += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+        log = pool(ranks).run(train_case, settings=settings)
+    assert [r["digest"] for r in log] == [r["digest"] for r in fifty[precision]]
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty[precision]], rel=digits)
+    assert [r["world_size"] for r in log] == [4] * 13 + [2] * 12 + [3] * 13 + [1] * 12
+
+
+def test_precision_and_shard_format_may_change_too(pool, data, fifty, tmp_path):
+    """bf16 from tar on two ranks, then fp32 from mds on one: the same data, and nearly the same losses."""
+    write_shards(tmp_path / "mds", [40, 23], format="mds")
+    for ranks, path, precision, total in ((2, data, "bf16", 200), (1, tmp_path / "mds", "fp32", 400)):
+        settings = [f"run_dir={tmp_path}/run", f"data.path={path}", f"train.total_samples={total}"]
+        log = pool(ranks).run(train_case, settings=[*settings, f"engine.precision={precision}"])
+    assert [r["digest"] for r in log] == [r["digest"] for r in fifty["fp32"]]
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty["fp32"]], rel=1e-2)
 
 
 def test_it_can_be_read_alone(straight):
@@ -185,8 +210,26 @@ def test_another_run_is_not_continued(pool, data, copy, tmp_path):
     message = refused("optimizer.lr=1e-3", "seed=6")
     assert "optimizer.lr: 0.003 there, 0.001 here" in message and "seed: 5 there, 6 here" in message
     assert "model.width: 32 there, 64 here" in refused("model.width=64")
+    assert "train.accept_changes=[optimizer.lr,seed]" in message, "the explicit way to go on"
+    message = refused("optimizer.lr=1e-3", "seed=6", "train.accept_changes=[optimizer.lr]")
+    assert "seed: 5 there" in message and "optimizer.lr" not in message
     write_shards(tmp_path / "other", [40, 24])
     assert "holds other data (fingerprint" in refused(f"data.path={tmp_path}/other")
+
+
+def test_a_change_that_was_accepted_goes_on(pool, data, copy):
+    settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=168", "optimizer.lr=1e-3"]
+    log = pool(1).run(train_case, settings=[*settings, "train.accept_changes=[optimizer.lr]"])
+    assert [r["lr"] for r in log] == [3e-3] * 20 + [1e-3]
+
+
+def test_a_newer_format_is_refused(copy):
+    path = newest(copy)
+    text = json.dumps(json.loads((path / "manifest.json").read_text()) | {"version": 99}).encode()
+    (path / "manifest.json").write_bytes(text)
+    (path / "manifest.xxh64").write_text(xxhash.xxh64(text).hexdigest())
+    with pytest.raises(InputError, match="format version 99; this ldt reads up to 2: upgrade ldt"):
+        verify(path)
 
 
 def test_starting_from_other_weights(pool, data, straight, tmp_path):
@@ -207,28 +250,77 @@ def test_old_checkpoints_are_removed(pool, data, tmp_path):
     assert names == ["000000000120", "000000000160"]
 
 
+def start(run_dir, data, *settings, **options):
+    """A training that doesn't end by itself, in a real process that has begun to train."""
+    arguments = [*SETTINGS, f"run_dir={run_dir}", f"data.path={data}", "train.total_samples=800000", *settings]
+    command = [sys.executable, "-m", "ldt", "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+    end = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return process
+
+
+def check_stopped(run_dir, straight):
+    """A checkpoint at the last step of the log, and the beginning of the run that was never stopped."""
+    assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "stopped"
+    log = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
+    assert newest(run_dir).name == f"{log[-1]['samples_seen']:012d}"
+    n = min(len(log), len(straight[1]))
+    assert [r["digest"] for r in log[:n]] == [r["digest"] for r in straight[1][:n]]
+    assert not (run_dir / "owner.json").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_request_ends_in_a_checkpoint_and_75(data, straight, tmp_path, number):
-    """A real process under a real signal; resumed, it is the run that was never stopped."""
-    settings = [f"run_dir={tmp_path}/run", f"data.path={data}", "engine.zero_stage=1"]
-    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, *settings, "train.total_samples=800000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
-    while not metrics.exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    process = start(tmp_path / "run", data)
     process.send_signal(number)
     process.send_signal(number)  # a second one changes nothing
     _, error = process.communicate(timeout=90)
     assert process.returncode == STOPPED, error
-    assert '"outcome": "stopped"' in (tmp_path / "run" / "outcome.json").read_text()
-    log = [r for r in read_jsonl(metrics) if "loss" in r]
-    assert newest(tmp_path / "run").name == f"{log[-1]['samples_seen']:012d}"
-    n = min(len(log), len(straight[1]))
-    assert [r["digest"] for r in log[:n]] == [r["digest"] for r in straight[1][:n]]
+    check_stopped(tmp_path / "run", straight)
 
 
-def test_an_unwritable_run_directory_is_named(data):
-    if os.geteuid() == 0:  # root may write everywhere but under a file
-        command = [sys.executable, "-m", "ldt", "train", *SETTINGS, "run_dir=/dev/null/run", f"data.path={data}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and "run_dir=/dev/null/run can't be written" in done.stderr
+def test_the_time_limit_ends_in_a_checkpoint_and_75(data, straight, tmp_path):
+    process = start(tmp_path / "run", data, "train.time_limit_minutes=0.02")
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == STOPPED, error
+    assert "time limit" in (tmp_path / "run" / "outcome.json").read_text()
+    check_stopped(tmp_path / "run", straight)
+
+
+def test_one_ctrl_c_saves_and_a_second_aborts(data, straight, tmp_path):
+    process = start(tmp_path / "run", data)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == STOPPED, error
+    check_stopped(tmp_path / "run", straight)
+    # two within a long step: nothing waits for its end
+    process = start(tmp_path / "two", data, "train.global_batch=2048", "train.micro_batch=1", "log.every_samples=2048")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # so that they are two
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode not in (0, STOPPED) and "KeyboardInterrupt" in error
+    assert [p.name for p in listed(tmp_path / "two" / "checkpoints")] == ["000000002048"], "of the step before"
+    assert json.loads((tmp_path / "two" / "outcome.json").read_text())["outcome"] == "failed"
+
+
+def test_a_second_job_in_the_same_directory_is_refused(data, tmp_path):
+    process = start(tmp_path / "run", data)
+    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}"]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2 and f"is in use by process {process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "running"
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("place", ["/dev/null/run", "/sys/run"])
+def test_an_unwritable_run_directory_is_named(data, place):
+    """Below a file and on a file system that takes no directories: these stop root too."""
+    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, f"run_dir={place}", f"data.path={data}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"run_dir={place} can't be written" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples a second of each reader, hot cache, latents of 4x32x32 fp16 (16 KB a sample), and ratios to the limit."""
-    from shard_data import write_shards  # type: ignore[import-not-found]
+    from shard_data import write_shards
 
     shape = (4, 32, 32)
     counts = [arguments.shard_samples] * (arguments.samples // arguments.shard_samples)

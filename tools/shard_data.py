@@ -1,4 +1,4 @@
-"""Small shard directories for tests, written by the same functions as `ldt encode`."""
+"""Small shard directories of random latents for tests and tools, written by the same functions as `ldt encode`."""
 
 from pathlib import Path
 

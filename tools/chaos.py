@@ -1,0 +1,264 @@
+"""Break a training run again and again and check that its lineage is the run that was never disturbed.
+
+    python tools/chaos.py --rounds 40 --seed 1 --json chaos.json
+
+Each round starts the run where its checkpoints left it, on a random number of ranks at a random ZeRO stage, and does
+one of FAULTS to it. In the end every step of the log must be there exactly once, with the digest that an undisturbed
+run of one process has at this step, and with its loss to 5 digits over the first 50 steps.
+"""
+
+import argparse
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ranks import start_ranks
+from shard_data import write_shards
+
+from ldt.checkpoint import Damaged, listed, verify
+from ldt.log import progress, read_jsonl
+
+BATCH, SHARDS = 8, [40, 23, 30]
+EXACT_STEPS, DIGITS = 50, 1e-5
+SAVE_STEPS, PATIENCE, STALL = 3, 120.0, 4.0
+FILE_LIMIT = 60_000  # bytes a file on a "full" disk: enough for logs, not for a share of the weights
+SETTINGS = [
+    "seed=11",
+    "model={width: 48, depth: 2, heads: 2}",
+    f"train.global_batch={BATCH}",
+    "optimizer.lr=1e-3",
+    f"log.every_samples={BATCH}",
+    f"checkpoint.every_samples={SAVE_STEPS * BATCH}",
+    f"engine.stall_seconds={STALL}",
+]
+
+Ranks = list[subprocess.Popen[str]]
+
+
+class Failed(Exception):
+    """A promise was broken; the message says which."""
+
+
+@dataclass
+class Round:
+    """What was done in one round, and what it came to."""
+
+    fault: str
+    ranks: int
+    stage: int
+    resumed_at: int
+    reached: int = 0
+    codes: list[int] = field(default_factory=list)
+
+
+def main() -> int:
+    """Run the campaign; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=len(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="length of the run; default: 12 a round")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
+        try:
+            rounds = campaign(Path(directory), arguments.rounds, arguments.seed, arguments.steps)
+        except Failed as error:
+            print(f"broken: {error}")
+            return 1
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(r) for r in rounds], indent=1))
+    print(f"{len(rounds)} rounds, every position exactly once, digests and losses those of the undisturbed run")
+    return 0
+
+
+def campaign(root: Path, count: int, seed: int, steps: int = 0) -> list[Round]:
+    """Disturb a run in `count` rounds, let it end, and compare; `Failed` if it is another run than the undisturbed."""
+    chance, total = random.Random(seed), (steps or 12 * count) * BATCH
+    write_shards(root / "data", SHARDS)
+    expected = finish(start(root, "undisturbed", 1, 1, total))
+    if expected != [0]:
+        raise Failed(f"the undisturbed run ended with {expected}")
+    faults = [list(FAULTS)[i % len(FAULTS)] for i in range(count)]
+    chance.shuffle(faults)
+    rounds = []
+    with progress(count, "round", "chaos") as bar:
+        for fault in [*faults, "none"]:
+            rounds.append(one_round(root, fault, chance, total))
+            bar.update()
+    compare(root / "undisturbed", root / "disturbed", total)
+    return rounds
+
+
+def one_round(root: Path, fault: str, chance: random.Random, total: int) -> Round:
+    """Start the run, break it, and look at what is left."""
+    run_dir, before = root / "disturbed", position(root / "disturbed")
+    ranks = chance.choice([2, 3]) if fault in ("kill_one", "stop_one") else chance.choice([1, 2, 3])
+    out = Round(fault, ranks, chance.choice([0, 1, 2, 3]), checkpointed(run_dir))
+    full = chance.randrange(ranks) if fault == "disk_full" else -1
+    processes = start(root, "disturbed", ranks, out.stage, total, full)
+    try:
+        FAULTS.get(fault, leave_alone)(processes, run_dir, before, chance)
+        out.codes = finish(processes)
+    except Failed as error:
+        raise Failed(f"{fault} on {ranks} ranks at stage {out.stage}: {error}") from None
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    out.reached = position(run_dir)
+    if fault == "none" and out.codes != [0] * ranks:
+        raise Failed(f"left alone at last, the run ended with {out.codes}")
+    for path in listed(run_dir / "checkpoints"):
+        try:
+            verify(path)
+        except Damaged as error:
+            raise Failed(f"after {fault}: {error}") from None
+    return out
+
+
+def start(root: Path, name: str, ranks: int, stage: int, total: int, full: int = -1) -> Ranks:
+    """The run on so many ranks; rank `full` has no room for large files."""
+    arguments = [*SETTINGS, f"run_dir={root / name}", f"data.path={root / 'data'}", f"train.total_samples={total}"]
+    processes = start_ranks(
+        ranks, "-m", "ldt", "train", *arguments, f"engine.zero_stage={stage}", "--quiet", stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    if full >= 0:
+        resource.prlimit(processes[full].pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+    return processes
+
+
+def finish(processes: Ranks) -> list[int]:
+    """Exit codes; ranks that outlive a killed one for too long are a broken promise."""
+    try:
+        return [p.wait(timeout=PATIENCE) for p in processes]
+    except subprocess.TimeoutExpired:
+        raise Failed(f"processes hung for {PATIENCE:g} s: {[p.poll() for p in processes]}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def leave_alone(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """Nothing."""
+
+
+def kill_one(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """kill -9 of a random rank at a random step; the others must end by themselves."""
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 10))
+    chance.choice(processes).kill()
+
+
+def kill_all(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """kill -9 of all ranks at a random step, as when power fails."""
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 10))
+    for p in processes:
+        p.kill()
+
+
+def kill_in_save(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """kill -9 of a random rank as soon as there is a half-written checkpoint."""
+    wait_for(processes, lambda: any(run_dir.glob("checkpoints/.*.tmp")))
+    chance.choice(processes).kill()
+
+
+def kill_in_rename(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """kill -9 of rank 0 as soon as a manifest is written, just before or after the rename."""
+    wait_for(processes, lambda: any(run_dir.glob("checkpoints/.*.tmp/manifest.json")))
+    processes[0].kill()
+
+
+def kill_in_load(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """kill -9 of a random rank between its start and its first step; the launcher ends the others, as they all do."""
+    wait_for(processes, lambda: (run_dir / "owner.json").exists())
+    time.sleep(chance.uniform(0, 1.5))
+    chance.choice(processes).kill()
+    time.sleep(1)
+    for p in processes:
+        p.kill()
+
+
+def stop_one(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """SIGSTOP of a random rank: the others must give up, then the launcher ends it."""
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 10))
+    stopped = chance.choice(processes)
+    stopped.send_signal(signal.SIGSTOP)
+    finish([p for p in processes if p is not stopped])
+    stopped.kill()
+
+
+def disk_full(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """One rank can't write its share: saves fail, training goes on, and is killed later."""
+    wait_for_steps(processes, run_dir, before, 2 * SAVE_STEPS)
+    for p in processes:
+        p.kill()
+
+
+def terminate(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """SIGTERM to one rank: all save and leave with 75."""
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 10))
+    chance.choice(processes).send_signal(signal.SIGTERM)
+    codes = finish(processes)
+    if set(codes) - {0, 75}:
+        raise Failed(f"a stop request ended with {codes}")
+
+
+FAULTS: dict[str, Callable[[Ranks, Path, int, random.Random], None]] = {
+    f.__name__: f
+    for f in (kill_one, kill_all, kill_in_save, kill_in_rename, kill_in_load, stop_one, disk_full, terminate)
+}
+
+
+def wait_for_steps(processes: Ranks, run_dir: Path, before: int, steps: int) -> None:
+    """Until the run has logged so many steps more than it ever had, or has ended."""
+    wait_for(processes, lambda: position(run_dir) >= before + steps * BATCH)
+
+
+def wait_for(processes: Ranks, condition: Callable[[], bool]) -> None:
+    """Until it holds, or a process has ended."""
+    end = time.monotonic() + PATIENCE
+    while not condition() and all(p.poll() is None for p in processes):
+        if time.monotonic() > end:
+            raise Failed(f"no progress for {PATIENCE:g} s")
+        time.sleep(0.002)
+
+
+# ------------------------------------------------------------------------------------------------------------ findings
+
+
+def position(run_dir: Path) -> int:
+    """Samples seen by the last line of the log."""
+    return max((r["samples_seen"] for r in read_jsonl(run_dir / "metrics.jsonl")), default=0)
+
+
+def checkpointed(run_dir: Path) -> int:
+    """Samples seen by the newest checkpoint."""
+    return max((int(p.name) for p in listed(run_dir / "checkpoints")), default=0)
+
+
+def compare(undisturbed: Path, disturbed: Path, total: int) -> None:
+    """`Failed` unless both logs are of the same run."""
+    expected, found = (list(read_jsonl(p / "metrics.jsonl")) for p in (undisturbed, disturbed))
+    clock = list(range(BATCH, total + 1, BATCH))
+    if [r["samples_seen"] for r in expected] != clock:
+        raise Failed("the undisturbed run's log is not whole")
+    if [r["samples_seen"] for r in found] != clock:
+        raise Failed(f"steps are missing or double: {len(found)} lines for {len(clock)} steps")
+    for a, b in zip(expected, found, strict=True):
+        if a["digest"] != b["digest"]:
+            raise Failed(f"at {a['samples_seen']} samples the digest is {b['digest']} instead of {a['digest']}")
+    for a, b in zip(expected[:EXACT_STEPS], found, strict=False):
+        if abs(a["loss"] - b["loss"]) > DIGITS * abs(a["loss"]):
+            raise Failed(f"at {a['samples_seen']} samples the loss is {b['loss']} instead of {a['loss']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
