@@ -17,6 +17,7 @@ import torch
 from ldt.checkpoint import versions
 
 BENCHMARKS = {
+    "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
     "data": "the loader against a memmap gather, beside other readers",
     "evaluate": "images a second of an evaluation against its raw sampler and detector",
 }
