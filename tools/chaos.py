@@ -166,12 +166,14 @@ def kill_all(processes: Ranks, run_dir: Path, before: int, chance: random.Random
 
 def kill_in_save(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
     """kill -9 of a random rank as soon as there is a half-written checkpoint."""
+    wait_for_steps(processes, run_dir, before, 1)  # what an earlier round left half-written is gone by then
     wait_for(processes, lambda: any(run_dir.glob("checkpoints/.*.tmp")))
     chance.choice(processes).kill()
 
 
 def kill_in_rename(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
     """kill -9 of rank 0 as soon as a manifest is written, just before or after the rename."""
+    wait_for_steps(processes, run_dir, before, 1)
     wait_for(processes, lambda: any(run_dir.glob("checkpoints/.*.tmp/manifest.json")))
     processes[0].kill()
 
