@@ -1,13 +1,12 @@
 """The `ldt` command: finds the program, its config and its overrides, and turns the outcome into an exit code."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldt import __version__, config, log
+from ldt import __version__, config, log, stop
 from ldt.errors import InputError, RunError
 from ldt.rundir import DONE, FAILED, WRONG_INPUT
 
@@ -78,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return DONE
     name, rest = arguments[0], arguments[1:]
+    if name == "train":
+        stop.listen()  # a request that comes while torch is being imported counts too
     try:
         return _run(name, rest)
     except InputError as error:
@@ -112,8 +113,14 @@ def _run(name: str, arguments: list[str]) -> int:
     if "--dry-run" in flags:
         print(config.to_yaml(settings), end="")
         return DONE
-    log.configure(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))), quiet="--quiet" in flags)
+    log.configure(_rank(), quiet="--quiet" in flags)
     return program.run(settings)
+
+
+def _rank() -> int:
+    from ldt.dist import place  # torch is slow to import: not for --help and --dry-run
+
+    return place().rank
 
 
 def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:

@@ -1,16 +1,17 @@
 """Who am I among how many: ranks, devices and the few collectives that everything else needs.
 
-The launchers (torchrun, deepspeed, srun, none) differ only in the environment variables they set; `discover` reads
-them and the rest of the code sees a `World`. Without a process group the collectives are the identity.
+The launchers (torchrun, deepspeed, srun, submitit, none) differ only in the environment variables they set; `discover`
+reads them and the rest of the code sees a `World`. Without a process group the collectives are the identity.
 """
 
 import datetime
 import os
+import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ldt.errors import InputError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
+RENDEZVOUS_SECONDS = 300.0
+GOODBYE_SECONDS = 10.0  # for the others to read what rank 0 found
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,89 @@ class World:
     device: torch.device
 
 
-def discover(env: Mapping[str, str] = os.environ) -> World:
-    """Read the launcher's variables: torchrun's and deepspeed's RANK, or those of an srun task, or neither."""
+class Place(NamedTuple):
+    """A launcher's word on who this process is."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables: torchrun's and deepspeed's RANK, an srun task's, submitit's local ones, or none.
+
+    Where an srun task has RANK too, set by neither torchrun nor deepspeed, both must say the same.
+    """
+    slurm = _slurm_place(env)
     if "RANK" in env:
         rank, size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
         local_rank = _integer(env, "LOCAL_RANK", str(rank))
-        local_size = _integer(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size)))
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        rank, size = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_NTASKS")
-        local_rank = _integer(env, "SLURM_LOCALID")
-        local_size = -(-size // _integer(env, "SLURM_NNODES", "1"))
-    else:
-        rank, size, local_rank, local_size = 0, 1, 0, 1
-    if not 0 <= rank < size:
-        raise InputError(f"the launcher set rank {rank} of world size {size}; a rank is from 0 to world size - 1")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        found = Place(rank, size, local_rank, _integer(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size))))
+        nested = "TORCHELASTIC_RUN_ID" in env or "LOCAL_SIZE" in env or "LDT_LAUNCHED" in env
+        if slurm and slurm.size > 1 and not nested and slurm[:2] != found[:2]:
             raise InputError(
-                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-                "start one process a GPU"
+                f"RANK and WORLD_SIZE say rank {rank} of {size}, but SLURM says task {slurm.rank} of {slurm.size}; "
+                "unset RANK and WORLD_SIZE in the job, or start one torchrun a node (srun --ntasks-per-node=1)"
             )
-        device = torch.device("cuda", local_rank)
+    elif slurm:
+        found = slurm
+    elif "SUBMITIT_LOCAL_GLOBALID" in env:
+        size = _integer(env, "SUBMITIT_LOCAL_NTASKS")
+        found = Place(_integer(env, "SUBMITIT_LOCAL_GLOBALID"), size, _integer(env, "SUBMITIT_LOCAL_LOCALID"), size)
     else:
-        device = torch.device("cpu")
-    return World(rank, size, local_rank, local_size, device)
+        found = Place(0, 1, 0, 1)
+    if not 0 <= found.rank < found.size:
+        raise InputError(
+            f"the launcher set rank {found.rank} of world size {found.size}; a rank is from 0 to world size - 1"
+        )
+    return found
+
+
+def _slurm_place(env: Mapping[str, str]) -> Place | None:
+    """What SLURM says of a task of srun's; None outside of one (the batch script itself is none)."""
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_ID") == "4294967291":
+        return None
+    size = _integer(env, "SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    nodes = _tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+    node = _integer(env, "SLURM_NODEID", "0")
+    local_size = nodes[node] if node < len(nodes) else size
+    return Place(_integer(env, "SLURM_PROCID"), size, _integer(env, "SLURM_LOCALID"), local_size)
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """SLURM's `2(x3),1` as [2, 2, 2, 1]."""
+    out: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise InputError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
+        out += [int(match[1])] * int(match[2] or 1)
+    return out
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a SLURM node list such as `gpu[07-09,12],login1`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise InputError(f"SLURM's node list {nodes!r} names no node")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def discover(env: Mapping[str, str] = os.environ) -> World:
+    """This process's `place` and its device: the GPU of its local rank, or the CPU where there is none."""
+    rank, size, local_rank, local_size = place(env)
+    if not torch.cuda.is_available():
+        return World(rank, size, local_rank, local_size, torch.device("cpu"))
+    count = torch.cuda.device_count()
+    if local_size > 1 and count == 1 and env.get("SLURM_GPUS_PER_TASK"):  # SLURM shows each task its own GPU only
+        return World(rank, size, local_rank, local_size, torch.device("cuda", 0))
+    if local_rank >= count:
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this node shows {count}; start at most one process a GPU "
+            "(srun --ntasks-per-node, torchrun --nproc_per_node)"
+        )
+    return World(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
 
 
 def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> int:
@@ -65,27 +127,85 @@ def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> i
     return int(text)
 
 
+def master(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else made from SLURM's or submitit's job."""
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], _integer(env, "MASTER_PORT")
+    if "SLURM_STEP_NODELIST" in env and "SLURM_JOB_ID" in env:
+        number = 31 * _integer(env, "SLURM_JOB_ID") + _integer(env, "SLURM_STEP_ID", "0")
+        return first_node(env["SLURM_STEP_NODELIST"]), 20000 + number % 12000  # below the ports of outgoing connections
+    if "SUBMITIT_LOCAL_JOB_ID" in env:
+        return "127.0.0.1", 20000 + _integer(env, "SUBMITIT_LOCAL_JOB_ID") % 12000
+    raise InputError(
+        "several processes but no MASTER_ADDR and MASTER_PORT; start them with torchrun, deepspeed, srun or "
+        "tools/submit.py"
+    )
+
+
 @contextmanager
-def process_group() -> Iterator[World]:
-    """Join the other processes (gloo on CPU, NCCL on CUDA) for the length of the block."""
+def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
+    """Join the other processes (gloo on CPU, NCCL on CUDA) for the length of the block.
+
+    `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds.
+    """
     world = discover()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     # whatever the launcher was, DeepSpeed and torch look for these
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ["LDT_LAUNCHED"] = "1"
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    if world.size == 1:  # an in-memory store: a lone process needs no port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise InputError(f"{world.size} processes but no {name}; start them with torchrun or deepspeed")
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     try:
         yield world
         barrier()  # leave together: a connection that closes early aborts whoever still listens
     finally:
         dist.destroy_process_group()
+
+
+def _meet(world: World, seconds: float) -> dist.Store:
+    """The store that all ranks share, once all have come to it."""
+    host, port = master()
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has opened it already
+    limit = datetime.timedelta(seconds=seconds)
+    try:
+        tcp = dist.TCPStore(host, port, None, world.rank == 0 and not served, limit, wait_for_workers=False)
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
+        if world.rank == 0 and "EADDRINUSE" in str(error):
+            raise InputError(f"port {port} of {host} is taken; set MASTER_PORT to a free one") from None
+        raise InputError(
+            f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {host}:{port} within {seconds:g} s; is "
+            "rank 0 alive, is the name right, and does no firewall stand between the nodes?"
+        ) from None
+    store = dist.PrefixStore(f"ldt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    store.set(f"here-{world.rank}", socket.gethostname())
+    if world.rank == 0:
+        missing = _missing(store, "here", range(world.size), seconds)
+        store.set("missing", ", ".join(map(str, missing)))
+        _missing(store, "read", [r for r in range(1, world.size) if r not in missing], GOODBYE_SECONDS)
+    try:
+        store.wait(["missing"], limit + datetime.timedelta(seconds=GOODBYE_SECONDS))
+        absent = store.get("missing").decode()
+        store.set(f"read-{world.rank}", "")
+    except (dist.DistStoreError, RuntimeError):
+        absent = "rank 0, which came but went away"
+    if absent:
+        raise InputError(
+            f"after {seconds:g} s these of {world.size} ranks had not come: {absent}; look at what their nodes wrote"
+        )
+    store.set_timeout(TIMEOUT)
+    return store
+
+
+def _missing(store: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> list[int]:
+    """The ranks that have not set `<key>-<rank>` in time."""
+    try:
+        store.wait([f"{key}-{rank}" for rank in ranks], datetime.timedelta(seconds=seconds))
+    except (dist.DistStoreError, RuntimeError):
+        return [rank for rank in ranks if not store.check([f"{key}-{rank}"])]
+    return []
 
 
 def _alone() -> bool:

@@ -42,6 +42,7 @@ PLACEMENT = (
 """Keys that may change at every restart; all others define the run."""
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+RUNNING = "running"
 WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "stopped"}
 """Exit codes of `ldt train` and the words for them in outcome.json."""
 
@@ -79,15 +80,49 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
         append_jsonl(run_dir / "environment.jsonl", environment(world_size))
-        write_json(run_dir / "outcome.json", {"outcome": "running", "time": time.time()})
     except OSError as error:
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
 
 
+def begin(run_dir: Path) -> None:
+    """Say that this start of the job is at work; whatever an earlier one said is over."""
+    write_json(run_dir / "outcome.json", {"outcome": RUNNING, **this_start(), "time": time.time()})
+
+
 def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, message: str = "") -> None:
-    """Say in a file what the exit code says: launchers lose codes."""
-    outcome = {"outcome": WORDS[code], "code": code, "samples_seen": samples_seen, "message": message}
-    write_json(run_dir / "outcome.json", outcome | {"time": time.time()})
+    """Say in a file what the exit code says: launchers lose codes. The first word on a start is the last.
+
+    Any rank may speak; a rank that fails because another one is gone doesn't talk over that one's reason.
+    """
+    if read_outcome(run_dir).get("outcome") == RUNNING:
+        outcome = {"outcome": WORDS[code], "code": code, "samples_seen": samples_seen, "message": message}
+        write_json(run_dir / "outcome.json", outcome | this_start() | {"time": time.time()})
+
+
+def read_outcome(run_dir: Path) -> dict[str, Any]:
+    """What outcome.json says; empty where there is none yet."""
+    try:
+        outcome = json.loads((run_dir / "outcome.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return outcome if isinstance(outcome, dict) else {}
+
+
+def this_start() -> dict[str, str]:
+    """Which start of which scheduler job this is; empty outside of one."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return {"job": job, "restart": os.environ.get("SLURM_RESTART_COUNT", "0") if job else ""}
+
+
+def verdict(run_dir: Path, launcher_code: int) -> int:
+    """The exit code that this start of the job has earned, from its outcome rather than from its launcher.
+
+    A start that still says "running" after its launcher has ended was a crash.
+    """
+    outcome = read_outcome(run_dir)
+    if {k: outcome.get(k) for k in ("job", "restart")} != this_start():
+        return WRONG_INPUT if launcher_code == WRONG_INPUT else FAILED
+    return int(outcome.get("code", FAILED))
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -100,6 +135,8 @@ def environment(world_size: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "ldt": __version__,
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
         "git": _git_state(),
     }
 

@@ -9,14 +9,28 @@ import time
 from types import FrameType
 from typing import Self
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EARLY = (signal.SIGTERM, signal.SIGUSR1)
+REQUESTS = (*EARLY, signal.SIGINT)
+
+_early = ""  # a signal that came before there was a loop to stop
+
+
+def listen() -> None:
+    """From now on remember SIGTERM and SIGUSR1 for the `StopRequests` to come, instead of dying of them."""
+    for number in EARLY:
+        signal.signal(number, _remember)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    global _early
+    _early = _early or signal.Signals(number).name
 
 
 class StopRequests:
     """While active, catches the signals and watches the clock; `limit_s` of 0 is no limit."""
 
     def __init__(self, limit_s: float = 0.0) -> None:
-        self._signal = ""
+        self._signal = _early
         self._end = time.monotonic() + limit_s if limit_s else float("inf")
 
     @property

@@ -44,6 +44,7 @@ from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
 from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
+from ldt.preflight import check_room, check_shared, compare_ranks
 from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.sample import ImageModel, load_autoencoder
@@ -59,24 +60,31 @@ logger = log.get_logger(__name__)
 def run(config: Config) -> int:
     """Train until `train.total_samples` or until asked to stop; returns the exit code."""
     run_dir = Path(config.run_dir)
-    with process_group() as world, owned(run_dir, world) as owner:
-        try:
-            code, message, seen = Trainer(config, world, owner).train()
-        except BaseException as error:
-            code = WRONG_INPUT if isinstance(error, InputError) else FAILED
-            if world.rank == 0 and run_dir.is_dir():
-                rundir.write_outcome(run_dir, code, message=f"{type(error).__name__}: {error}")
-            raise
+    with process_group() as world:
+        compare_ranks(to_yaml(config), world)
+        code, message, seen = attempt(config, world)
         if world.rank == 0:
-            rundir.write_outcome(run_dir, code, seen, message)
             print(f"{message} at {seen} samples: {run_dir}\nnext: ldt evaluate {run_dir}; ldt report {run_dir}")
     return code
 
 
 def attempt(config: Config, world: World) -> tuple[int, str, int]:
-    """One attempt inside of a process group: exit code, what happened, samples seen."""
-    with owned(Path(config.run_dir), world) as owner:
-        return Trainer(config, world, owner).train()
+    """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
+    run_dir = Path(config.run_dir)
+    with owned(run_dir, world) as owner:
+        if world.rank == 0:
+            rundir.begin(run_dir)
+        check_shared(run_dir, world)
+        try:
+            code, message, seen = Trainer(config, world, owner).train()
+        except BaseException as error:
+            code = WRONG_INPUT if isinstance(error, InputError) else FAILED
+            words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
+            rundir.write_outcome(run_dir, code, message=words)
+            raise
+        if world.rank == 0:
+            rundir.write_outcome(run_dir, code, seen, message)
+    return code, message, seen
 
 
 class Trainer:
@@ -96,9 +104,10 @@ class Trainer:
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
         barrier()
+        self.profiles = averaging.profiles(config.ema)
+        check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
         self.loader, self.validation = self._make_loaders()
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
-        self.profiles = averaging.profiles(config.ema)
         self.averages = {name: [m.clone() for m in self._masters()] for name in self.profiles}
         self.writer = Writer(self.engine.partition, world, owner.check)
         self.progress = self._restore()

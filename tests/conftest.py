@@ -1,8 +1,11 @@
 """Shared fixtures."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+TOOLS = Path(__file__).parents[1] / "tools"  # tests' own processes import from there too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
 
 import logging
 from collections.abc import Callable, Iterator

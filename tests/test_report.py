@@ -65,6 +65,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start = START + 7200 * attempt  # the second attempt waited for nearly two hours
         set_start(path, start)
         write_metrics(path, range(1000 * attempt + 100, 1000 * attempt + 1100, 100), attempt, world_size, start)
+    rundir.begin(path)
     rundir.write_outcome(path, rundir.DONE, 2000, "trained to the end")
     (path / "samples").mkdir()
     for samples_seen in (1000, 1500, 2000):

@@ -96,7 +96,7 @@ class Bench:
         self.timed("stall", lambda: self.begin(2 * i + 1))
         self.timed("step_while_writing", self.step)
         self.writer.finish()
-        self.timed("write", lambda: (self.begin(2 * i + 2), self.writer.finish()))
+        self.timed("write", lambda: self.save(2 * i + 2))
         self.timed("plain_write", self.plain_write)
         path = listed(self.root)[-1]
         self.forget_cached()
@@ -137,6 +137,10 @@ class Bench:
         kinds = dict(zip(["master", *MOMENTS, *self.averages], self.state(), strict=True))
         facts = {"progress": asdict(Progress(samples_seen, "bench")), "sampling": {}, "config": {}, "averages": {}}
         self.writer.begin([Content(self.root, kinds, Retention(1))], facts)
+
+    def save(self, samples_seen: int) -> None:
+        self.begin(samples_seen)
+        self.writer.finish()
 
     def plain_write(self) -> None:
         """The same bytes from memory to a file, and sync: what dd would do."""

@@ -1,0 +1,135 @@
+"""Who a process is under each launcher, where the ranks meet, and what is said when they don't."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import start_ranks
+
+from ldt.dist import discover, first_node, free_port, master, place
+from ldt.errors import InputError
+
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "4",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[07-09]",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 1, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 4, 1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, (3, 4, 1, 2)),
+        (TASK, (4, 5, 0, 1)),
+        (TASK | {"SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, (1, 5, 1, 2)),
+        (TASK | {"SLURM_STEP_ID": "4294967291"}, (0, 1, 0, 1)),  # the batch script itself
+        (TASK | {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "0"}, (4, 5, 0, 5)),
+        # one torchrun or deepspeed a node, started by srun: they know better
+        (TASK | {"RANK": "9", "WORLD_SIZE": "10", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, (9, 10, 1, 10)),
+        (TASK | {"RANK": "9", "WORLD_SIZE": "10", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, (9, 10, 1, 2)),
+        (
+            {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "1"},
+            (1, 2, 1, 2),
+        ),
+    ],
+)
+def test_every_launcher_is_understood(env, expected):
+    assert tuple(place(env)) == expected
+    world = discover(env)
+    assert (world.rank, world.size, world.device.type) == (*expected[:2], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (TASK | {"RANK": "0", "WORLD_SIZE": "1"}, "say rank 0 of 1, but SLURM says task 4 of 5"),
+        ({"RANK": "two", "WORLD_SIZE": "4"}, "RANK='two', which is not a whole number"),
+        ({"RANK": "2"}, "WORLD_SIZE=None"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "rank 4 of world size 4"),
+        (TASK | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "is not of the form"),
+    ],
+)
+def test_contradictions_name_both_sides(env, message):
+    with pytest.raises(InputError, match=message):
+        place(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("login1", "login1"),
+        ("a1,a2", "a1"),
+        ("gpu[07-09,12],b1", "gpu07"),
+        ("r[1,3]n2", "r1n2"),
+        ("x-3-[11]", "x-3-11"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_where_the_ranks_meet():
+    assert master({"MASTER_ADDR": "a", "MASTER_PORT": "7"} | TASK) == ("a", 7)
+    host, port = master(TASK)
+    assert host == "gpu07" and 20000 <= port < 32000
+    assert master(TASK | {"SLURM_JOB_ID": "78"})[1] != port != master(TASK | {"SLURM_STEP_ID": "1"})[1]
+    assert master({"SUBMITIT_LOCAL_JOB_ID": "5"}) == ("127.0.0.1", 20005)
+    with pytest.raises(InputError, match="start them with torchrun"):
+        master({})
+
+
+MEET = """
+import sys
+from ldt.dist import process_group, all_gather
+from ldt.errors import InputError
+try:
+    with process_group(float(sys.argv[1])) as world:
+        print(all_gather(world.rank))
+except InputError as error:
+    print("refused:", error)
+"""
+
+
+def outputs(processes):
+    return [p.communicate(timeout=60)[0].strip() for p in processes]
+
+
+def test_ranks_meet():
+    assert outputs(start_ranks(2, "-c", MEET, 30, stdout=subprocess.PIPE)) == ["[0, 1]"] * 2
+
+
+def test_who_is_missing_is_named_in_bounded_time():
+    """Rank 1 of 3 never comes; and rank 0 itself."""
+    ranks = start_ranks(3, "-c", MEET, 6, stdout=subprocess.PIPE)
+    ranks[1].kill()
+    ranks[1].communicate()
+    started = time.monotonic()
+    for rank in (0, 2):
+        assert "after 6 s these of 3 ranks had not come: 1" in ranks[rank].communicate(timeout=60)[0]
+    assert time.monotonic() - started < 60
+    ranks = start_ranks(2, "-c", MEET, 3, stdout=subprocess.PIPE)
+    ranks[0].kill()
+    ranks[0].communicate()
+    assert "can't reach rank 0 at 127.0.0.1:" in ranks[1].communicate(timeout=60)[0]
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as s:
+        s.bind(("0.0.0.0", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(["env", *(f"{k}={v}" for k, v in env.items()), sys.executable, "-c", MEET, "3"],
+                              capture_output=True, text=True)  # fmt: skip
+    assert f"port {port} of 127.0.0.1 is taken; set MASTER_PORT to a free one" in done.stdout
+    assert free_port() != port

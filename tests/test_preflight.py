@@ -1,0 +1,74 @@
+"""The odd rank out is named, on all ranks, before anything hangs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ldt import preflight
+from ldt.dist import World, all_gather
+from ldt.errors import InputError
+from ldt.preflight import check_room, check_shared, compare_ranks, differences
+
+SAME = {"host": "n", "ldt": "1", "torch": "2", "device": "cpu", "config": "c", "clock": 1000.0}
+
+
+def refused(check) -> str:
+    try:
+        check()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def compare_case(world: World, what: str) -> list[str]:
+    """Rank 1 has something of its own; what each rank is told."""
+    config, version = "seed: 1", preflight.__version__
+    if world.rank == 1 and what == "config":
+        config = "seed: 2"
+    if world.rank == 1 and what == "version":
+        preflight.__version__ = "0.0.9"
+    told = refused(lambda: compare_ranks(config, world))
+    preflight.__version__ = version
+    return all_gather(told)
+
+
+def shared_case(world: World, directory: str) -> list[str]:
+    """Rank 1's run_dir is a directory of its own."""
+    mine = Path(directory) / (str(world.rank) if world.rank == 1 else "shared")
+    mine.mkdir(exist_ok=True)
+    return all_gather(refused(lambda: check_shared(mine, world, seconds=1.0)))
+
+
+@pytest.mark.parametrize(("what", "message"), [("config", "has config"), ("version", "has ldt 0.0.9, the others")])
+def test_one_rank_differs(pool, what, message):
+    told = pool(3).run(compare_case, what=what)
+    assert len(set(told)) == 1 and "rank 1 on" in told[0] and message in told[0]
+
+
+def test_ranks_that_agree_pass(pool):
+    assert pool(3).run(compare_case, what="nothing") == [""] * 3
+
+
+def test_a_directory_that_is_not_shared(pool, tmp_path):
+    told = pool(2).run(shared_case, directory=str(tmp_path))
+    assert "is not shared" in told[0] and "file system that all nodes share" in told[1]
+    assert not list((tmp_path / "shared").iterdir()), "nothing is left there"
+
+
+def test_what_is_said():
+    assert differences([SAME, SAME, SAME | {"clock": 1030.0}]) == []
+    (text,) = differences([SAME, SAME | {"torch": "3", "host": "m"}, SAME, SAME])
+    assert text == "rank 1 on m has torch 3, the others 2; make them the same"
+    (text,) = differences([SAME, SAME, *(SAME | {"device": "gpu"} for _ in range(3))])
+    assert text == "rank 0 on n and 1 more ranks has device cpu, the others gpu; make them the same"
+    (text,) = differences([SAME, SAME, SAME | {"clock": 880.0, "host": "late"}])
+    assert text == "the clock of rank 2 on late is -120 s off; synchronise it"
+
+
+def test_a_disk_without_room(tmp_path):
+    world = World(0, 1, 0, 1, None)
+    check_room(tmp_path, 1000, 5, world)
+    too_many = shutil.disk_usage(tmp_path).free // 4
+    with pytest.raises(InputError, match="GB free, but a checkpoint takes .* GB; make room"):
+        check_room(tmp_path, too_many, 5, world)
