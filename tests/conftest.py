@@ -1,20 +1,20 @@
 """Shared fixtures."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-TOOLS = Path(__file__).parents[1] / "tools"  # tests' own processes import from there too
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from pool import Pool
 
 torch.set_num_threads(1)
+TOOLS = str(Path(__file__).parents[1] / "tools")  # tests' own processes import from there too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOOLS, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ class Pool:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{HERE.parent}:{HERE}",
+                "PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE.parent / 'tools'}",
             }
             command = [sys.executable, "-W", "error", __file__]
             worker = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
