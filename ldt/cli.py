@@ -30,6 +30,10 @@ COMMANDS = {
         "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
     ),
     "inspect": Command("ldt.inspect", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"),
+    "status": Command("ldt.status", "RUN [json=true]", "what a run is doing, from its files alone", "run"),
+    "verdict": Command(
+        "ldt.verdict", "CONFIG [key=value ...] launcher_code=N", "for job scripts: the exit code a training earned", ""
+    ),
     "export": Command(
         "ldt.export",
         "RUN|CHECKPOINT --to DIR [--ema-width W]",

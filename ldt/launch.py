@@ -1,0 +1,238 @@
+"""Submitting runs through submitit: to SLURM, or as processes of this machine.
+
+A submission is a config like any other; its keys say where and how, everything else on the command line goes to the
+training. A value list such as `optimizer.lr=1e-4,2e-4` is a sweep: one run a value, as a job array, each in a run_dir
+of its own.
+"""
+
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from ldt import config as configuration
+from ldt.cli import main
+from ldt.errors import InputError
+from ldt.log import get_logger
+from ldt.options import choice
+from ldt.rundir import DONE, STOPPED
+from ldt.train_config import Config as TrainConfig
+
+logger = get_logger(__name__)
+
+STOP_SIGNAL = "USR1"
+
+
+@dataclass
+class Config:
+    """`cluster`: slurm, local, or a site's name or file under configs/cluster.
+
+    `tasks`: processes a node, one a GPU. `gpus`: a node; empty for as many as tasks, 0 for a machine without.
+    `evaluate`: after (one job when training is done), watch (one that follows it) or none. `slurm`: further flags of
+    sbatch by their long names, such as {partition: a100, account: x, qos: high}.
+    """
+
+    cluster: str = "slurm"
+    name: str = "ldt"
+    nodes: int = 1
+    tasks: int = 1
+    gpus: str = ""
+    cpus_per_task: int = 1
+    minutes: int = 24 * 60
+    stop_seconds: int = 120
+    max_restarts: int = 100
+    evaluate: str = choice("none", "after", "watch")
+    evaluate_tasks: int = 1
+    logs: str = "runs/logs"
+    slurm: dict[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "tasks", "cpus_per_task", "minutes", "evaluate_tasks"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.cluster == "local" and self.nodes > 1:
+            raise InputError(f"cluster=local is this machine: nodes={self.nodes} must be 1; use tasks=")
+
+
+OWN_KEYS = tuple(f.name for f in fields(Config))
+
+
+@dataclass(frozen=True)
+class Train:
+    """One task of a training job: what submitit pickles, starts on every rank, and starts again after a requeue."""
+
+    arguments: tuple[str, ...]
+    max_restarts: int
+
+    def __call__(self) -> int:
+        """The program's exit code; raises on failure, so that the job is one that failed."""
+        code = main(["train", *self.arguments])
+        if code == STOPPED and "SLURM_JOB_ID" in os.environ:
+            _requeue(self.max_restarts)
+        if code not in (DONE, STOPPED):
+            raise SystemExit(code)
+        return code
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """One task of an evaluation job."""
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> int:
+        if code := main(["evaluate", *self.arguments]):
+            raise SystemExit(code)
+        return 0
+
+
+def _requeue(max_restarts: int) -> None:
+    """Put this job back into the queue, once for all its tasks, and wait to be ended.
+
+    submitit's own checkpointing asks rank 0 alone, in a signal handler; here all ranks have saved together by now.
+    """
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if restarts >= max_restarts:
+        logger.warning("stopped on request, but not requeued: it was restarted %d times already", restarts)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ["SLURM_PROCID"] == "0":
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(60)
+
+
+def submit(arguments: Sequence[str]) -> list[str]:
+    """Submit what the command line asks for; what there is to tell, a line each."""
+    config, runs = plan(arguments)
+    if config.dry_run:
+        return [f"would submit: ldt train {shlex.join(run)}" for run in runs]
+    if config.cluster != "local" and shutil.which("sbatch") is None:
+        raise InputError("there is no sbatch on this machine; submit from a login node, or use cluster=local")
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = STOP_SIGNAL
+    executor = _executor(config, config.tasks, config.nodes, config.name)
+    jobs = _submit(executor, [Train(tuple(run), config.max_restarts) for run in runs])
+    lines = []
+    for run, job in zip(runs, jobs, strict=True):
+        run_dir = run_dir_of(run)
+        lines.append(
+            f"job {job.job_id}: {run_dir} (log {Path(config.logs) / job.job_id}_0_log.out; ldt status {run_dir})"
+        )
+        if config.evaluate != "none":
+            lines.append(_chain(config, run_dir, job.job_id))
+    return lines
+
+
+def _chain(config: Config, run_dir: str, job_id: str) -> str:
+    """Submit the evaluation of a run as a job of its own."""
+    executor = _executor(config, config.evaluate_tasks, 1, f"{config.name}-evaluate")
+    if config.evaluate == "after" and config.cluster != "local":
+        more = {"dependency": f"afterok:{job_id}", **config.slurm}
+        executor.update_parameters(slurm_additional_parameters=more)
+    watch = ["--watch"] if config.evaluate == "watch" else []
+    job = _submit(executor, [Evaluate((run_dir, *watch))])[0]
+    return f"job {job.job_id}: evaluation of {run_dir} ({run_dir}/evaluations.jsonl)"
+
+
+def plan(arguments: Sequence[str]) -> tuple[Config, list[list[str]]]:
+    """The submission, and for each run of the sweep the arguments of `ldt train`; every config is checked."""
+    own = [a for a in arguments if (key := a.partition("=")[0]) in OWN_KEYS or key.startswith("slurm.")]
+    others = [a for a in arguments if a not in own]
+    flags = [a for a in others if a.startswith("-")]
+    if unknown := [f for f in flags if f != "--dry-run"]:
+        raise InputError(f"unknown flag {unknown[0]}; settings are given as key=value, the flag is --dry-run")
+    own += ["dry_run=true"] if flags else []
+    site = next((a.partition("=")[2] for a in own if a.startswith("cluster=")), "slurm")
+    config = configuration.load(Config, _site_file(site), own)
+    words = [a for a in others if a not in flags]
+    runs = [_with_own_directory(run, words) for run in _sweep(words)]
+    for run in runs:
+        _load(run)
+    return config, runs
+
+
+def _site_file(site: str) -> Path | None:
+    """A site's YAML file, by path or name; None for the two that need none."""
+    if site in ("slurm", "local"):
+        return None
+    for path in (Path(site), Path("configs/cluster") / f"{site}.yaml"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(p.stem for p in Path("configs/cluster").glob("*.yaml")))
+    raise InputError(f"cluster={site} is neither slurm, local, a file, nor one of configs/cluster: {there}")
+
+
+def _sweep(words: Sequence[str]) -> list[list[str]]:
+    """One list of arguments for each combination of the values that are given as a,b,c."""
+    choices = []
+    for word in words:
+        key, separator, value = word.partition("=")
+        values = _split(value) if separator else [""]
+        choices.append([f"{key}={v}" for v in values] if separator else [word])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _split(value: str) -> list[str]:
+    """Split at commas that are in no brackets."""
+    parts, depth = [""], 0
+    for character in value:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _with_own_directory(run: list[str], words: Sequence[str]) -> list[str]:
+    """In a sweep, add the swept values to the run_dir."""
+    swept = [w for w in run if w not in words]
+    if not swept:
+        return run
+    return [*run, f"run_dir={run_dir_of(run)}/{','.join(swept)}"]
+
+
+def _load(run: Sequence[str]) -> TrainConfig:
+    files = [w for w in run if "=" not in w]
+    if len(files) > 1:
+        raise InputError(f"one config at a time, not {' and '.join(files)}")
+    return configuration.load(TrainConfig, files[0] if files else None, [w for w in run if "=" in w])
+
+
+def run_dir_of(run: Sequence[str]) -> str:
+    """The run directory that these arguments of `ldt train` mean."""
+    return _load(run).run_dir
+
+
+def _executor(config: Config, tasks: int, nodes: int, name: str) -> submitit.AutoExecutor:
+    executor = submitit.AutoExecutor(folder=config.logs, cluster="local" if config.cluster == "local" else "slurm")
+    parameters: dict[str, Any] = {"name": name, "timeout_min": config.minutes, "tasks_per_node": tasks, "nodes": nodes}
+    parameters["cpus_per_task"] = config.cpus_per_task
+    gpus = int(config.gpus) if config.gpus else 0
+    if config.cluster != "local":
+        if gpus:
+            parameters["gpus_per_node"] = gpus
+        parameters["slurm_signal_delay_s"] = config.stop_seconds
+        parameters["slurm_additional_parameters"] = {"requeue": True, "open-mode": "append", **config.slurm}
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def _submit(executor: submitit.AutoExecutor, tasks: Sequence[Any]) -> list[Any]:
+    """Submit the tasks, as a job array if there are several; SLURM's own words if it refuses."""
+    try:
+        if len(tasks) == 1:
+            return [executor.submit(tasks[0])]
+        with executor.batch():
+            return [executor.submit(task) for task in tasks]
+    except submitit.core.utils.FailedJobError as error:
+        raise InputError(f"SLURM refused the job: {' '.join(str(error).split())}") from None

@@ -1,0 +1,103 @@
+"""What a run is doing now, from its files alone: also from a login node, and while it runs.
+
+Exit codes: 0 it runs or is done, 1 it failed or says nothing any more, 2 there is no run.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldt import rundir
+from ldt.checkpoint import MANIFEST, listed
+from ldt.errors import InputError
+from ldt.log import read_jsonl
+from ldt.options import required
+
+QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
+
+
+@dataclass
+class Config:
+    """`run`: a run directory; `json`: print the facts as JSON."""
+
+    run: str = required()
+    json: bool = False
+
+
+def run(config: Config) -> int:
+    """Print; returns the exit code."""
+    facts = read_status(Path(config.run), time.time())
+    if config.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        for name, value in facts.items():
+            if value not in (None, ""):
+                print(f"{name.replace('_', ' '):20} {value}")
+    return int(facts["state"] in ("failed", "wrong_input", "silent"))
+
+
+def read_status(run_dir: Path, now: float) -> dict[str, Any]:
+    """What the run directory says, as facts by name; times in seconds before `now` are given in words."""
+    if not (run_dir / "environment.jsonl").is_file():
+        raise InputError(
+            f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training"
+        )
+    attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), rundir.read_outcome(run_dir)
+    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
+    total = _total_samples(run_dir)
+    facts: dict[str, Any] = {"state": outcome.get("outcome", "unknown"), "message": outcome.get("message", "")}
+    newest = attempts[-1]
+    facts["job"] = " ".join(
+        str(part)
+        for part in (newest.get("job") and f"job {newest['job']}", f"on {newest.get('nodes') or newest['host']}")
+        if part
+    )
+    facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {newest['world_size']} processes"
+    if steps:
+        last = steps[-1]
+        seen, rate = last["samples_seen"], last["images_per_second"]
+        facts["samples_seen"] = f"{seen:,} of {total:,} ({seen / total:.0%})" if total else f"{seen:,}"
+        facts["last_step"] = _ago(now - last["time"])
+        facts["loss"] = f"{last['loss']:.4g}"
+        facts["images_per_second"] = f"{rate:.4g}"
+        facts["waiting_for_data"] = f"{last['data_wait_fraction']:.1%} of the time"
+        if facts["state"] == rundir.RUNNING:
+            interval = (last["time"] - steps[0]["time"]) / max(len(steps) - 1, 1)
+            if now - max(last["time"], newest["time"]) > max(QUIET_STEPS * interval, 600):
+                facts["state"] = "silent"
+                facts["message"] = "it says it runs, but has logged nothing for long: look at its job and at stalls/"
+            elif total and rate > 0:
+                facts["to_go"] = _duration((total - seen) / rate)
+    whole = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
+    if whole:
+        age = now - (whole[-1] / MANIFEST).stat().st_mtime
+        facts["last_checkpoint"] = f"{int(whole[-1].name):,} samples, {_ago(age)}; {len(whole)} there"
+    return facts
+
+
+def _total_samples(run_dir: Path) -> int:
+    """`train.total_samples` of the newest attempt's config; 0 if it can't be read."""
+    for line in (run_dir / "config.yaml").read_text().splitlines() if (run_dir / "config.yaml").exists() else []:
+        key, _, value = line.strip().partition(": ")
+        if key == "total_samples" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _ago(seconds: float) -> str:
+    return f"{_duration(seconds)} ago"
+
+
+def _duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = int(max(seconds, 0)) // 60
+    if minutes < 2:
+        return f"{max(seconds, 0):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,28 @@
+"""For job scripts: the exit code that this start of the job has earned, whatever its launcher returned.
+
+`ldt verdict CONFIG [key=value ...] launcher_code=N` takes the arguments of `ldt train`. Launchers lose codes (srun,
+pdsh and torchrun return what a killed rank had), so the run's outcome.json decides: 0 done, 75 stopped on request
+(requeue), 2 wrong input, 1 failed. A start that its launcher has left behind as "running" is noted as a crash.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldt import rundir
+from ldt.train_config import Config as TrainConfig
+
+
+@dataclass
+class Config(TrainConfig):
+    """The keys of a training run, and `launcher_code`: what the launcher returned."""
+
+    launcher_code: int = 1
+
+
+def run(config: Config) -> int:
+    """The exit code; a crash is written into outcome.json."""
+    run_dir = Path(config.run_dir)
+    code = rundir.verdict(run_dir, config.launcher_code)
+    if code == rundir.FAILED and rundir.read_outcome(run_dir).get("outcome") == rundir.RUNNING:
+        rundir.write_outcome(run_dir, code, message=f"crashed: its launcher ended with code {config.launcher_code}")
+    return code

@@ -1,0 +1,147 @@
+"""Jobs on a real SLURM: every one ends as the same run that one process makes, whatever happened to it on the way."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import ROOT, outcome, slurm, slurm_session
+from shard_data import write_shards
+
+from ldt.log import read_jsonl
+
+__all__ = ["slurm", "slurm_session"]
+
+BATCH, STEPS = 8, 240
+CONFIG = """
+seed: 3
+data: {{path: {root}/data}}
+model: {{width: 48, depth: 2, heads: 2}}
+train: {{global_batch: 8, total_samples: 1920}}
+optimizer: {{lr: 1e-3}}
+log: {{every_samples: 8}}
+checkpoint: {{every_samples: 160}}
+engine: {{stall_seconds: 60}}
+run_dir: {root}/run
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same run on one process without any scheduler: its training lines."""
+    root = tmp_path_factory.mktemp("plain")
+    write_config(root)
+    subprocess.run([sys.executable, "-m", "ldt", "train", root / "config.yaml", "--quiet"], check=True, cwd=ROOT)
+    return training_lines(root / "run")
+
+
+def write_config(root: Path) -> Path:
+    write_shards(root / "data", [40, 23, 30])
+    (root / "config.yaml").write_text(CONFIG.format(root=root))
+    return root / "config.yaml"
+
+
+def training_lines(run_dir: Path) -> list[dict]:
+    return [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
+
+
+def check_same_run(run_dir: Path, plain: list[dict]) -> list[dict]:
+    """Digests throughout and the first 50 losses to 5 digits are those of the plain run; returns the lines."""
+    lines = training_lines(run_dir)
+    assert [r["digest"] for r in lines] == [r["digest"] for r in plain]
+    assert [r["loss"] for r in lines[:50]] == pytest.approx([r["loss"] for r in plain[:50]], rel=1e-5)
+    assert outcome(run_dir)["outcome"] == "done"
+    return lines
+
+
+def test_a_request_to_stop_is_requeued_and_resumed(slurm, plain, tmp_path):
+    """2 nodes x 2 ranks, USR1 to the batch script: checkpoint, requeue, resume, done."""
+    config = write_config(tmp_path)
+    job = slurm.sbatch("--nodes=2", "--gpus-per-node=2", f"--output={tmp_path}/log", "slurm/train.sh", config)
+    slurm.wait_for_steps(tmp_path / "run", 5)
+    slurm.request_stop(job)
+    info = slurm.wait(job)
+    log = (tmp_path / "log").read_text()
+    assert (info["JobState"], info["Restarts"]) == ("COMPLETED", "1"), log
+    assert "stopped on request: requeued" in log and "start 1: 2 nodes" in log
+    lines = check_same_run(tmp_path / "run", plain)
+    assert {r["world_size"] for r in lines} == {4} and {r["attempt"] for r in lines} == {0, 1}
+    attempts = list(read_jsonl(tmp_path / "run" / "environment.jsonl"))
+    assert [a["job"] for a in attempts] == [job, job] and [a["restart"] for a in attempts] == [None, "1"]
+
+
+def test_a_lost_node_is_left_behind(slurm, plain, tmp_path):
+    """An elastic job on four nodes loses one: requeued on three, resumed from the last checkpoint."""
+    config, prefix = write_config(tmp_path), slurm.env["SLURM_CLUSTER_PREFIX"]
+    flags = ["--nodes=2-4", "--exclusive", f"--output={tmp_path}/log", "--export=ALL,LDT_TASKS_PER_NODE=1"]
+    job = slurm.sbatch(*flags, "slurm/train.sh", config, "engine.zero_stage=2")
+    slurm.wait_for_steps(tmp_path / "run", 30)
+    slurm.kill_node(f"{prefix}3")
+    info = slurm.wait(job)
+    log = (tmp_path / "log").read_text()
+    assert info["JobState"] == "COMPLETED", log
+    assert "start 0: 4 nodes" in log and "start 1: 3 nodes" in log
+    lines = check_same_run(tmp_path / "run", plain)
+    assert {r["world_size"] for r in lines} == {4, 3}
+
+
+def test_mistakes_and_crashes_are_not_requeued(slurm, tmp_path):
+    """A wrong key ends with 2, a killed rank with 1, and a job over its cap of restarts with 75."""
+    config, run_dir = write_config(tmp_path), tmp_path / "run"
+    flags = ["--nodes=1", f"--output={tmp_path}/log-%j", "--export=ALL,LDT_TASKS_PER_NODE=2,LDT_MAX_RESTARTS=0"]
+    wrong = slurm.sbatch(*flags, "slurm/train.sh", config, "optimizer.rate=1")
+    crash = slurm.sbatch(*flags, "slurm/train.sh", config, f"run_dir={tmp_path}/crash", "train.total_samples=800000")
+    info = slurm.wait(wrong)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "did you mean optimizer" in (tmp_path / f"log-{wrong}").read_text()
+    slurm.wait_for_steps(tmp_path / "crash", 3)
+    slurm.sh("scancel", "--signal=KILL", f"{crash}.0")
+    info = slurm.wait(crash)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "1:0", "0")
+    assert outcome(tmp_path / "crash")["message"].startswith("crashed: its launcher ended with code")
+    capped = slurm.sbatch(*flags, "slurm/train.sh", config, "train.total_samples=800000")
+    slurm.wait_for_steps(run_dir, 3)
+    slurm.request_stop(capped)
+    info = slurm.wait(capped)
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "75:0", "0")
+    assert outcome(run_dir)["outcome"] == "stopped"
+
+
+def test_submitit_sweeps_requeues_and_refuses(slurm, plain, tmp_path):
+    """tools/submit.py: a job array of two runs, one of which is asked to stop and requeues itself."""
+    config = write_config(tmp_path)
+    command = [sys.executable, "tools/submit.py", config, "optimizer.lr=1e-3,2e-3", "tasks=2", f"logs={tmp_path}/logs"]
+    told = slurm.sh(*command).splitlines()
+    jobs = [line.split()[1].rstrip(":") for line in told]
+    assert len(jobs) == 2 and jobs[0].endswith("_0") and f"{tmp_path}/run/optimizer.lr=2e-3" in told[1]
+    first, second = (tmp_path / "run" / f"optimizer.lr={lr}" for lr in ("1e-3", "2e-3"))
+    slurm.wait_for_steps(first, 5)
+    slurm.sh("scancel", "--signal=USR1", jobs[0])
+    infos = [slurm.wait(job) for job in jobs]
+    logs = "".join(p.read_text() for p in (tmp_path / "logs").glob("*_log.*"))
+    assert [i["JobState"] for i in infos] == ["COMPLETED", "COMPLETED"], logs
+    assert [i["Restarts"] for i in infos] == ["1", "0"], logs
+    lines = check_same_run(first, plain)
+    assert {r["attempt"] for r in lines} == {0, 1} and {r["world_size"] for r in lines} == {2}
+    assert [r["digest"] for r in training_lines(second)] == [r["digest"] for r in plain]
+    assert training_lines(second)[-1]["loss"] != plain[-1]["loss"]
+
+
+def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
+    config = write_config(tmp_path)
+    command = [sys.executable, "tools/submit.py", config, f"logs={tmp_path}/logs"]
+
+    def refused(*arguments, env=slurm.env):
+        done = subprocess.run([*map(str, command), *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    assert "invalid partition specified: nowhere" in refused("slurm.partition=nowhere")
+    assert "SLURM refused the job" in refused("gpus=64")
+    assert "unknown key optimizer.rate" in refused("optimizer.rate=1")
+    assert "nodes=2 must be 1" in refused("cluster=local", "nodes=2")
+    assert "neither slurm, local, a file" in refused("cluster=mars")
+    assert "there is no sbatch on this machine" in refused(env=slurm.env | {"PATH": "/nowhere"})
+    told = slurm.sh(*command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
+    assert len(told) == 2 and f"run_dir={tmp_path}/run/seed=1" in told[0]
+    assert not slurm.sh("squeue", "-h")

@@ -1,0 +1,28 @@
+"""Submit training runs: python tools/submit.py CONFIG [cluster=slurm|local|SITE] [nodes=2 tasks=8 …] [key=value …]
+
+Prints the job ids and where to look. `--dry-run` shows what would be submitted. See docs/clusters.md.
+"""
+
+import sys
+
+from ldt.errors import InputError
+from ldt.launch import Config, submit
+
+
+def main() -> int:
+    """Submit; returns the exit code."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\n{Config.__doc__}")
+        return 0
+    try:
+        for line in submit(arguments):
+            print(line)
+    except InputError as error:
+        print(f"submit: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
