@@ -154,6 +154,8 @@ def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
     # whatever the launcher was, DeepSpeed and torch look for these
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     os.environ["LDT_LAUNCHED"] = "1"
+    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: ranks that each take all cores stand in each other's way
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 from cluster import ROOT, outcome, slurm, slurm_session
+from run_data import make_autoencoder, make_images
 from shard_data import write_shards
 
 from ldt.log import read_jsonl
 
 __all__ = ["slurm", "slurm_session"]
 
-BATCH, STEPS = 8, 240
 CONFIG = """
 seed: 3
 data: {{path: {root}/data}}
 model: {{width: 48, depth: 2, heads: 2}}
-train: {{global_batch: 8, total_samples: 1920}}
+train: {{global_batch: 8, total_samples: 1200}}
 optimizer: {{lr: 1e-3}}
 log: {{every_samples: 8}}
-checkpoint: {{every_samples: 160}}
+checkpoint: {{every_samples: 80}}
 engine: {{stall_seconds: 60}}
 run_dir: {root}/run
 """
@@ -145,3 +145,29 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     told = slurm.sh(*command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
     assert len(told) == 2 and f"run_dir={tmp_path}/run/seed=1" in told[0]
     assert not slurm.sh("squeue", "-h")
+
+
+def test_encode_train_and_evaluate_are_a_chain(slurm, tmp_path):
+    """slurm/encode.sh; then tools/submit.py with an evaluation that waits for the training."""
+    make_autoencoder(tmp_path / "autoencoder")
+    make_images(tmp_path / "images", 24)
+    data = ["images.size=32", "images.fit=pad", f"images.path={tmp_path}/images"]
+    data += [f"autoencoder={tmp_path}/autoencoder", f"output={tmp_path}/data", "shard_samples=8"]
+    flags = [f"--output={tmp_path}/log-%j", "--export=ALL,LDT_TASKS_PER_NODE=2"]
+    encode = slurm.sbatch(*flags, "slurm/encode.sh", *data)
+    assert slurm.wait(encode)["JobState"] == "COMPLETED", (tmp_path / f"log-{encode}").read_text()
+    run = [f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "model={width: 32, depth: 1, heads: 2}"]
+    run += ["train.global_batch=8", "train.total_samples=40", "evaluate={images: 12, block: 6, steps: 1}"]
+    told = slurm.sh(
+        sys.executable, "tools/submit.py", *run, "evaluate=after", "evaluate_tasks=2", f"logs={tmp_path}/logs"
+    )
+    train, evaluate = (line.split()[1].rstrip(":") for line in told.splitlines())
+    infos = [slurm.wait(job) for job in (train, evaluate)]
+    logs = "".join(p.read_text() for p in (tmp_path / "logs").glob("*_log.*"))
+    assert [i["JobState"] for i in infos] == ["COMPLETED", "COMPLETED"], logs
+    (score,) = read_jsonl(tmp_path / "run" / "evaluations.jsonl")
+    assert score["samples_seen"] == 40 and score["world_size"] == 2
+    # the script on the same run finds it scored
+    again = slurm.sbatch(*flags, "slurm/evaluate.sh", tmp_path / "run", "--watch")
+    assert slurm.wait(again)["JobState"] == "COMPLETED"
+    assert len(list(read_jsonl(tmp_path / "run" / "evaluations.jsonl"))) == 1

@@ -1,0 +1,89 @@
+"""`ldt status` from files alone, and the verdict that job scripts act on."""
+
+import json
+import os
+import time
+
+import pytest
+
+from ldt import rundir
+from ldt.cli import main
+from ldt.log import append_jsonl
+from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
+from ldt.status import read_status
+
+NOW = 2e9
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """Files as a run leaves them: two starts, 100 steps of 64 samples, a checkpoint at half of 12,800 samples."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text("train:\n  global_batch: 64\n  total_samples: 12800\n")
+    for i, size in enumerate((4, 8)):
+        append_jsonl(path / "environment.jsonl", {"time": NOW - 7200 + 3600 * i, "world_size": size, "host": "h"})
+    for i in range(100):
+        line = {"samples_seen": 64 * (i + 1), "loss": 0.5, "images_per_second": 64.0, "data_wait_fraction": 0.01}
+        append_jsonl(path / "metrics.jsonl", line | {"time": NOW - 100 + i})
+    (path / "checkpoints" / "000000006400").mkdir(parents=True)
+    (path / "checkpoints" / "000000006400" / "manifest.json").touch()
+    os.utime(path / "checkpoints" / "000000006400" / "manifest.json", (NOW - 300, NOW - 300))
+    rundir.begin(path)
+    return path
+
+
+def test_a_running_run(run_dir):
+    facts = read_status(run_dir, NOW)
+    assert facts["state"] == "running"
+    assert facts["samples_seen"] == "6,400 of 12,800 (50%)"
+    assert facts["last_step"] == "1 s ago" and facts["to_go"] == "100 s"
+    assert facts["starts"] == "2, the newest 1 h 0 min ago on 8 processes"
+    assert facts["last_checkpoint"] == "6,400 samples, 5 min ago; 1 there"
+
+
+def test_a_silent_run_is_called_so(run_dir, capsys):
+    facts = read_status(run_dir, NOW + 3 * 86400)
+    assert facts["state"] == "silent" and facts["last_step"] == "3 d 0 h ago"
+    assert main(["status", str(run_dir)]) == int(time.time() > NOW + 600)
+    assert "samples seen" in capsys.readouterr().out
+
+
+def test_ended_runs(run_dir, capsys):
+    rundir.write_outcome(run_dir, FAILED, message="the disk is full")
+    rundir.write_outcome(run_dir, DONE, message="the first word is the last")
+    assert main(["status", str(run_dir), "json=true"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["message"]) == ("failed", "the disk is full")
+    rundir.begin(run_dir)
+    rundir.write_outcome(run_dir, STOPPED)
+    assert main(["status", str(run_dir)]) == 0
+
+
+def test_no_run(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "this_start", "launcher", "code"),
+    [
+        (DONE, ("7", "1"), 0, DONE),
+        (STOPPED, ("7", "1"), 137, STOPPED),  # srun kills what is left when the first leaves with 75
+        (WRONG_INPUT, ("7", "1"), 1, WRONG_INPUT),
+        (None, ("7", "1"), 137, FAILED),  # still "running": a crash
+        (DONE, ("7", "2"), 137, FAILED),  # an earlier start's word
+        (STOPPED, ("8", "0"), 1, FAILED),  # another job's
+        (DONE, ("8", "0"), 2, WRONG_INPUT),  # refused before it could say anything
+    ],
+)
+def test_the_verdict_trusts_only_this_start(run_dir, monkeypatch, said, this_start, launcher, code):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    rundir.begin(run_dir)
+    if said is not None:
+        rundir.write_outcome(run_dir, said)
+    monkeypatch.setenv("SLURM_JOB_ID", this_start[0])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", this_start[1])
+    assert main(["verdict", f"run_dir={run_dir}", "data.path=x", f"launcher_code={launcher}"]) == code
+    assert rundir.read_outcome(run_dir)["outcome"] == ("failed" if said is None else rundir.WORDS[said])
