@@ -88,7 +88,7 @@ def unpadded(
     place_T = mask_BN.flatten().nonzero()[:, 0]
     length_B = mask_BN.sum(1, dtype=torch.int32)
     ends = F.pad(length_B.cumsum(0, dtype=torch.int32), (1, 0))
-    rows = [x.transpose(1, 2).flatten(0, 1)[place_T] for x in (q_BKNE, k_BKNE, v_BKNE)]
-    out_TKE = kernel(*rows, ends, tokens)
+    q_TKE, k_TKE, v_TKE = (x.transpose(1, 2).flatten(0, 1)[place_T] for x in (q_BKNE, k_BKNE, v_BKNE))
+    out_TKE = kernel(q_TKE, k_TKE, v_TKE, ends, tokens)
     out = out_TKE.new_zeros(batch * tokens, *out_TKE.shape[1:]).index_copy(0, place_T, out_TKE)
     return out.view(batch, tokens, *out_TKE.shape[1:]).transpose(1, 2)

@@ -7,22 +7,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldt.diffusion.schedules import STEPS, step_of_time
 from ldt.nn.condition import TextShape
 
 FREQUENCIES = 256
-STEPS = 1000
 
 
 def network_time(t_B: Tensor, clock: str) -> Tensor:
-    """What a network sees of t in [0, 1]: 1000·t, or the step k = 1000·t − 1 (float32 [B]).
-
-    A time on the grid (k + 1)/1000 gives k exactly; between, the fraction stays.
-    """
-    t_B = STEPS * t_B.float()
-    if clock == "continuous":
-        return t_B
-    nearest = t_B.round()
-    return torch.where((t_B - nearest).abs() < 1e-3, nearest, t_B) - 1
+    """What a network sees of t in [0, 1]: 1000·t, or the step k of a discrete schedule (float32 [B])."""
+    return STEPS * t_B.float() if clock == "continuous" else step_of_time(t_B.float())
 
 
 def sinusoids(time_B: Tensor, width: int, spacing: str = "dit") -> Tensor:
