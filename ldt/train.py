@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, barrier, process_group
 from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
+from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
 from ldt.owner import Owner, owned
@@ -89,6 +91,8 @@ class Trainer:
         self.sampling = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
         self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.kernel = choose_kernel(config.model.attention, world.device, dtype)
         denoiser = build(config.model, self.sampling.latent_shape, len(self.sampling.classes), config.seed)
         self.parameters = parameter_count(denoiser)
         if world.rank == 0:
@@ -294,9 +298,10 @@ class Trainer:
     def _say_what_runs(self) -> None:
         share, config = self.loader.share, self.config
         logger.info(
-            "model %s, %.2f M parameters; data %d samples in %d classes, %s latents",
-            config.model.conditioning,
+            "model %s, %.2f M parameters, attention by %s; data %d samples in %d classes, %s latents",
+            config.model.name if config.model.name == "unet" else config.model.conditioning,
             self.parameters / 1e6,
+            self.kernel,
             self.shards.manifest.samples,
             len(self.sampling.classes),
             "x".join(map(str, self.sampling.latent_shape)),

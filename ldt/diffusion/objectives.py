@@ -9,8 +9,8 @@ Every prediction is a known combination y = a(t)·x0 + b(t)·ε:
 
 With x_t = α·x0 + σ·ε this is a 2×2 linear system, so one formula converts all of them. Its determinant α·b − σ·a
 vanishes where a prediction says nothing: eps where α = 0 (t = 1, though α ends at 0.006 and more in the discrete
-schedules), x where σ = 0 (t = 0). There it is kept at `SINGULAR` = 10⁻³ from zero: what is converted stays finite but is
-no longer exact; on the rectified flow that is eps at t > 0.999 and x at t < 0.001. v and flow have no such place.
+schedules), x where σ = 0 (t = 0). There it is kept at `SINGULAR` = 10⁻³ from zero: what is converted stays finite but
+is no longer exact; on the rectified flow that is eps at t > 0.999 and x at t < 0.001. v and flow have no such place.
 """
 
 from collections.abc import Callable

@@ -91,6 +91,10 @@ class ModelConfig:
             )
         if self.positions == "sincos" and self.width % 4:
             raise InputError(f"model.positions=sincos needs model.width divisible by 4, not {self.width}")
+        if self.name == "unet" and self.attention not in ("auto", "sdpa"):
+            raise InputError(
+                f"model.attention={self.attention} is the transformer's; model.name=unet takes auto or sdpa"
+            )
         if self.time_embedding == "sinusoids" and (self.conditioning != "in_context" or self.width % 2):
             raise InputError(
                 "model.time_embedding=sinusoids is a token of its own: it needs model.conditioning=in_context and an "
