@@ -17,7 +17,7 @@ OWNERS = {
     "webdataset": {"data.shards"},
     "streaming": {"data.shards"},
     "flash_attn": {"nn.attention"},
-    "diffusers": {"autoencoder", "nn.unet", "export"},
+    "diffusers": {"autoencoder", "nn.unet", "doors"},
     "timm": {"metrics.timm_net"},
     "torch_fidelity": {"metrics.inception"},
     "matplotlib": {"report", "reporting"},
