@@ -48,7 +48,7 @@ from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
 from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
-from ldt.sample import ImageModel, load_autoencoder
+from ldt.sample import ImageModel, load_autoencoder, load_text
 from ldt.stop import StopRequests
 from ldt.train_config import Config
 from ldt.watchdog import Watchdog
@@ -93,7 +93,8 @@ class Trainer:
         self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
-        denoiser = build(config.model, self.sampling.latent_shape, len(self.sampling.classes), config.seed)
+        shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
+        denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
         if world.rank == 0:
             rundir.prepare(self.run_dir, to_yaml(config), world.size)
@@ -229,7 +230,7 @@ class Trainer:
 
     def _loss_B(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         t_B = self.objective.timesteps(batch.uniform_B)
-        condition = Condition(label_B=batch.label_B)
+        condition = Condition(label_B=batch.label_B, text=batch.text)
         return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition)
 
     def _masters(self) -> list[Tensor]:
@@ -249,6 +250,7 @@ class Trainer:
             ranks=world.size,
             micro_batch=config.train.micro_batch,
             label_drop=config.objective.condition_drop,
+            condition_on=config.model.condition_on,
             device=world.device,
             threads=config.data.threads,
         )
@@ -266,6 +268,7 @@ class Trainer:
             micro_batch=loader.share.size,
             rank=world.rank,
             ranks=world.size,
+            condition_on=config.model.condition_on,
             device=world.device,
         )
         return loader, validation
@@ -306,6 +309,8 @@ class Trainer:
             len(self.sampling.classes),
             "x".join(map(str, self.sampling.latent_shape)),
         )
+        if self.sampling.text and not config.model.told_text:
+            logger.info("the data's captions are not used: model.condition_on=class")
         logger.info(
             "world %d (%s), ZeRO-%d %s; global batch %d = %d ranks x %d micro-batches x %d; %d of %d samples to go",
             self.world.size,
@@ -350,7 +355,8 @@ class Trainer:
 
     def _draw_preview(self) -> None:
         assert self.autoencoder is not None
-        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device)
+        text = load_text(self.sampling, self.config.model.told_text, self.world.device)
+        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device, text)
         path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
         with self.engine.partition.swapped(self.averages["ema"]):
             draw_preview(model, self.config.evaluate, self.world, path)
@@ -396,4 +402,5 @@ def sampling_of(manifest: Manifest) -> Sampling:
         autoencoder_hash=manifest.autoencoder_hash,
         image_size=manifest.image_size,
         image_channels=manifest.image_channels,
+        text=manifest.text,
     )

@@ -18,6 +18,7 @@ OWNERS = {
     "streaming": {"data.shards"},
     "flash_attn": {"nn.attention"},
     "diffusers": {"autoencoder", "nn.unet", "doors"},
+    "transformers": {"text"},
     "timm": {"metrics.timm_net"},
     "torch_fidelity": {"metrics.inception"},
     "matplotlib": {"report", "reporting"},

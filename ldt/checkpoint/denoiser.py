@@ -64,7 +64,8 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         tensors, facts, digest = read_weights(directory, weights)
     config = facts["config"]
     sampling = Sampling(**facts["sampling"])
-    denoiser = build(from_dict(ModelConfig, config["model"]), sampling.latent_shape, len(sampling.classes), seed=0)
+    model = from_dict(ModelConfig, config["model"])
+    denoiser = build(model, sampling.latent_shape, len(sampling.classes), seed=0, text=sampling.text_shape)
     trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     fixed = [name for name in denoiser.state_dict() if name not in trained]
     wrong = denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
