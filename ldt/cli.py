@@ -39,7 +39,10 @@ COMMANDS = {
         "RUN|CHECKPOINT --to DIR [--ema-width W]",
         "weights as safetensors",
         "run",
-        options=("to", "ema_width"),
+        options=("to", "ema_width", "format"),
+    ),
+    "import": Command(
+        "ldt.doors.dit", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
     ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }

@@ -7,7 +7,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ from ldt import log
 from ldt.autoencoder import Autoencoder
 from ldt.config import choice, required, section
 from ldt.data.ahead import ahead
-from ldt.data.images import open_images, prepare
+from ldt.data.images import ImageSource, open_images, prepare
+from ldt.data.latent_files import LatentFiles, open_latents
 from ldt.data.shards import adopt, mds
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import HEAD, VALIDATION, Manifest, make_table, read_head
@@ -29,8 +30,11 @@ from ldt.data.split import Split
 from ldt.dist import World, all_gather, broadcast, process_group
 from ldt.errors import InputError
 from ldt.files import remove_unfinished, write_atomic
+from ldt.nn.condition import TextShape
+from ldt.text import describe, load_text_encoder
 
 logger = log.get_logger(__name__)
+EXAMPLES = 256
 RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
 
 T = TypeVar("T")
@@ -49,15 +53,29 @@ class ImagesConfig:
 
 
 @dataclass
+class TextConfig:
+    """`encoder`: bytes, or a text encoder of transformers' by name or path; empty stores no captions. The caption of
+    `x.png` is the text of `x.txt` beside it, at most `length` tokens of it."""
+
+    encoder: str = ""
+    length: int = 64
+
+
+@dataclass
 class Config:
     """What to encode and how to store it.
 
     `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share
     of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
     `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
+    `latents`: instead of images, a tree of .npy or .npz latents of this autoencoder; `latents_scale`: what the draws in
+    .npy were multiplied with.
     """
 
     images: ImagesConfig = section(ImagesConfig)
+    latents: str = ""
+    latents_scale: float = 0.18215
+    text: TextConfig = section(TextConfig)
     autoencoder: str = required()
     output: str = ""
     index: str = ""
@@ -71,7 +89,13 @@ class Config:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        needed = {"images.path": self.images.path, "images.size": self.images.size, "output": self.output}
+        needed: dict[str, Any] = {"output": self.output}
+        if not self.latents:
+            needed |= {"images.path": self.images.path, "images.size": self.images.size}
+        if self.latents and (self.images.path or self.flips):
+            raise InputError("latents= takes the place of images.path, and flips=true needs images; give one of them")
+        if self.latents_scale <= 0:
+            raise InputError(f"latents_scale={self.latents_scale} must be positive, such as 0.18215")
         for name, value in needed.items():
             if not value and not self.index:
                 raise InputError(f"{name} is not set; give it in the config or as {name}=VALUE")
@@ -114,6 +138,12 @@ def _index(config: Config, world: World) -> None:
             f"index={directory} holds latents of {layout.latent_shape[0]} channels, autoencoder={config.autoencoder} "
             f"makes {autoencoder.latent_channels}; give the autoencoder that they come from"
         )
+    text: dict[str, Any] = {}
+    if layout.text:
+        if not config.text.encoder:
+            raise InputError(f"index={directory} holds encoded captions; say by what, as in text.encoder=bytes")
+        text = describe(load_text_encoder(config.text.encoder, layout.text.length, world.device)) | {"examples": []}
+        layout = replace(layout, text=TextShape(text["length"], text["width"], text["vocabulary"]))
     mine: list[Sidecar] = []
     message = ""
     try:
@@ -145,6 +175,8 @@ def _index(config: Config, world: World) -> None:
             image_channels=autoencoder.image_channels,
             table=make_table([s.row for s in sidecars]),
             recipe={"index": True},
+            captions=layout.captions,
+            text=text,
         ).save(directory)
         samples = sum(s.samples for s in sidecars)
         print(f"{samples:,} samples in {len(sidecars):,} {format} shards checked and indexed")
@@ -158,15 +190,38 @@ class _Encoder:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.output = config, world, Path(config.output)
-        self.images = open_images(config.images.path)
         self.autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
-        side, down = config.images.size, self.autoencoder.downsample
-        if side < 1 or side % down:
-            raise InputError(f"images.size={side} must be a multiple of {down}, the autoencoder's downsampling")
-        self.layout = Layout((self.autoencoder.latent_channels, side // down, side // down), config.dtype, config.flips)
+        self.images: ImageSource | LatentFiles
+        if config.latents:
+            self.images = open_latents(config.latents, config.latents_scale)
+            shape = self.images.latent_shape
+            if shape[0] != self.autoencoder.latent_channels:
+                raise InputError(
+                    f"latents={config.latents} have {shape[0]} channels, autoencoder={config.autoencoder} makes "
+                    f"{self.autoencoder.latent_channels}; give the autoencoder that they come from"
+                )
+            self.image_size = shape[1] * self.autoencoder.downsample
+        else:
+            self.images, self.image_size = open_images(config.images.path), config.images.size
+            down = self.autoencoder.downsample
+            if self.image_size < 1 or self.image_size % down:
+                raise InputError(
+                    f"images.size={self.image_size} must be a multiple of {down}, the autoencoder's downsampling"
+                )
+            shape = (self.autoencoder.latent_channels, self.image_size // down, self.image_size // down)
+        encoder = config.text.encoder
+        self.text = load_text_encoder(encoder, config.text.length, world.device) if encoder else None
+        text_shape = self.text.shape if self.text else None
+        self.layout = Layout(shape, config.dtype, config.flips, self.text is not None, text_shape)
         self.split = Split(len(self.images), config.validation_fraction, config.seed)
         if self.split.training_samples == 0:
-            raise InputError(f"{config.images.path} leaves no training images; lower validation_fraction")
+            source = config.latents or config.images.path
+            raise InputError(f"{source} leaves no training images; lower validation_fraction")
+        if self.text and not any(self.images.caption(i) for i in range(len(self.images))):
+            raise InputError(
+                f"{config.latents or config.images.path} has no captions for text.encoder={config.text.encoder}; put "
+                "x.txt beside x.png, or leave text.encoder empty"
+            )
 
     def run(self) -> None:
         complete = _on_rank_zero(self.world, self._claim_output)
@@ -190,7 +245,11 @@ class _Encoder:
     def _recipe(self) -> dict[str, Any]:
         """All that decides what the files hold."""
         config = self.config
+        latents = {"latents": config.latents, "latents_scale": config.latents_scale} if config.latents else {}
+        text = {"text": describe(self.text)} if self.text else {}
         return {
+            **latents,
+            **text,
             "images.path": config.images.path,
             "images.size": config.images.size,
             "images.fit": config.images.fit,
@@ -253,30 +312,39 @@ class _Encoder:
         bar = log.progress(total, "img", "encode", show=self.world.rank == 0)
         parts: list[tuple[torch.Tensor, ...]] = []
         labels: list[int] = []
+        captions: list[str] = []
+        texts: list[NDArray[np.generic]] = []
         writing: Future[None] | None = None
         with bar, ThreadPoolExecutor(self.config.threads) as readers, ThreadPoolExecutor(1) as writer:
-            for (unit, _, stop), (image_BHWC, label_n) in ahead(readers, self._load, batches, 2 * self.config.threads):
-                parts.append(self._moments(torch.from_numpy(image_BHWC)))
+            loaded = ahead(readers, self._load, batches, 2 * self.config.threads)
+            for (unit, _, stop), (content, label_n, caption_n) in loaded:
+                parts.append(self._moments(torch.from_numpy(content)))
                 labels += label_n
+                captions += caption_n
+                if self.text:
+                    texts.append(self.text.encode(caption_n))
                 bar.update(len(label_n))
                 if stop == unit.stop:
                     if writing is not None:
                         writing.result()
-                    writing = writer.submit(self._write, unit, parts, labels)
-                    parts, labels = [], []
+                    writing = writer.submit(self._write, unit, parts, labels, captions, texts)
+                    parts, labels, captions, texts = [], [], [], []
             if writing is not None:
                 writing.result()
 
-    def _load(self, batch: tuple[Unit, int, int]) -> tuple[NDArray[np.uint8], list[int]]:
-        """Prepared images uint8 [B, H, W, C] and labels of one batch."""
+    def _load(self, batch: tuple[Unit, int, int]) -> tuple[NDArray[Any], list[int], list[str]]:
+        """Prepared images uint8 [B, H, W, C], or moments, labels and captions of one batch."""
         numbers = self._image_numbers(*batch)
-        return np.stack([self._image(i) for i in numbers]), [self.images.label(i) for i in numbers]
+        captions = [self.images.caption(i) for i in numbers] if self.text else []
+        return np.stack([self._content(i) for i in numbers]), [self.images.label(i) for i in numbers], captions
 
     def _image_numbers(self, unit: Unit, start: int, stop: int) -> list[int]:
         place = self.split.validation if unit.part else self.split.training
         return place(np.arange(start, stop)).tolist()
 
-    def _image(self, number: int) -> NDArray[np.uint8]:
+    def _content(self, number: int) -> NDArray[Any]:
+        if isinstance(self.images, LatentFiles):
+            return self.images.checked_moments(number)
         wanted = self.config.images
         image = self.images.image(number)
         try:
@@ -285,11 +353,20 @@ class _Encoder:
             raise InputError(f"image {self.images.name(number)}: {error}") from None
 
     def _moments(self, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, 2, C, H, W] of the images and, with flips, of their mirror images."""
+        """[B, 2, C, H, W] of the images and, with flips, of their mirror images; moments stay as they are."""
+        if self.config.latents:
+            return (image_BHWC,)
         views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
         return tuple(torch.stack(self.autoencoder.encode(view), 1).cpu() for view in views)
 
-    def _write(self, unit: Unit, parts: list[tuple[torch.Tensor, ...]], labels: list[int]) -> None:
+    def _write(
+        self,
+        unit: Unit,
+        parts: list[tuple[torch.Tensor, ...]],
+        labels: list[int],
+        captions: list[str],
+        texts: list[NDArray[np.generic]],
+    ) -> None:
         """Round, check and write one shard; runs in the writer's thread."""
         stored = [self.layout.pack(torch.cat(view)) for view in zip(*parts, strict=True)]
         sums = []
@@ -305,7 +382,13 @@ class _Encoder:
                         "autoencoder"
                     )
                 sums.append(Sums.of(block))
-        samples = Samples(np.array(labels, np.int64), stored[0], stored[1] if self.config.flips else None)
+        samples = Samples(
+            np.array(labels, np.int64),
+            stored[0],
+            stored[1] if self.config.flips else None,
+            [caption.encode() for caption in captions] if self.text else None,
+            np.concatenate(texts) if texts else None,
+        )
         name, directory = shard_name(unit.number, self.config.format), self.output / unit.part
         classes = len(self.images.classes)
         write_unit(directory, name, samples, Sums.total(sums), self.layout, self.config.format, classes, unit.start)
@@ -350,11 +433,19 @@ class _Encoder:
             std_C=std_C,
             autoencoder=config.autoencoder,
             autoencoder_hash=self.autoencoder.hash,
-            image_size=config.images.size,
+            image_size=self.image_size,
             image_channels=self.autoencoder.image_channels,
             table=make_table([s.row for s in sidecars]),
             recipe=self._recipe(),
+            captions=self.text is not None,
+            text=describe(self.text) | {"examples": self._examples()} if self.text else {},
         ).save(directory)
+
+    def _examples(self) -> list[tuple[int, str]]:
+        """Label and beginning of the caption of some training images, evenly spaced: what samples are drawn of."""
+        total = self.split.training_samples
+        numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
+        return [(self.images.label(i), self.images.caption(i)[:200]) for i in numbers]
 
     def _clean_up(self) -> None:
         """Remove what only an unfinished encoding needs."""
@@ -368,7 +459,8 @@ class _Encoder:
     def _report(self, complete: bool) -> None:
         training, held_out = self.split.training_samples, self.split.validation_samples
         print(f"{training:,} training and {held_out:,} held-out images{' were already' if complete else ''} encoded")
-        print(f"next: ldt train configs/fashion_mnist.yaml data.path={self.output}")
+        example = "text/emoji" if self.text else "fashion_mnist"
+        print(f"next: ldt train configs/{example}.yaml data.path={self.output}")
         print(f"latent shards: {self.output}")
 
 

@@ -5,10 +5,10 @@ of that width at the same number of samples is reconstructed from all that are s
 snapshots of `ema.snapshot_every_samples` (Karras et al. 2312.02696, appendix C).
 
 The directory is a model of its own: `ldt sample DIR`, `ldt evaluate DIR` and `train.init_from=DIR` take it, and
-`model.safetensors` is an ordinary state dict.
+`model.safetensors` is an ordinary state dict. With `format=diffusers` it is a folder that
+`diffusers.DiTPipeline.from_pretrained` loads, for adaLN-Zero models that diffusers' DiT can hold (docs/models.md).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from ldt import ema, log
-from ldt.checkpoint import Damaged, Reader, listed, resolve, verify, versions
-from ldt.checkpoint.denoiser import read_weights
-from ldt.checkpoint.manifest import MODEL, WEIGHTS
-from ldt.checkpoint.tensors import write_safetensors
+from ldt.checkpoint import Damaged, Reader, listed, load_denoiser, resolve, verify
+from ldt.checkpoint.denoiser import read_weights, save_exported
+from ldt.doors.diffusers_dit import write_pipeline
 from ldt.errors import InputError
-from ldt.files import write_atomic
 from ldt.options import choice, required
 
 logger = log.get_logger(__name__)
@@ -36,6 +34,7 @@ class Config:
     to: str = required()
     weights: str = choice("ema", "master")
     ema_width: float = 0.0
+    format: str = choice("safetensors", "diffusers")
 
     def __post_init__(self) -> None:
         if self.ema_width < 0:
@@ -44,23 +43,27 @@ class Config:
             )
         if self.ema_width and self.weights != "ema":
             raise InputError(f"ema_width={self.ema_width} is of an average; leave weights={self.weights} out")
+        if self.ema_width and self.format == "diffusers":
+            raise InputError("export with ema_width as safetensors first, and that directory with format=diffusers")
 
 
 def run(config: Config) -> int:
     """Write the directory."""
-    target, checkpoint = Path(config.to), resolve(Path(config.run))
+    target = Path(config.to)
     if target.exists():
         raise InputError(f"to={target} exists; give a directory that does not")
+    if config.format == "diffusers":
+        write_pipeline(load_denoiser(config.run, config.weights), target)
+        print(f"for diffusers.DiTPipeline.from_pretrained: {target}")
+        return 0
+    checkpoint = resolve(Path(config.run))
     facts: dict[str, Any]
     if config.ema_width:
         tensors, facts = reconstruct(checkpoint, config.ema_width)
     else:
         tensors, facts, digest = read_weights(checkpoint, config.weights)
         facts |= {"weights": config.weights, "made_from": {str(int(checkpoint.name)): digest}}
-    target.mkdir(parents=True)
-    facts["file"] = write_safetensors(target / WEIGHTS, tensors, {"format": "pt"})
-    facts["written_by"] = versions()
-    write_atomic(target / MODEL, json.dumps(facts, indent=1).encode())
+    save_exported(target, tensors, facts)
     millions = sum(t.numel() for t in tensors.values()) / 1e6
     print(f"{millions:.2f} M parameters ({facts['weights']}) at {facts['samples_seen']} samples: {target}")
     return 0

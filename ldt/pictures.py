@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 Images = Iterator[NDArray[np.uint8]]
 Labels = NDArray[np.int64]
@@ -37,6 +37,17 @@ def class_grid(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = 
     return grid([image_NHWC[i : i + columns] for i in range(0, len(image_NHWC), columns)])
 
 
+def titled(picture: Image.Image, titles: Sequence[str], width: int = 200) -> Image.Image:
+    """A picture of as many rows of the same height, with a title to the left of each."""
+    canvas = Image.new("RGB", (picture.width + width, picture.height), "white")
+    canvas.paste(picture, (width, 0))
+    draw, row = ImageDraw.Draw(canvas), picture.height / len(titles)
+    for i, title in enumerate(titles):
+        line = title if len(title) <= 32 else title[:31] + "…"
+        draw.text((4, int((i + 0.5) * row) - 6), line, fill="black")
+    return canvas
+
+
 def to_pil(image_HWC: NDArray[np.uint8]) -> Image.Image:
     """uint8 [H, W, 1 or 3] as a grey or colour picture."""
     return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
@@ -50,8 +61,13 @@ def write_picture(output: Path, picture: Image.Image) -> None:
 
 
 def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
-    """One PNG with `class_grid` of all images."""
-    write_picture(output, class_grid(np.concatenate(list(blocks)), label_N))
+    """One PNG with `class_grid` of all images, or a row for each of the record's prompts, which stands before it."""
+    image_NHWC, prompts = np.concatenate(list(blocks)), record.get("prompts", [])
+    if prompts:
+        rows = [image_NHWC[i :: len(prompts)] for i in range(min(len(prompts), len(image_NHWC)))]
+        write_picture(output, titled(grid(rows), prompts))
+    else:
+        write_picture(output, class_grid(image_NHWC, label_N))
 
 
 def write_folder(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:

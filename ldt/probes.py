@@ -15,7 +15,7 @@ from ldt.data.loader import ValidationLoader
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.pictures import class_grid, write_picture
-from ldt.sample import DrawConfig, ImageModel, labels_of, sample_images
+from ldt.sample import DrawConfig, ImageModel, default_labels, sample_images
 
 TIME_BINS = 10
 PREVIEW_COLUMNS = 8
@@ -48,7 +48,7 @@ def draw_preview(model: ImageModel, settings: DrawConfig, world: World, path: Pa
     blocks = all_gather(drawn.numpy())
     if world.rank == 0:
         path.parent.mkdir(exist_ok=True)
-        write_picture(path, class_grid(np.concatenate(blocks)[:images], labels_of(range(images), classes, settings)))
+        write_picture(path, class_grid(np.concatenate(blocks)[:images], default_labels(model, range(images), settings)))
 
 
 class Meter:

@@ -28,6 +28,7 @@ PLACEMENT = (
     "data.cache_dir",
     "data.threads",
     "model.attention",
+    "model.activation_checkpointing",
     "train.micro_batch",
     "train.total_samples",
     "train.init_from",

@@ -27,6 +27,7 @@ from ldt.nn.condition import Condition
 from ldt.options import choice, required
 from ldt.pictures import WRITERS
 from ldt.rng import Purpose
+from ldt.text import TextEncoder, reload_text_encoder
 
 logger = log.get_logger(__name__)
 
@@ -53,11 +54,17 @@ class DrawConfig(SamplerConfig):
 
 @dataclass
 class Config(DrawConfig):
-    """`run`: a run directory (its newest checkpoint) or a checkpoint; `classes`: names or numbers, none for all."""
+    """`run`: a run directory (its newest checkpoint) or a checkpoint; `classes`: names or numbers, none for all.
+
+    `prompts`: captions for a denoiser of text, image i has prompt i mod their number; a file name ending in .txt stands
+    for its lines. Without them some captions of the training data are used; with them, and no `classes`, no class is
+    told.
+    """
 
     run: str = required()
     images: int = 80
     classes: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     format: str = choice("grid", "folder", "npz")
     output: str = ""
 
@@ -79,13 +86,28 @@ class ImageModel:
     sampling: Sampling
     autoencoder: Autoencoder
     device: torch.device
+    text: TextEncoder | None = None
+
+    @property
+    def examples(self) -> list[tuple[int, str]]:
+        """Labels and captions that images are drawn of unless others are given; none for a denoiser of classes."""
+        if self.text is None:
+            return []
+        return [(int(label), caption) for label, caption in self.sampling.text["examples"]] or [(0, "")]
 
 
 def image_model(loaded: Loaded, precision: str, device: torch.device) -> ImageModel:
     """The image model of a loaded checkpoint; under `bf16` the denoiser's weights are rounded, as in training."""
     autoencoder = load_autoencoder(loaded.sampling, device)
     denoiser = loaded.denoiser.bfloat16() if precision == "bf16" else loaded.denoiser
-    return ImageModel(denoiser, loaded.objective, loaded.sampling, autoencoder, device)
+    told_text = loaded.config["model"].get("condition_on", "class") != "class"
+    text = load_text(loaded.sampling, told_text, device)
+    return ImageModel(denoiser, loaded.objective, loaded.sampling, autoencoder, device, text)
+
+
+def load_text(sampling: Sampling, told_text: bool, device: torch.device) -> TextEncoder | None:
+    """The encoder of a denoiser's captions, None where it is told of classes alone."""
+    return reload_text_encoder(sampling.text, device) if told_text else None
 
 
 def load_autoencoder(sampling: Sampling, device: torch.device) -> Autoencoder:
@@ -107,16 +129,36 @@ def labels_of(id_B: Sequence[int], classes: int, config: DrawConfig) -> NDArray[
     return (rng.uniform(config.seed, Purpose.SAMPLE_LABEL, ids, 1)[:, 0] * classes).astype(np.int64)
 
 
+def default_labels(model: ImageModel, id_B: Sequence[int], config: DrawConfig) -> NDArray[np.int64]:
+    """The class of each image id: of the example captions that it has too, or `labels_of`."""
+    if examples := model.examples:
+        return np.array([examples[i % len(examples)][0] for i in id_B], np.int64)
+    return labels_of(id_B, len(model.sampling.classes), config)
+
+
 @torch.no_grad()  # not inference mode: a training engine may own the denoiser
 def sample_images(
-    model: ImageModel, id_B: Sequence[int], config: DrawConfig, label_B: NDArray[np.int64] | None = None
+    model: ImageModel,
+    id_B: Sequence[int],
+    config: DrawConfig,
+    label_B: NDArray[np.int64] | None = None,
+    prompts: Sequence[str] = (),
 ) -> Tensor:
-    """Images of these ids as one batch: uint8 [B, H, W, C] on the CPU. Labels are `labels_of` the ids unless given."""
+    """Images of these ids as one batch: uint8 [B, H, W, C] on the CPU.
+
+    Labels and captions are `labels_of` the ids, or those of the model's examples, unless given.
+    """
     classes, shape = len(model.sampling.classes), model.sampling.latent_shape
-    labels = torch.from_numpy(labels_of(id_B, classes, config) if label_B is None else label_B)
+    labels = torch.from_numpy(default_labels(model, id_B, config) if label_B is None else label_B)
+    text = None
+    if model.text is not None:
+        captions = list(prompts) or [caption for _, caption in model.examples]
+        content = model.text.encode([captions[i % len(captions)] for i in id_B])
+        kind = torch.int64 if model.text.shape.vocabulary else torch.float32
+        text = torch.from_numpy(content).to(model.device, kind)
     noise = torch.from_numpy(rng.normal(config.seed, Purpose.SAMPLE_NOISE, id_B, int(np.prod(shape))))
     noise_BCHW = noise.view(-1, *shape).to(model.device)
-    condition = Condition(label_B=labels.to(model.device))
+    condition = Condition(label_B=labels.to(model.device), text=text)
 
     def step_noise(step: int) -> Tensor:
         key_B = np.asarray(id_B, np.int64) * MOST_STEPS + step
@@ -145,23 +187,28 @@ def run(config: Config) -> int:
     with process_group() as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
         model = image_model(loaded, config.precision, world.device)
+        if config.classes and loaded.config["model"].get("condition_on") == "text":
+            raise InputError("classes= needs a denoiser of classes, and this one knows text alone; use prompts=")
         chosen = np.array(_chosen_classes(config.classes, loaded.sampling.classes), np.int64)
-        output = _output(config, loaded, world)
+        output, prompts = _output(config, loaded, world), _prompts(config.prompts, model)
 
         def labels(ids: Sequence[int]) -> NDArray[np.int64]:
             if len(chosen):
                 return chosen[np.asarray(ids) % len(chosen)]
-            return labels_of(ids, len(loaded.sampling.classes), config)
+            if prompts:
+                return np.full(len(ids), len(loaded.sampling.classes))
+            return default_labels(model, ids, config)
 
         def produce(k: int) -> NDArray[np.uint8]:
             ids = block_ids(k, config.block)
-            return sample_images(model, ids, config, labels(ids)).numpy()[: config.images - ids.start]
+            return sample_images(model, ids, config, labels(ids), prompts).numpy()[: config.images - ids.start]
 
         blocks = in_block_order(-(-config.images // config.block), produce, world)
         with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:
             blocks = _counted(blocks, bar.update)
             if world.rank == 0:
                 record = {"samples_seen": loaded.samples_seen, "checkpoint_hash": loaded.hash, **to_dict(config)}
+                record["prompts"] = prompts
                 WRITERS[config.format](output, blocks, labels(range(config.images)), record)
             else:
                 deque(blocks, maxlen=0)
@@ -190,6 +237,25 @@ def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
                 f"class {word} is not one of the checkpoint's {len(classes)} ({names}); give a name or number"
             )
     return chosen
+
+
+def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
+    """The captions asked for."""
+    if wanted and model.text is None:
+        raise InputError(
+            "prompts= needs a denoiser of text, and this one knows classes alone; use classes=, or train with "
+            "model.condition_on=text"
+        )
+    out: list[str] = []
+    for word in wanted:
+        if not word.endswith(".txt"):
+            out.append(word)
+            continue
+        try:
+            out += Path(word).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"prompts file {word} can't be read ({error}); give a text file, one a line") from None
+    return out
 
 
 def _output(config: Config, loaded: Loaded, world: World) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +41,7 @@ from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, barrier, process_group
 from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
+from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
 from ldt.owner import Owner, owned
@@ -47,7 +49,7 @@ from ldt.partition import MOMENTS
 from ldt.preflight import check_room, check_shared, compare_ranks
 from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
-from ldt.sample import ImageModel, load_autoencoder
+from ldt.sample import ImageModel, load_autoencoder, load_text
 from ldt.stop import StopRequests
 from ldt.train_config import Config
 from ldt.watchdog import Watchdog
@@ -97,7 +99,10 @@ class Trainer:
         self.sampling = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
         self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
-        denoiser = build(config.model, self.sampling.latent_shape, len(self.sampling.classes), config.seed)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.kernel = choose_kernel(config.model.attention, world.device, dtype)
+        shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
+        denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
         if world.rank == 0:
             rundir.prepare(self.run_dir, to_yaml(config), world.size)
@@ -234,7 +239,7 @@ class Trainer:
 
     def _loss_B(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         t_B = self.objective.timesteps(batch.uniform_B)
-        condition = Condition(label_B=batch.label_B)
+        condition = Condition(label_B=batch.label_B, text=batch.text)
         return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition)
 
     def _masters(self) -> list[Tensor]:
@@ -254,6 +259,7 @@ class Trainer:
             ranks=world.size,
             micro_batch=config.train.micro_batch,
             label_drop=config.objective.condition_drop,
+            condition_on=config.model.condition_on,
             device=world.device,
             threads=config.data.threads,
         )
@@ -271,6 +277,7 @@ class Trainer:
             micro_batch=loader.share.size,
             rank=world.rank,
             ranks=world.size,
+            condition_on=config.model.condition_on,
             device=world.device,
         )
         return loader, validation
@@ -303,13 +310,16 @@ class Trainer:
     def _say_what_runs(self) -> None:
         share, config = self.loader.share, self.config
         logger.info(
-            "model %s, %.2f M parameters; data %d samples in %d classes, %s latents",
-            config.model.conditioning,
+            "model %s, %.2f M parameters, attention by %s; data %d samples in %d classes, %s latents",
+            config.model.name if config.model.name == "unet" else config.model.conditioning,
             self.parameters / 1e6,
+            self.kernel,
             self.shards.manifest.samples,
             len(self.sampling.classes),
             "x".join(map(str, self.sampling.latent_shape)),
         )
+        if self.sampling.text and not config.model.told_text:
+            logger.info("the data's captions are not used: model.condition_on=class")
         logger.info(
             "world %d (%s), ZeRO-%d %s; global batch %d = %d ranks x %d micro-batches x %d; %d of %d samples to go",
             self.world.size,
@@ -354,7 +364,8 @@ class Trainer:
 
     def _draw_preview(self) -> None:
         assert self.autoencoder is not None
-        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device)
+        text = load_text(self.sampling, self.config.model.told_text, self.world.device)
+        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device, text)
         path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
         with self.engine.partition.swapped(self.averages["ema"]):
             draw_preview(model, self.config.evaluate, self.world, path)
@@ -400,4 +411,5 @@ def sampling_of(manifest: Manifest) -> Sampling:
         autoencoder_hash=manifest.autoencoder_hash,
         image_size=manifest.image_size,
         image_channels=manifest.image_channels,
+        text=manifest.text,
     )

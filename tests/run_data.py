@@ -83,7 +83,7 @@ def randomised(denoiser: torch.nn.Module) -> torch.nn.Module:
     """Random weights throughout: a fresh denoiser's output layer is zero and would hide every mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in denoiser.parameters():
+        for p in (p for p in denoiser.parameters() if p.requires_grad):
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return denoiser
 

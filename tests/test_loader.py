@@ -38,10 +38,10 @@ def collect(path, ranks=1, steps=8, start=0, **settings):
                 assert len(step.micro_batches) == loader.micro_batches
                 digests[k] += step.digest
                 for batch in step.micro_batches:
-                    assert all(torch.isfinite(v).all() for v in vars(batch).values())
+                    assert all(torch.isfinite(v).all() for _, v in batch.tensors())
                     real = batch.weight_B == 1
                     assert (batch.index_B[~real] == -1).all() and (batch.weight_B[~real] == 0).all()
-                    rows += [{k: v[i].clone().numpy() for k, v in vars(batch).items()} for i in real.nonzero()[:, 0]]
+                    rows += [{k: v[i].clone().numpy() for k, v in batch.tensors()} for i in real.nonzero()[:, 0]]
     rows.sort(key=lambda row: int(row["index_B"]))
     return rows, [digest_text(d) for d in digests]
 
@@ -126,7 +126,7 @@ def test_validation_shows_each_sample_once_with_fixed_draws(data, ranks, limit):
     def passes(ranks, rank, micro_batch):
         shards = open_shards(data / "tar")
         with ValidationLoader(shards, seed=5, micro_batch=micro_batch, rank=rank, ranks=ranks, limit=limit) as loader:
-            return [[[{k: v[i].clone() for k, v in vars(b).items()} for i in range(len(b))] for b in loader.batches()]
+            return [[[{k: v[i].clone() for k, v in b.tensors()} for i in range(len(b))] for b in loader.batches()]
                     for _ in range(2)]  # fmt: skip
 
     def real(batches):

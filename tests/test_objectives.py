@@ -1,6 +1,7 @@
 """Schedules and objectives against their definitions, in float64."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ldt import rng
 from ldt.diffusion.objectives import Objective, ObjectiveConfig, Prediction
-from ldt.diffusion.schedules import SCHEDULES
+from ldt.diffusion.schedules import SCHEDULES, step_of_time, time_of_step
 from ldt.errors import InputError
 from ldt.nn.condition import Condition
 
@@ -26,7 +27,7 @@ def case():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_slope_is_the_derivative(name):
     schedule = SCHEDULES[name]()
-    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    t = torch.linspace(0.0503, 0.9503, 19, dtype=torch.float64)  # between the steps of discrete schedules
     h = 1e-6
     for value, slope in zip((schedule.alpha, schedule.sigma), schedule.slope(t), strict=True):
         torch.testing.assert_close(slope, (value(t + h) - value(t - h)) / (2 * h), rtol=1e-7, atol=1e-8)
@@ -37,7 +38,7 @@ def test_time_runs_from_data_to_noise(name):
     schedule = SCHEDULES[name]()
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert schedule.alpha(ends)[0] == 1 and schedule.sigma(ends)[0] == 0
-    assert schedule.alpha(ends)[1] < 0.01 and schedule.sigma(ends)[1] > 0.999
+    assert schedule.alpha(ends)[1] < 0.07 and schedule.sigma(ends)[1] > 0.997
 
 
 def test_linear_vp_is_the_limit_of_ddpm():
@@ -46,6 +47,79 @@ def test_linear_vp_is_the_limit_of_ddpm():
     discrete = torch.cumprod(1 - betas, 0)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(SCHEDULES["linear_vp"]().alpha(t) ** 2, discrete, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "scaled_linear", "ldm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discrete_schedules_are_diffusers(name, dtype):
+    """At every step, from times of either precision; the mapping of steps to times and back is exact."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import DDPMScheduler
+    first, last, kind = {
+        "ddpm": (1e-4, 0.02, "linear"),
+        "scaled_linear": (0.00085, 0.012, "scaled_linear"),
+        "ldm": (0.0015, 0.0195, "scaled_linear"),
+    }[name]
+    theirs = DDPMScheduler(beta_start=first, beta_end=last, beta_schedule=kind).alphas_cumprod.double()
+    k = torch.arange(1000)
+    t = time_of_step(k).to(dtype)
+    assert torch.equal(step_of_time(t), k.to(dtype))
+    schedule = SCHEDULES[name]()
+    torch.testing.assert_close(schedule.alpha(t).double() ** 2, theirs, rtol=3e-5, atol=1e-7)  # theirs is float32
+    torch.testing.assert_close(schedule.sigma(t).double() ** 2, 1 - theirs, rtol=3e-5, atol=1e-7)
+    exact = torch.cumprod(1 - schedule.betas, 0)
+    torch.testing.assert_close(schedule.alpha(time_of_step(k)) ** 2, exact, rtol=1e-12, atol=0)
+
+
+def test_discrete_schedules_train_on_their_steps_alone():
+    uniform = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
+    t = Objective(ObjectiveConfig(schedule="ddpm", timesteps="uniform")).timesteps(uniform)
+    k = step_of_time(t)
+    assert torch.equal(k.sort().values, torch.arange(1000).repeat_interleave(5).float())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", PREDICTIONS)
+def test_min_snr_weighs_the_error_of_the_clean_latent(case, schedule, loss):
+    """In every space the weighted loss is min(SNR, γ) times the squared error of x0."""
+    x0, eps, t = case
+    config = ObjectiveConfig(prediction="x", loss=loss, schedule=schedule, weighting="min_snr", min_snr_gamma=3.0)
+    guess = torch.roll(x0, 1, 0)
+    got = Objective(config).loss(lambda x, t_B, c: guess, x0, eps, t, CONDITION)
+    s = SCHEDULES[schedule]()
+    snr = (s.alpha(t) / s.sigma(t)) ** 2
+    torch.testing.assert_close(got, snr.clamp(max=3.0) * (guess - x0).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "ddpm"])
+def test_min_snr_has_the_papers_weights(case, schedule):
+    *_, t = case
+    s = SCHEDULES[schedule]()
+    snr = (s.alpha(t) / s.sigma(t)) ** 2
+    expected = {"eps": 1 / snr, "v": 1 / (snr + 1), "x": torch.ones_like(snr)}
+    for kind, factor in expected.items():
+        got = Objective(ObjectiveConfig(prediction=kind, schedule=schedule, weighting="min_snr")).weight(t)
+        torch.testing.assert_close(got, snr.clamp(max=5) * factor)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("start", PREDICTIONS)
+def test_conversions_agree_in_a_round_through_all_predictions(case, schedule, start):
+    """From any prediction to (x0, ε), on to the next kind, and so on around: every stop tells the same."""
+    x0, eps, t = case
+    xt = _xt(case, schedule)
+    s = SCHEDULES[schedule]()
+    kinds = [PREDICTIONS[(PREDICTIONS.index(start) + i) % 4] for i in range(5)]
+    p = Prediction(x0, eps)
+    for kind in kinds:
+        objective = Objective(ObjectiveConfig(prediction=kind, schedule=schedule))
+        y = objective._combine(kind, p, t[:, None, None, None])
+        p = objective.predict(y, xt, t)
+    torch.testing.assert_close(p.x0_BCHW, x0)
+    torch.testing.assert_close(
+        p.eps_BCHW, (xt - s.alpha(t)[:, None, None, None] * x0) / s.sigma(t)[:, None, None, None]
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -115,3 +189,5 @@ def test_bad_settings_are_refused():
         ObjectiveConfig(condition_drop=1.5)
     with pytest.raises(InputError, match="objective.logit_std=0"):
         ObjectiveConfig(logit_std=0)
+    with pytest.raises(InputError, match="objective.min_snr_gamma=0"):
+        ObjectiveConfig(min_snr_gamma=0)

@@ -53,7 +53,7 @@ def noise(n: int = 64) -> torch.Tensor:
     return torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("schedule_name", SCHEDULES)
+@pytest.mark.parametrize("schedule_name", ["rectified_flow", "cosine", "linear_vp"])  # discrete ones have kinks
 @pytest.mark.parametrize("name", ORDER)
 def test_convergence_order_on_gaussian_data(name: str, schedule_name: str) -> None:
     """On the whole way for the solvers in t; for the one in λ on a stretch where λ is finite, as its theory asks."""

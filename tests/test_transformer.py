@@ -1,15 +1,18 @@
 """The Transformer and its parts."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ldt.errors import InputError
-from ldt.nn.attention import attend, choose_kernel
+from ldt.nn.attention import attend, choose_kernel, unpadded
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import Condition
+from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
-from ldt.nn.embedding import AxialRotary, sincos_2d
+from ldt.nn.embedding import AxialRotary, network_time, sincos_2d, sinusoids
+from ldt.nn.sizes import dit, uvit
 
 SHAPE, CLASSES = (4, 8, 8), 10
 
@@ -36,6 +39,8 @@ VARIANTS = [
     ModelConfig(width=32, depth=3, heads=2, long_skips=True, positions="learned"),
     ModelConfig(width=32, depth=2, heads=2, conditioning="adaln_zero", positions="sincos", norm="layer", mlp="gelu"),
     ModelConfig(width=32, depth=2, heads=2, patch=4, qk_norm=False),
+    dataclasses.replace(dit("S/2"), width=32, depth=2, heads=2, learned_sigma=False),
+    dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2),
 ]
 
 
@@ -99,18 +104,45 @@ def test_patches_go_in_and_out_at_the_same_place():
     assert changed[4:6, 2:4].all() and changed.sum() == 4
 
 
+def reference_varlen(q_TKE, k_TKE, v_TKE, ends, longest):
+    """Each sample by itself, as flash-attn's varlen kernel does."""
+    parts = []
+    for start, stop in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        assert stop - start <= longest
+        one = [x[start:stop].transpose(0, 1)[None] for x in (q_TKE, k_TKE, v_TKE)]
+        parts.append(attend(*one, "reference")[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_kernels_agree_forward_and_backward(dtype):
+def test_attention_kernels_agree_forward_and_backward(dtype, padded):
     g = torch.Generator().manual_seed(0)
-    q, k, v, weight = (torch.randn(2, 3, 17, 8, generator=g, dtype=dtype) for _ in range(4))
+    q, k, v, weight = (torch.randn(4, 3, 17, 8, generator=g, dtype=dtype) for _ in range(4))
+    mask = torch.rand(4, 17, generator=g) < torch.tensor([[1.0], [0.6], [0.3], [0.0]])
+    mask[3, 5] = True
+    mask_BN = mask if padded else None
     results = []
-    for kernel in ("sdpa", "reference"):
+    for kernel in ("sdpa", "reference", "unpadded"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, kernel)
+        if kernel == "unpadded":
+            out = unpadded(reference_varlen, *leaves, torch.ones_like(mask) if mask_BN is None else mask)
+        else:
+            out = attend(*leaves, kernel, mask_BN)
         (out * weight).sum().backward()
         results.append([out, *(x.grad for x in leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_what_is_masked_is_as_if_it_were_not_there():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(9).expand(2, 9) < torch.tensor([[6], [9]])
+    out = attend(q, k, v, "sdpa", mask)
+    torch.testing.assert_close(out[:1, :, :6], attend(q[:1, :, :6], k[:1, :, :6], v[:1, :, :6], "reference"))
+    assert not out[0, :, 6:].any()
 
 
 def test_kernel_choice():
@@ -186,3 +218,106 @@ def test_no_classes_are_refused():
 def test_patch_must_divide_the_latent():
     with pytest.raises(InputError, match="model.patch=3 does not divide the latent size 8x8"):
         build(ModelConfig(width=32, depth=1, heads=2, patch=3), SHAPE, CLASSES, 0)
+
+
+TEXT = TextShape(6, vocabulary=257)
+FEATURES = TextShape(6, width=9)
+
+
+def text_inputs(shape):
+    x, t, condition = inputs()
+    g = torch.Generator().manual_seed(3)
+    there = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    if shape.vocabulary:
+        return x, t, condition._replace(text=torch.randint(1, 257, (3, 6), generator=g) * there)
+    return x, t, condition._replace(text=torch.randn(3, 6, 9, generator=g) * there[..., None])
+
+
+@pytest.mark.parametrize("shape", [TEXT, FEATURES])
+@pytest.mark.parametrize("conditioning", ["in_context", "adaln_zero"])
+@pytest.mark.parametrize("condition_on", ["text", "class_and_text"])
+def test_captions_matter_and_padding_does_not(shape, conditioning, condition_on):
+    config = ModelConfig(width=32, depth=2, heads=2, conditioning=conditioning, condition_on=condition_on)
+    model = build(config, SHAPE, CLASSES, 0, shape)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    x, t, condition = text_inputs(shape)
+    y = model(x, t, condition)
+    assert not torch.allclose(y, model(x, t, condition._replace(text=condition.text.flip(0))), atol=1e-5)
+    assert torch.equal(y, model(x, t, condition._replace(label_B=condition.label_B.flip(0)))) == (
+        condition_on == "text"
+    )
+    with torch.no_grad():
+        model.text.position[2:] += 1
+        moved = model(x, t, condition)
+    torch.testing.assert_close(moved[0], y[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(moved[1], y[1], atol=1e-4)
+    torch.testing.assert_close(moved[2], y[2], rtol=1e-5, atol=1e-5)
+    model(x, t, condition).square().mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_no_condition_at_all():
+    _, _, condition = text_inputs(TEXT)
+    nothing = condition.unconditional(CLASSES)
+    assert (nothing.label_B == CLASSES).all() and not nothing.text.any()
+    both = condition.followed_by(nothing)
+    assert torch.equal(both.label_B[3:], nothing.label_B) and torch.equal(both.text[:3], condition.text)
+
+
+def test_text_needs_captions():
+    with pytest.raises(InputError, match="model.condition_on=text needs captions, and the data have none"):
+        build(ModelConfig(width=32, depth=1, heads=2, condition_on="text"), SHAPE, CLASSES, 0)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_checkpointing_changes_memory_only(config):
+    results = []
+    for checkpointing in (False, True):
+        model = awake(dataclasses.replace(config, activation_checkpointing=checkpointing))
+        y = model(*inputs())
+        y.square().mean().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_checkpointing_keeps_only_what_enters_each_block():
+    def saved(checkpointing):
+        kept = []
+        model = awake(dataclasses.replace(VARIANTS[0], depth=6, activation_checkpointing=checkpointing))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            model(*inputs())
+        return sum(kept)
+
+    assert saved(True) < saved(False) / 4
+
+
+def test_the_networks_clock_hits_every_step_exactly():
+    k = torch.arange(1000)
+    assert torch.equal(network_time((k + 1).double() / 1000, "steps"), k.float())
+    assert torch.equal(network_time(((k + 1).double() / 1000).float(), "steps"), k.float())
+    halfway = network_time(torch.tensor([0.5005]), "steps")
+    torch.testing.assert_close(halfway, torch.tensor([499.5]))
+    torch.testing.assert_close(network_time(torch.tensor([0.25]), "continuous"), torch.tensor([250.0]))
+
+
+def test_frequencies_run_from_one_to_their_end():
+    at_zero_and_one = [sinusoids(torch.tensor([1.0]), 256, spacing) for spacing in ("dit", "diffusers")]
+    for waves, last in zip(at_zero_and_one, (1e4 ** (-127 / 128), 1e-4), strict=True):
+        torch.testing.assert_close(waves[0, 128], torch.tensor(1.0).sin())
+        torch.testing.assert_close(waves[0, -1], torch.tensor(last).sin())
+
+
+def test_learned_sigma_is_the_models_own_affair():
+    config = dataclasses.replace(VARIANTS[2], learned_sigma=True)
+    model = awake(config)
+    assert model.unpatchify.out_features == 2 * SHAPE[0] * 4
+    assert model(*inputs()).shape == inputs()[0].shape
+
+
+def test_bare_sinusoids_need_a_token():
+    with pytest.raises(InputError, match="model.time_embedding=sinusoids is a token of its own"):
+        ModelConfig(conditioning="adaln_zero", time_embedding="sinusoids")

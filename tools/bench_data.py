@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
     """What a loader thread spends on a sample, in microseconds: one thread, one part at a time."""
     shape = shards.manifest.latent_shape
-    elements, rows = int(np.prod(shape)), Batch.padding(batch, shape, len(shards.manifest.classes), pin=False)
+    elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
     key_n = np.arange(batch)
     shard_n, sample_n = order.locate(key_n)

@@ -1,8 +1,9 @@
-"""Train the small autoencoder of the embedded images, the stand-in for SD-VAE that needs no download.
+"""Train a small autoencoder, the stand-in for SD-VAE that needs no download: the embedded one, or one of a directory.
 
     OMP_NUM_THREADS=1 python tools/train_autoencoder.py ldt/assets/autoencoder_fashion_mnist --steps 4000
+    OMP_NUM_THREADS=1 python tools/train_autoencoder.py models/emoji --images data/emoji --channels 3 --steps 3000
 
-32 × 32 grey images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the
+32 × 32 images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the
 weights are an average over the last steps. One seed and one thread: the same machine makes the same file again.
 """
 
@@ -22,18 +23,18 @@ HELD_OUT = 500
 KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
 
 
-def images() -> Tensor:
-    """All embedded images, black border to 32 × 32, in [-1, 1]: [10000, 1, 32, 32]."""
-    source = open_images(EMBEDDED)
-    image_BHWC = np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(len(source))])
+def images(path: str, channels: int) -> Tensor:
+    """All images, black border to 32 × 32, in [-1, 1]: [B, C, 32, 32]."""
+    source = open_images(path)
+    image_BHWC = np.stack([prepare(source.image(i), 32, channels, "pad") for i in range(len(source))])
     return torch.from_numpy(image_BHWC.astype(np.float32)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
-def make_autoencoder() -> AutoencoderKL:
+def make_autoencoder(channels: int) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=[16, 32, 64],
@@ -59,12 +60,13 @@ def psnr(model: AutoencoderKL, x_BCHW: Tensor) -> float:
     return float((10 * torch.log10(4 / (y_BCHW - x_BCHW).square().mean((1, 2, 3)))).mean())
 
 
-def main(target: Path, steps: int, batch: int) -> None:
+def main(target: Path, path: str, channels: int, steps: int, batch: int) -> None:
     torch.set_num_threads(1)
-    everything = images()
+    everything = images(path, channels)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))
-    held_out, train = everything[order[:HELD_OUT]], everything[order[HELD_OUT:]]
-    model, generator = make_autoencoder(), torch.Generator().manual_seed(2)
+    few = min(HELD_OUT, len(order) // 10)
+    held_out, train = everything[order[:few]], everything[order[few:]]
+    model, generator = make_autoencoder(channels), torch.Generator().manual_seed(2)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
     start = time.time()
@@ -90,7 +92,9 @@ def main(target: Path, steps: int, batch: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("target", type=Path)
+    parser.add_argument("--images", default=EMBEDDED)
+    parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
-    main(arguments.target, arguments.steps, arguments.batch)
+    main(arguments.target, arguments.images, arguments.channels, arguments.steps, arguments.batch)

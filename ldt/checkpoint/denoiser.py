@@ -13,11 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldt.checkpoint.manifest import MANIFEST_HASH, MODEL, WEIGHTS, Damaged, Sampling, resolve, verify, verify_file
-from ldt.checkpoint.tensors import Reader
+from ldt.checkpoint.manifest import (
+    MANIFEST_HASH,
+    MODEL,
+    WEIGHTS,
+    Damaged,
+    Sampling,
+    resolve,
+    verify,
+    verify_file,
+    versions,
+)
+from ldt.checkpoint.tensors import Reader, write_safetensors
 from ldt.config import from_dict
 from ldt.diffusion.objectives import Objective, ObjectiveConfig
 from ldt.errors import InputError
+from ldt.files import write_atomic
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
@@ -53,8 +64,10 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         tensors, facts, digest = read_weights(directory, weights)
     config = facts["config"]
     sampling = Sampling(**facts["sampling"])
-    denoiser = build(from_dict(ModelConfig, config["model"]), sampling.latent_shape, len(sampling.classes), seed=0)
-    fixed = [name for name in denoiser.state_dict() if name not in dict(denoiser.named_parameters())]
+    model = from_dict(ModelConfig, config["model"])
+    denoiser = build(model, sampling.latent_shape, len(sampling.classes), seed=0, text=sampling.text_shape)
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+    fixed = [name for name in denoiser.state_dict() if name not in trained]
     wrong = denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     if odd := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if k not in fixed)]:
         raise InputError(f"{directory} does not fit its own config: parameter {odd[0]} is in only one of them")
@@ -94,3 +107,13 @@ def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], s
         return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
     except (Damaged, OSError, ValueError, KeyError) as error:
         raise InputError(f"exported model {directory} is damaged: {error}; export it again") from None
+
+
+def save_exported(directory: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write an exported model: float32 tensors, and what `model.json` says of them."""
+    directory.mkdir(parents=True)
+    facts = facts | {
+        "file": write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"}),
+        "written_by": versions(),
+    }
+    write_atomic(directory / MODEL, json.dumps(facts, indent=1).encode())

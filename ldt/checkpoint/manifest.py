@@ -17,6 +17,7 @@ import xxhash
 from ldt import __version__
 from ldt.dist import World, all_gather
 from ldt.errors import InputError
+from ldt.nn.condition import TextShape
 
 FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
@@ -26,7 +27,10 @@ CHUNK = 1 << 24
 
 @dataclass
 class Sampling:
-    """What it takes to make images from a checkpoint without the data it was trained on."""
+    """What it takes to make images from a checkpoint without the data it was trained on.
+
+    text: the encoder of the captions and some of them with their labels, as `ldt.data.shards.Manifest.text` has it.
+    """
 
     latent_shape: tuple[int, int, int]
     classes: list[str]
@@ -36,6 +40,11 @@ class Sampling:
     autoencoder_hash: str
     image_size: int
     image_channels: int
+    text: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_shape(self) -> TextShape | None:
+        return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
 
 
 @dataclass

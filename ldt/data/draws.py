@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt import rng
-from ldt.data.shards import LatentShards
+from ldt.data.shards import LatentShards, Manifest
 from ldt.rng import Purpose
 
 Ints = NDArray[np.int64]
@@ -24,7 +24,8 @@ class Batch:
 
     index_B: int64 global sample index (-1 for padding); latent_BCHW: whitened posterior draw, float32;
     noise_BCHW: standard normal, float32; uniform_B: float32 strictly between 0 and 1, for the timestep;
-    label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0.
+    label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0. text: token numbers
+    int64 [B, M] or features float32 [B, M, F], zero where there is no text; None for a denoiser of classes alone.
     """
 
     index_B: torch.Tensor
@@ -33,17 +34,23 @@ class Batch:
     uniform_B: torch.Tensor
     label_B: torch.Tensor
     weight_B: torch.Tensor
+    text: torch.Tensor | None = None
 
     @classmethod
-    def padding(cls, rows: int, latent_shape: tuple[int, int, int], classes: int, pin: bool) -> "Batch":
+    def padding(cls, rows: int, manifest: Manifest, pin: bool, text: bool = False) -> "Batch":
         """Rows of padding, to be overwritten."""
+        latent_shape, words = manifest.latent_shape, None
+        if text and manifest.text_shape:
+            kind = torch.int64 if manifest.text_shape.vocabulary else torch.float32
+            words = torch.zeros((rows, *manifest.layout.text_shape), dtype=kind, pin_memory=pin)
         return cls(
             index_B=torch.full((rows,), -1, dtype=torch.int64, pin_memory=pin),
             latent_BCHW=torch.zeros((rows, *latent_shape), pin_memory=pin),
             noise_BCHW=torch.zeros((rows, *latent_shape), pin_memory=pin),
             uniform_B=torch.full((rows,), 0.5, pin_memory=pin),
-            label_B=torch.full((rows,), classes, dtype=torch.int64, pin_memory=pin),
+            label_B=torch.full((rows,), len(manifest.classes), dtype=torch.int64, pin_memory=pin),
             weight_B=torch.zeros(rows, pin_memory=pin),
+            text=words,
         )
 
     def __len__(self) -> int:
@@ -51,24 +58,30 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """A view of some rows."""
-        return Batch(**{name: value[start:stop] for name, value in vars(self).items()})
+        return Batch(**{name: value[start:stop] for name, value in self.tensors()})
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on a device; asynchronous from pinned memory. On the CPU the batch itself."""
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in self.tensors()})
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Those that are there."""
+        return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
 def fill(
-    batch: Batch, shards: LatentShards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, label_drop: float,
-    flip: bool,
+    batch: Batch, shards: LatentShards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, drop: float,
+    flip: bool, condition_on: str = "class",
 ) -> None:  # fmt: skip
     """Write the samples of `key_n` into the first rows of a CPU batch.
 
     latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same bits.
+    drop: probability with which the condition is left out, for guidance. Of class and text together as many samples
+    again lose only the class, and as many only the text, so that either can be asked for alone.
     """
     manifest, n = shards.manifest, len(key_n)
     flip_n = rng.bits(seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if flip else None
-    records = shards.read(shard_n, sample_n, flip_n)
+    records = shards.read(shard_n, sample_n, flip_n, text=batch.text is not None)
     latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
     elements = int(np.prod(manifest.latent_shape))
     np.multiply(records.std_nCHW, rng.normal(seed, Purpose.POSTERIOR, key_n, elements).reshape(shape), out=latent)
@@ -79,8 +92,15 @@ def fill(
     # 23 bits and a half: exact in float32, never 0 and never 1
     step = rng.bits(seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)
     batch.uniform_B.numpy()[:n] = (step + 0.5) * 2.0**-23
-    drop = rng.uniform(seed, Purpose.CONDITION_DROP, key_n, 1)[:, 0] < label_drop
-    batch.label_B.numpy()[:n] = np.where(drop, len(manifest.classes), records.label_n)
+    both, one = rng.uniform(seed, Purpose.CONDITION_DROP, key_n, 2).T
+    no_label = no_text = both < drop
+    if condition_on == "class_and_text":
+        no_label, no_text = no_label | (one < drop), no_text | (one >= 1 - drop)
+    batch.label_B.numpy()[:n] = np.where(no_label, len(manifest.classes), records.label_n)
+    if batch.text is not None and records.text_n is not None:
+        text_n = batch.text.numpy()[:n]
+        text_n[:] = records.text_n
+        text_n[no_text] = 0
     batch.index_B.numpy()[:n] = key_n
     batch.weight_B.numpy()[:n] = 1.0
 
@@ -93,12 +113,15 @@ def digest(batch: Batch, ordinal_n: Ints) -> int:
     n = len(ordinal_n)
     head = np.stack([batch.index_B.numpy()[:n], ordinal_n, batch.label_B.numpy()[:n]], axis=1)
     uniform, latent, noise = batch.uniform_B.numpy(), batch.latent_BCHW.numpy(), batch.noise_BCHW.numpy()
+    text = None if batch.text is None else batch.text.numpy()
     total = 0
     for i in range(n):
         h = xxhash.xxh64(head[i].data)
         h.update(uniform[i : i + 1].data)
         h.update(latent[i].data)
         h.update(noise[i].data)
+        if text is not None:
+            h.update(text[i].data)
         total += h.intdigest()
     return (total + 2**63) % 2**64 - 2**63
 

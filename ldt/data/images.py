@@ -47,6 +47,10 @@ class ImageSource(ABC):
     def image(self, i: int) -> Image.Image:
         """Image i, decoded; `InputError` names a file that is not a readable image."""
 
+    def caption(self, i: int) -> str:
+        """The caption of image i, empty where it has none."""
+        return ""
+
 
 def open_images(path: str) -> ImageSource:
     """The images at a path: a directory, a .tar file, or `embedded:fashion_mnist`."""
@@ -99,9 +103,21 @@ class _Files(ImageSource):
     def image(self, i: int) -> Image.Image:
         return _decode(self._content(i), self.name(i))
 
+    def caption(self, i: int) -> str:
+        """The text file beside the image, of the same name but for `.txt`."""
+        name = str(PurePosixPath(self.names[i]).with_suffix(".txt"))
+        try:
+            return (self._text(name) or b"").decode().strip()
+        except UnicodeDecodeError:
+            raise InputError(f"caption {self.where}/{name} is not UTF-8 text; write it again") from None
+
     @abstractmethod
     def _content(self, i: int) -> bytes:
         """The bytes of file i."""
+
+    @abstractmethod
+    def _text(self, name: str) -> bytes | None:
+        """The bytes of another file, None where it is not there."""
 
 
 class ImageFolder(_Files):
@@ -115,6 +131,14 @@ class ImageFolder(_Files):
             return (self.where / self.names[i]).read_bytes()
         except OSError as error:
             raise InputError(f"image {self.name(i)} can't be read: {error.strerror}; check the file") from None
+
+    def _text(self, name: str) -> bytes | None:
+        try:
+            return (self.where / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"caption {self.where}/{name} can't be read: {error.strerror}; check the file") from None
 
 
 class ImageTar(_Files):
@@ -154,10 +178,16 @@ class ImageTar(_Files):
             raise InputError(f"{where} is cut or damaged at byte {offset}; make the tar file again")
 
     def _content(self, i: int) -> bytes:
-        offset, size = self._members[self.names[i]]
+        return self._member(self.names[i])
+
+    def _text(self, name: str) -> bytes | None:
+        return self._member(name) if name in self._members else None
+
+    def _member(self, name: str) -> bytes:
+        offset, size = self._members[name]
         content = os.pread(self._fd, size, offset)
         if len(content) != size:
-            raise InputError(f"{self.where} ends inside of {self.names[i]}; make the tar file again")
+            raise InputError(f"{self.where} ends inside of {name}; make the tar file again")
         return content
 
 
@@ -181,6 +211,9 @@ class FashionMNIST(ImageSource):
 
     def name(self, i: int) -> str:
         return f"{EMBEDDED}/{i}"
+
+    def caption(self, i: int) -> str:
+        return self.classes[self.label(i)].replace("_", " ")
 
     def image(self, i: int) -> Image.Image:
         y, x = (self.side * k for k in divmod(i, self.columns))

@@ -66,11 +66,10 @@ class Share:
 class _Buffer:
     """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
 
-    def __init__(self, share: Share, shards: LatentShards, device: torch.device) -> None:
-        manifest = shards.manifest
+    def __init__(self, share: Share, shards: LatentShards, device: torch.device, text: bool) -> None:
         self._share, self._device = share, device
         cuda = device.type == "cuda"
-        self.host = Batch.padding(share.rows, manifest.latent_shape, len(manifest.classes), pin=cuda)
+        self.host = Batch.padding(share.rows, shards.manifest, pin=cuda, text=text)
         self._stream = torch.cuda.Stream(device) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
         self._on_device = self.host
@@ -93,7 +92,7 @@ class _Buffer:
         if self._copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._copied)
-            for value in vars(self._on_device).values():
+            for _, value in self._on_device.tensors():
                 value.record_stream(current)
         size = self._share.size
         return [self._on_device.rows(i * size, (i + 1) * size) for i in range(self._share.count)]
@@ -103,11 +102,19 @@ class _Loader:
     """Threads that fill buffers in order. Close it, or use it as a context manager."""
 
     def __init__(
-        self, share: Share, shards: LatentShards, device: torch.device | str, threads: int, ahead: int
+        self,
+        share: Share,
+        shards: LatentShards,
+        device: torch.device | str,
+        threads: int,
+        ahead: int,
+        condition_on: str,
     ) -> None:
         self.share, self.shards, self.device = share, shards, torch.device(device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ldt-loader")
-        self._buffers = [_Buffer(share, shards, self.device) for _ in range(ahead + 1)]
+        self.condition_on = condition_on
+        text = condition_on != "class"
+        self._buffers = [_Buffer(share, shards, self.device, text) for _ in range(ahead + 1)]
 
     def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:
         """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
@@ -145,8 +152,9 @@ class Loader(_Loader):
     """Endless training steps.
 
     shards: the data; batch: global batch size; seed, streams, window: of the order and of all draws; micro_batch: most
-    samples of one forward pass, 0 for the rank's whole share; label_drop: probability with which a sample's label is
-    replaced by the null label; threads, ahead: how many fill buffers and how many steps ahead.
+    samples of one forward pass, 0 for the rank's whole share; label_drop: probability with which a sample loses its
+    condition; condition_on: class, text or class_and_text; threads, ahead: how many fill buffers and how many steps
+    ahead.
     """
 
     def __init__(
@@ -161,6 +169,7 @@ class Loader(_Loader):
         ranks: int = 1,
         micro_batch: int = 0,
         label_drop: float = 0.0,
+        condition_on: str = "class",
         device: torch.device | str = "cpu",
         threads: int = 2,
         ahead: int = 4,
@@ -170,7 +179,7 @@ class Loader(_Loader):
         self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
         self._asked: OrderedDict[int, None] = OrderedDict()
-        super().__init__(Share.of(batch, rank, ranks, micro_batch), shards, device, threads, ahead)
+        super().__init__(Share.of(batch, rank, ranks, micro_batch), shards, device, threads, ahead, condition_on)
 
     @property
     def micro_batches(self) -> int:
@@ -217,7 +226,8 @@ class Loader(_Loader):
         index_n = first + np.arange(self.share.start, self.share.stop)
         shard_n, sample_n = self.order.locate(index_n)
         flip = self.shards.manifest.flips
-        fill(buffer.host, self.shards, index_n, shard_n, sample_n, self.seed, self.label_drop, flip)
+        drop, told = self.label_drop, self.condition_on
+        fill(buffer.host, self.shards, index_n, shard_n, sample_n, self.seed, drop, flip, told)
         buffer.digest = digest(buffer.host, self._start_of_shard[shard_n] + sample_n)
 
 
@@ -236,6 +246,7 @@ class ValidationLoader(_Loader):
         rank: int = 0,
         ranks: int = 1,
         limit: int = 0,
+        condition_on: str = "class",
         device: torch.device | str = "cpu",
         threads: int = 1,
         ahead: int = 2,
@@ -247,7 +258,7 @@ class ValidationLoader(_Loader):
         self._whole = Share.of(total, rank, ranks, micro_batch)
         self._ends = np.cumsum(shards.manifest.counts)
         one = Share(0, self._whole.size, 1, self._whole.size)
-        super().__init__(one, shards, device, threads, ahead)
+        super().__init__(one, shards, device, threads, ahead, condition_on)
 
     def batches(self) -> Iterator[Batch]:
         """One pass; every rank yields the same number of batches of the same size."""
@@ -262,6 +273,6 @@ class ValidationLoader(_Loader):
         sample_n = number_n - (self._ends - self.shards.manifest.counts)[shard_n]
         key_n = VALIDATION_KEYS + number_n
         buffer.host.weight_B.zero_()
-        fill(buffer.host, self.shards, key_n, shard_n, sample_n, self.seed, 0.0, flip=False)
+        fill(buffer.host, self.shards, key_n, shard_n, sample_n, self.seed, 0.0, False, self.condition_on)
         buffer.host.index_B.numpy()[:] = -1
         buffer.host.index_B.numpy()[: len(number_n)] = number_n

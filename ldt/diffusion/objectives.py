@@ -8,7 +8,9 @@ Every prediction is a known combination y = a(t)·x0 + b(t)·ε:
     flow   (α', σ')         the velocity dx/dt; ε − x0 on the rectified flow
 
 With x_t = α·x0 + σ·ε this is a 2×2 linear system, so one formula converts all of them. Its determinant α·b − σ·a
-vanishes where a prediction says nothing (eps at t = 1, x at t = 0); it is kept away from zero by `SINGULAR`.
+vanishes where a prediction says nothing: eps where α = 0 (t = 1, though α ends at 0.006 and more in the discrete
+schedules), x where σ = 0 (t = 0). There it is kept at `SINGULAR` = 10⁻³ from zero: what is converted stays finite but
+is no longer exact; on the rectified flow that is eps at t > 0.999 and x at t < 0.001. v and flow have no such place.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldt.diffusion.schedules import Schedule, make_schedule
+from ldt.diffusion.schedules import STEPS, DiscreteVP, Schedule, make_schedule, time_of_step
 from ldt.errors import InputError
 from ldt.nn.condition import Condition
 from ldt.options import choice
@@ -37,14 +39,20 @@ class Prediction(NamedTuple):
 
 @dataclass
 class ObjectiveConfig:
-    """`loss` names the space of the squared error; `same` compares what the network predicts."""
+    """`loss` names the space of the squared error; `same` compares what the network predicts.
+
+    `timesteps` are drawn in t; the discrete schedules (ddpm, scaled_linear, ldm) round them up to their next step.
+    `weighting` min_snr is Hang et al. 2303.09556: the error of the clean latent counts min(SNR, `min_snr_gamma`).
+    """
 
     prediction: str = choice("flow", "eps", "v", "x")
     loss: str = choice("same", "flow", "eps", "v", "x")
-    schedule: str = choice("rectified_flow", "cosine", "linear_vp")
+    schedule: str = choice("rectified_flow", "cosine", "linear_vp", "ddpm", "scaled_linear", "ldm")
     timesteps: str = choice("logit_normal", "uniform")
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    weighting: str = choice("constant", "min_snr")
+    min_snr_gamma: float = 5.0
     condition_drop: float = 0.1
 
     def __post_init__(self) -> None:
@@ -52,6 +60,8 @@ class ObjectiveConfig:
             raise InputError(f"objective.condition_drop={self.condition_drop} must be a probability between 0 and 1")
         if self.logit_std <= 0:
             raise InputError(f"objective.logit_std={self.logit_std} must be positive")
+        if self.min_snr_gamma <= 0:
+            raise InputError(f"objective.min_snr_gamma={self.min_snr_gamma} must be positive, such as 5")
 
 
 class Objective:
@@ -69,19 +79,36 @@ class Objective:
         """
         inside_B = uniform_B.double().clamp(1e-7, 1 - 1e-7)
         if self.config.timesteps == "uniform":
-            return inside_B.float()
-        z_B = torch.special.ndtri(inside_B)
-        return torch.sigmoid(self.config.logit_mean + self.config.logit_std * z_B).float()
+            t_B = inside_B
+        else:
+            t_B = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(inside_B))
+        if isinstance(self.schedule, DiscreteVP):
+            t_B = time_of_step((t_B * STEPS).floor())  # with uniform numbers every step is as likely
+        return t_B.float()
+
+    def weight(self, t_B: Tensor) -> Tensor:
+        """What the squared error in the loss's space counts at each time: [B].
+
+        With min-SNR min(α², γσ²) / (αb − σa)², because an error δ in x0 is one of −δ·(αb − σa)/σ in a·x0 + b·ε at a
+        given x_t. For eps, v and x that is the paper's min(SNR, γ)/SNR, min(SNR, γ)/(SNR + 1) and min(SNR, γ).
+        """
+        if self.config.weighting == "constant":
+            return torch.ones_like(t_B)
+        alpha, sigma = self.schedule.alpha(t_B), self.schedule.sigma(t_B)
+        a, b = self._coefficients(self.loss_space, t_B)
+        determinant = (alpha * b - sigma * a).abs().clamp(min=SINGULAR)
+        return torch.minimum(alpha**2, self.config.min_snr_gamma * sigma**2) / determinant**2
 
     def loss(self, denoiser: Denoiser, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """Mean squared error of each sample, in float32: [B]."""
+        """Mean squared error of each sample, weighted by its time, in float32: [B]."""
         t_B111 = t_B[:, None, None, None]
         xt_BCHW = self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
         y_BCHW = denoiser(xt_BCHW, t_B, condition).float()
         if self.loss_space != self.config.prediction:
             y_BCHW = self._combine(self.loss_space, self.predict(y_BCHW, xt_BCHW, t_B), t_B111)
         target_BCHW = self._combine(self.loss_space, Prediction(x0_BCHW, eps_BCHW), t_B111)
-        return (y_BCHW - target_BCHW).square().mean((1, 2, 3))
+        loss_B = (y_BCHW - target_BCHW).square().mean((1, 2, 3))
+        return loss_B if self.config.weighting == "constant" else self.weight(t_B) * loss_B
 
     def predict(self, y_BCHW: Tensor, xt_BCHW: Tensor, t_B: Tensor) -> Prediction:
         """(x0, ε) from the network's output at x_t."""

@@ -211,8 +211,7 @@ def guide(denoiser: Denoiser, null_label: int, scale: float) -> Denoiser:
     """
 
     def guided(x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        null_B = torch.full_like(condition.label_B, null_label)
-        both = Condition(label_B=torch.cat([condition.label_B, null_B]))
+        both = condition.followed_by(condition.unconditional(null_label))
         y_BCHW, null_BCHW = denoiser(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
         return null_BCHW + scale * (y_BCHW - null_BCHW)
 

@@ -4,17 +4,30 @@ import torch
 from torch import nn
 
 from ldt.errors import InputError
+from ldt.nn.condition import TextShape
 from ldt.nn.config import ModelConfig
 from ldt.nn.transformer import Transformer
+from ldt.nn.unet import UNet
 
 
-def build(config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
-    """The denoiser with its initial weights, which depend on the seed alone; the global generator is left as it was."""
-    if classes < 1:
+def build(
+    config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, seed: int, text: TextShape | None = None
+) -> nn.Module:
+    """The denoiser with its initial weights, which depend on the seed alone; the global generator is left as it was.
+
+    text: of the data's captions, None where they have none.
+    """
+    if config.told_class and classes < 1:
         raise InputError("the data have no classes; encode images with at least one, or name the classes of the shards")
+    if config.told_text and text is None:
+        raise InputError(
+            f"model.condition_on={config.condition_on} needs captions, and the data have none; encode them with "
+            "text.encoder=bytes or another, or use model.condition_on=class"
+        )
+    make = UNet if config.name == "unet" else Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Transformer(config, latent_shape, classes)
+        return make(config, latent_shape, classes, text if config.told_text else None)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,29 +1,82 @@
 """The shape of a denoiser."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ldt.errors import InputError
 from ldt.nn.attention import KERNELS
-from ldt.options import choice
+from ldt.options import choice, section
+
+
+@dataclass
+class UNetConfig:
+    """The UNet arm; the defaults are latent-diffusion's `cin` shape (Rombach et al. 2112.10752, table 15).
+
+    `channels`: at full resolution; `multipliers`: of them at each level, every one half as large as the one before;
+    `blocks`: residual blocks a level; `head_channels`: of every attention head; `context`: width of the class and text
+    tokens that cross-attention sees.
+    """
+
+    channels: int = 256
+    multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    blocks: int = 2
+    head_channels: int = 32
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        for key in ("channels", "blocks", "head_channels", "context"):
+            if getattr(self, key) < 1:
+                raise InputError(f"model.unet.{key}={getattr(self, key)} must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise InputError(f"model.unet.multipliers={self.multipliers} must be one or more positive numbers")
+        if self.channels % self.head_channels:
+            raise InputError(
+                f"model.unet.head_channels={self.head_channels} does not divide model.unet.channels={self.channels}"
+            )
+        if self.channels % self.groups:
+            raise InputError(
+                f"model.unet.channels={self.channels} is not a multiple of {self.groups}, the groups of its norms"
+            )
+
+    @property
+    def groups(self) -> int:
+        return min(32, self.channels)
 
 
 @dataclass
 class ModelConfig:
-    """Width, depth, heads and patch size as in DiT's tables; the rest are the block's options."""
+    """Width, depth, heads and patch size as in DiT's tables; the rest are the block's options.
 
-    name: str = choice("transformer")
+    `condition_on`: what it is told besides the time. `time`: the network's clock, 1000·t or the step k = 1000·t − 1 of
+    a schedule of 1000 steps; `time_frequencies`: of its sinusoids, 10⁴^(−i/128) or, as in diffusers, 10⁴^(−i/127);
+    `time_embedding`: through a perceptron, or the bare sinusoids. `learned_sigma`: as many output channels again,
+    which nothing here trains or uses: for weights from elsewhere. `activation_checkpointing`: keep only what enters
+    each block and compute the rest again in the backward pass. `unet` belongs to name=unet, which ignores the
+    Transformer's keys.
+    """
+
+    name: str = choice("transformer", "unet")
     width: int = 384
     depth: int = 12
     heads: int = 6
     patch: int = 2
+    condition_on: str = choice("class", "text", "class_and_text")
     conditioning: str = choice("in_context", "adaln_zero")
     long_skips: bool = False
     positions: str = choice("rope", "learned", "sincos")
     norm: str = choice("rms", "layer")
     qk_norm: bool = True
-    mlp: str = choice("swiglu", "gelu")
+    qkv_bias: bool = True
+    mlp: str = choice("swiglu", "gelu", "gelu_erf")
     mlp_ratio: float = 4.0
+    time: str = choice("continuous", "steps")
+    time_frequencies: str = choice("dit", "diffusers")
+    time_embedding: str = choice("mlp", "sinusoids")
+    output_convolution: bool = False
+    learned_sigma: bool = False
+    init: str = choice("dit", "uvit")
     attention: str = choice(*KERNELS)
+    activation_checkpointing: bool = False
+    unet: UNetConfig = section(UNetConfig)
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch"):
@@ -38,3 +91,20 @@ class ModelConfig:
             )
         if self.positions == "sincos" and self.width % 4:
             raise InputError(f"model.positions=sincos needs model.width divisible by 4, not {self.width}")
+        if self.name == "unet" and self.attention not in ("auto", "sdpa"):
+            raise InputError(
+                f"model.attention={self.attention} is the transformer's; model.name=unet takes auto or sdpa"
+            )
+        if self.time_embedding == "sinusoids" and (self.conditioning != "in_context" or self.width % 2):
+            raise InputError(
+                "model.time_embedding=sinusoids is a token of its own: it needs model.conditioning=in_context and an "
+                "even model.width; else use model.time_embedding=mlp"
+            )
+
+    @property
+    def told_class(self) -> bool:
+        return self.condition_on != "text"
+
+    @property
+    def told_text(self) -> bool:
+        return self.condition_on != "class"

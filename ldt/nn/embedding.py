@@ -7,23 +7,69 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldt.diffusion.schedules import STEPS, step_of_time
+from ldt.nn.condition import TextShape
+
 FREQUENCIES = 256
 
 
-class TimeEmbedding(nn.Module):
-    """t_B in [0, 1] → [B, D]: sinusoids of 1000·t (Vaswani et al. 1706.03762) through a two-layer perceptron."""
+def network_time(t_B: Tensor, clock: str) -> Tensor:
+    """What a network sees of t in [0, 1]: 1000·t, or the step k of a discrete schedule (float32 [B])."""
+    return STEPS * t_B.float() if clock == "continuous" else step_of_time(t_B.float())
 
-    def __init__(self, width: int) -> None:
+
+def sinusoids(time_B: Tensor, width: int, spacing: str = "dit") -> Tensor:
+    """cos and sin of the time at width/2 frequencies from 1 to about 10⁻⁴ (Vaswani et al. 1706.03762): [B, width]."""
+    half = width // 2
+    span = half if spacing == "dit" else half - 1
+    frequency = torch.exp(-math.log(10_000) / span * torch.arange(half, device=time_B.device, dtype=torch.float32))
+    angle = time_B[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """t_B in [0, 1] → [B, D]: sinusoids through a two-layer perceptron."""
+
+    def __init__(self, width: int, clock: str = "continuous", spacing: str = "dit") -> None:
         super().__init__()
+        self.clock, self.spacing = clock, spacing
         self.up = nn.Linear(FREQUENCIES, width)
         self.down = nn.Linear(width, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t_B.device, dtype=torch.float32))
-        angle = 1000 * t_B.float()[:, None] * frequency
-        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.down(F.silu(self.up(sinusoids.to(self.up.weight.dtype))))
+        waves = sinusoids(network_time(t_B, self.clock), FREQUENCIES, self.spacing)
+        return self.down(F.silu(self.up(waves.to(self.up.weight.dtype))))
+
+
+class TimeSinusoids(nn.Module):
+    """t_B in [0, 1] → [B, D]: the sinusoids themselves, as U-ViT's time token."""
+
+    def __init__(self, width: int, clock: str, spacing: str) -> None:
+        super().__init__()
+        self.width, self.clock, self.spacing = width, clock, spacing
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        return sinusoids(network_time(t_B, self.clock), self.width, self.spacing)
+
+
+class TextEmbedding(nn.Module):
+    """Token numbers int64 [B, M] or features [B, M, F] → tokens [B, M, D], with learned positions."""
+
+    def __init__(self, shape: TextShape, width: int) -> None:
+        super().__init__()
+        self.shape = shape
+        if shape.vocabulary:
+            self.token = nn.Embedding(shape.vocabulary, width)
+            nn.init.normal_(self.token.weight, std=0.02)
+        else:
+            self.norm = nn.LayerNorm(shape.width, elementwise_affine=False)  # encoders differ in scale by hundreds
+            self.feature = nn.Linear(shape.width, width)
+        self.position = nn.Parameter(torch.randn(shape.length, width) * 0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        if self.shape.vocabulary:
+            return self.token(text) + self.position
+        return self.feature(self.norm(text.to(self.feature.weight.dtype))) + self.position
 
 
 def sincos_2d(width: int, rows: int, columns: int) -> Tensor:

@@ -61,7 +61,13 @@ def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
                 )
             sums.append(Sums.of(moments))
         stored.append(raw_nb)
-    content_hash = Samples(index.label_n, stored[0], stored[1] if len(stored) > 1 else None).content_hash()
+    captions, text_n = None, None
+    if index.caption_n2 is not None:
+        captions = [content[at : at + size].tobytes() for at, size in index.caption_n2.tolist()]
+    if index.text_n is not None:
+        text_n = np.lib.stride_tricks.sliding_window_view(content, layout.text_bytes)[index.text_n]
+    flipped = stored[1] if len(stored) > 1 else None
+    content_hash = Samples(index.label_n, stored[0], flipped, captions, text_n).content_hash()
     total = Sums.total(sums)
     return Sidecar(
         name=name,

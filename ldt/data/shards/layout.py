@@ -1,7 +1,9 @@
 """What one stored sample is, independent of the file format around it.
 
 A sample is its label and its posterior moments: one array [2, C, H, W] of mean and standard deviation, and with
-`flips` a second one of the mirrored image. Moments are raw autoencoder output; whitening happens at load.
+`flips` a second one of the mirrored image. Moments are raw autoencoder output; whitening happens at load. With
+captions it also has its caption in UTF-8, of any length, and with a text encoder what that makes of it: token numbers
+uint16 [M], or features float16 [M, F], zero where there is no text.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-LABEL, MOMENTS, FLIPPED = "label", "moments", "moments_flipped"
+from ldt.nn.condition import TextShape
+
+LABEL, MOMENTS, FLIPPED, CAPTION, TEXT = "label", "moments", "moments_flipped", "caption", "text"
 
 # numpy has no bfloat16: its bits are stored as unsigned integers and the manifest says what they are
 STORED: dict[str, np.dtype[Any]] = {"fp16": np.dtype("<f2"), "bf16": np.dtype("<u2"), "fp32": np.dtype("<f4")}
@@ -22,11 +26,16 @@ _TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Layout:
-    """latent_shape: (C, H, W); dtype: fp16, bf16 or fp32; flips: whether mirrored moments are there too."""
+    """latent_shape: (C, H, W); dtype: fp16, bf16 or fp32; flips: whether mirrored moments are there too.
+
+    captions: whether captions are there; text: of what an encoder made of them, or None.
+    """
 
     latent_shape: tuple[int, int, int]
     dtype: str
     flips: bool
+    captions: bool = False
+    text: TextShape | None = None
 
     @property
     def moments_shape(self) -> tuple[int, int, int, int]:
@@ -35,6 +44,20 @@ class Layout:
     @property
     def moments_bytes(self) -> int:
         return prod(self.moments_shape) * STORED[self.dtype].itemsize
+
+    @property
+    def text_shape(self) -> tuple[int, ...]:
+        assert self.text is not None
+        return (self.text.length,) if self.text.vocabulary else (self.text.length, self.text.width)
+
+    @property
+    def text_dtype(self) -> np.dtype[Any]:
+        assert self.text is not None
+        return np.dtype("<u2") if self.text.vocabulary else np.dtype("<f2")
+
+    @property
+    def text_bytes(self) -> int:
+        return prod(self.text_shape) * self.text_dtype.itemsize
 
     def pack(self, moments: torch.Tensor) -> NDArray[np.generic]:
         """Moments of any shape as they are stored: a numpy array of STORED[dtype]."""
@@ -49,11 +72,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the samples of one shard lie: labels, and byte offsets of each sample's moments."""
+    """Where the samples of one shard lie: labels, and byte offsets of each sample's moments and text.
+
+    caption_n2: offset and size of each caption.
+    """
 
     label_n: NDArray[np.int64]
     moments_n: NDArray[np.int64]
     flipped_n: NDArray[np.int64] | None
+    text_n: NDArray[np.int64] | None = None
+    caption_n2: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.label_n)
@@ -61,19 +89,28 @@ class Index:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples about to be written. moments (and flipped, or None): STORED[dtype] [n, 2, C, H, W]; label int64 [n]."""
+    """Samples about to be written. moments (and flipped, or None): STORED[dtype] [n, 2, C, H, W]; label int64 [n].
+
+    captions: UTF-8; text: as `Layout` says.
+    """
 
     label_n: NDArray[np.int64]
     moments_n2CHW: NDArray[np.generic]
     flipped_n2CHW: NDArray[np.generic] | None
+    captions: list[bytes] | None = None
+    text_n: NDArray[np.generic] | None = None
 
     def __len__(self) -> int:
         return len(self.label_n)
 
     def content_hash(self) -> int:
-        """xxh64 of labels and moments in their stored bits: the same whatever format they are written in."""
+        """xxh64 of labels, moments, captions and text in their stored bits: the same whatever format holds them."""
         digest = xxhash.xxh64(np.ascontiguousarray(self.label_n, "<i8").data)
         for moments in (self.moments_n2CHW, self.flipped_n2CHW):
             if moments is not None:
                 digest.update(np.ascontiguousarray(moments).data)
+        for caption in self.captions or []:
+            digest.update(len(caption).to_bytes(8, "little") + caption)
+        if self.text_n is not None:
+            digest.update(np.ascontiguousarray(self.text_n).data)
         return digest.intdigest()

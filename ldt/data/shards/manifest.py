@@ -18,8 +18,10 @@ from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
 from ldt.files import write_atomic
+from ldt.nn.condition import TextShape
 
-VERSION = 2
+VERSION = 3  # 2 had no captions and is read as data without them
+READABLE = (2, VERSION)
 HEAD, TABLE = "manifest.json", "shards.npy"
 VALIDATION = "validation"
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
@@ -31,7 +33,8 @@ class Manifest:
 
     table: structured array, one row a shard: name (bytes), bytes, samples, xxh64 of the file, and content, an xxh64 of
     labels and moments alone, which is the same in both formats. mean_C, std_C: float64, statistics over all posterior
-    draws, with which latents are whitened. class_counts: samples of each class. recipe: how it was made.
+    draws, with which latents are whitened. class_counts: samples of each class. recipe: how it was made. captions:
+    whether samples have them; text: what an encoder made of them, as `ldt.text.describe` tells it, or nothing.
     """
 
     format: str
@@ -48,10 +51,16 @@ class Manifest:
     image_channels: int
     table: NDArray[np.void] = field(repr=False)
     recipe: dict[str, Any] = field(default_factory=dict)
+    captions: bool = False
+    text: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.latent_shape, self.dtype, self.flips)
+        return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape)
+
+    @property
+    def text_shape(self) -> TextShape | None:
+        return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -65,7 +74,9 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Identifies the data: labels, moments and their order, not the file format or who wrote it."""
-        what = [list(self.latent_shape), self.dtype, self.flips, self.classes]
+        what: list[Any] = [list(self.latent_shape), self.dtype, self.flips, self.classes]
+        if self.captions:
+            what.append({k: v for k, v in self.text.items() if k != "examples"})
         digest = xxhash.xxh3_128(json.dumps(what).encode())
         digest.update(np.ascontiguousarray(self.table["samples"]).data)
         digest.update(np.ascontiguousarray(self.table["content"]).data)
@@ -78,7 +89,7 @@ class Manifest:
         write_atomic(directory / TABLE, out.getvalue())
         head = {
             "kind": "ldt latent shards",
-            "version": VERSION,
+            "version": VERSION if self.captions else 2,  # older programs read data without captions
             "format": self.format,
             "samples": self.samples,
             "shards": len(self.table),
@@ -97,6 +108,8 @@ class Manifest:
             "table_xxh64": xxhash.xxh64_hexdigest(out.getvalue()),
             "recipe": self.recipe,
         }
+        if self.captions:
+            head |= {"captions": True, "text": self.text}
         head["head_xxh64"] = head_hash(head)
         write_atomic(directory / HEAD, json.dumps(head, indent=1).encode())
 
@@ -134,6 +147,8 @@ class Manifest:
             image_channels=head["image_channels"],
             table=table,
             recipe=head["recipe"],
+            captions=head.get("captions", False),
+            text=head.get("text", {}),
         )
         if head["fingerprint"] != manifest.fingerprint:
             raise InputError(
@@ -172,9 +187,9 @@ def read_head(directory: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable as JSON; encode or index the data again") from None
     if not isinstance(head, dict) or head.get("kind") != "ldt latent shards":
         raise InputError(f"{path} is not a manifest of latent shards; give the output directory of `ldt encode`")
-    if head.get("version") != VERSION:
+    if head.get("version") not in READABLE:
         raise InputError(
-            f"{path} is of version {head.get('version')}, this ldt reads version {VERSION}; encode or "
+            f"{path} is of version {head.get('version')}, this ldt reads versions 2 and 3; encode or "
             "index the data again"
         )
     if head.get("head_xxh64") != head_hash(head):

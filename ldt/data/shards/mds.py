@@ -1,7 +1,8 @@
 """The MDS format of mosaicml-streaming, version 2, without needing that package.
 
 File: sample count n (uint32), n + 1 offsets (uint32), a JSON description of the columns, the samples. A sample is the
-sizes (uint32) of its columns of variable size, then the columns in alphabetical order. All ours have fixed sizes.
+sizes (uint32) of its columns of variable size, then the columns in alphabetical order. Of ours only the caption has a
+variable size, and it comes first.
 """
 
 import json
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import FLIPPED, LABEL, MOMENTS, STORED, Index, Layout, Samples
+from ldt.data.shards.layout import CAPTION, FLIPPED, LABEL, MOMENTS, STORED, TEXT, Index, Layout, Samples
 from ldt.errors import InputError
+from ldt.nn.condition import TextShape
 
 SUFFIX = ".mds"
 SIZE_LIMIT = 1 << 26  # written into each shard's description by MDSWriter; has no effect on reading
@@ -23,14 +25,21 @@ def pack(samples: Samples, layout: Layout, first: int) -> bytes:
     parts = [samples.label_n.astype("<i8")[:, None].view(np.uint8), _rows(samples.moments_n2CHW)]
     if samples.flipped_n2CHW is not None:
         parts.append(_rows(samples.flipped_n2CHW))
-    record = np.concatenate(parts, axis=1)
+    if samples.text_n is not None:
+        parts.append(_rows(samples.text_n))
+    fixed = np.concatenate(parts, axis=1)
+    captions = samples.captions
+    records = [row.tobytes() for row in fixed]
+    if captions is not None:
+        records = [np.uint32(len(c)).tobytes() + c + row for c, row in zip(captions, records, strict=True)]
+    sizes = [0, *map(len, records)]
     description = json.dumps(_description(layout), sort_keys=True).encode()
     start = 4 + 4 * (len(samples) + 1) + len(description)
-    if start + record.nbytes > LARGEST:
-        raise InputError(f"an MDS shard of {record.nbytes:,} bytes exceeds the format's 4 GB; lower shard_samples")
-    offsets = start + np.arange(len(samples) + 1) * record.shape[1]
+    offsets = start + np.cumsum(sizes, dtype=np.int64)
+    if offsets[-1] > LARGEST:
+        raise InputError(f"an MDS shard of {offsets[-1]:,} bytes exceeds the format's 4 GB; lower shard_samples")
     head = np.array([len(samples)], "<u4").tobytes() + offsets.astype("<u4").tobytes() + description
-    return head + record.tobytes()
+    return head + b"".join(records)
 
 
 def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
@@ -47,14 +56,28 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     expected = dict(_columns(layout))
     if columns != [(k, expected[k], _size(k, layout)) for k in expected]:
         raise InputError(f"shard {name} has columns {columns}, but its manifest describes {expected}; index it again")
+    first = offset[:-1]
+    caption_n2 = None
+    if layout.captions:
+        if (np.diff(offset) < 4).any():
+            raise InputError(f"shard {name} is damaged: a sample ends within its sizes; encode it again")
+        size_n = content[first[:, None] + np.arange(4)].view("<u4")[:, 0].astype(np.int64)
+        caption_n2 = np.stack([first + 4, size_n], axis=1)
+        first = first + 4 + size_n
     place, end = {}, 0
     for column, _, size in columns:
-        place[column], end = end, end + size
-    if (np.diff(offset) != end).any():
+        if size is not None:
+            place[column], end = end, end + size
+    if (offset[1:] - first != end).any():
         raise InputError(f"shard {name} is damaged: its samples are not of {end} bytes each; encode it again")
-    first = offset[:-1]
     label_n = content[first[:, None] + (place[LABEL] + np.arange(8))].view("<i8")[:, 0].astype(np.int64)
-    return Index(label_n, first + place[MOMENTS], first + place[FLIPPED] if layout.flips else None)
+    return Index(
+        label_n,
+        first + place[MOMENTS],
+        first + place[FLIPPED] if layout.flips else None,
+        first + place[TEXT] if layout.text else None,
+        caption_n2,
+    )
 
 
 def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
@@ -73,7 +96,21 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
             f"shard {name} has columns {encodings}; expected are label: int and moments: ndarray:float16:2,C,H,W "
             "(or float32, or uint16 for bf16)"
         )
-    return Layout((shape[1], shape[2], shape[3]), known[dtype], FLIPPED in encodings)
+    words = _text_shape(encodings.get(TEXT, ""), name)
+    return Layout((shape[1], shape[2], shape[3]), known[dtype], FLIPPED in encodings, CAPTION in encodings, words)
+
+
+def _text_shape(encoding: str, name: str) -> TextShape | None:
+    """Of stored tokens or features. Token numbers may be as large as uint16 allows."""
+    kind, _, shape = encoding.removeprefix("ndarray:").partition(":")
+    sizes = [int(v) for v in shape.split(",") if v.isdigit()]
+    if not encoding:
+        return None
+    if kind == "uint16" and len(sizes) == 1:
+        return TextShape(sizes[0], vocabulary=1 << 16)
+    if kind == "float16" and len(sizes) == 2:
+        return TextShape(sizes[0], width=sizes[1])
+    raise InputError(f"shard {name} has text as {encoding}; expected is ndarray:uint16:M or ndarray:float16:M,F")
 
 
 def library_index(names: list[str], sizes: list[int], samples: list[int], hashes: list[str], layout: Layout) -> bytes:
@@ -92,10 +129,20 @@ def _rows(array: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def _columns(layout: Layout) -> list[tuple[str, str]]:
     array = f"ndarray:{STORED[layout.dtype].name}:{','.join(map(str, layout.moments_shape))}"
-    return [(LABEL, "int"), (MOMENTS, array)] + ([(FLIPPED, array)] if layout.flips else [])
+    columns = [(CAPTION, "str")] if layout.captions else []
+    columns += [(LABEL, "int"), (MOMENTS, array)] + ([(FLIPPED, array)] if layout.flips else [])
+    if layout.text:
+        shape = ",".join(map(str, layout.text_shape))
+        columns.append((TEXT, f"ndarray:{layout.text_dtype.name}:{shape}"))
+    return columns
 
 
-def _size(column: str, layout: Layout) -> int:
+def _size(column: str, layout: Layout) -> int | None:
+    """Bytes of a column, None where they vary."""
+    if column == CAPTION:
+        return None
+    if column == TEXT:
+        return layout.text_bytes
     return 8 if column == LABEL else layout.moments_bytes
 
 
@@ -113,7 +160,7 @@ def _description(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _read_columns(text: bytes, name: str) -> list[tuple[str, str, int]]:
+def _read_columns(text: bytes, name: str) -> list[tuple[str, str, int | None]]:
     try:
         d = json.loads(text)
         return list(zip(d["column_names"], d["column_encodings"], d["column_sizes"], strict=True))

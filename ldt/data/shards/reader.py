@@ -28,10 +28,14 @@ FILES_KEPT = 256
 
 @dataclass(frozen=True)
 class Records:
-    """Samples as float32. moments_n2CHW: raw posterior mean and standard deviation; label_n: int64."""
+    """Samples as float32. moments_n2CHW: raw posterior mean and standard deviation; label_n: int64.
+
+    text_n: token numbers uint16 [n, M], features float16 [n, M, F], or None.
+    """
 
     moments_n2CHW: NDArray[np.float32]
     label_n: NDArray[np.int64]
+    text_n: NDArray[np.generic] | None = None
 
     @property
     def mean_nCHW(self) -> NDArray[np.float32]:
@@ -69,13 +73,19 @@ class LatentShards:
         self._lock = threading.Lock()
         self._opening = [threading.Lock() for _ in range(64)]  # striped: one shard is checked once, others meanwhile
 
-    def read(self, shard_n: ArrayLike, sample_n: ArrayLike, flip_n: ArrayLike | None = None) -> Records:
-        """The samples in the order asked. flip_n: bool, take the mirrored image's moments (stored with `flips`)."""
+    def read(
+        self, shard_n: ArrayLike, sample_n: ArrayLike, flip_n: ArrayLike | None = None, text: bool = False
+    ) -> Records:
+        """The samples in the order asked. flip_n: bool, take the mirrored image's moments (stored with `flips`).
+
+        text: read what the encoder made of the captions too.
+        """
         shard_n, sample_n = np.asarray(shard_n, np.int64), np.asarray(sample_n, np.int64)
         layout = self.manifest.layout
         assert flip_n is None or layout.flips, "no mirrored moments stored"
         raw_nb = np.empty((len(shard_n), layout.moments_bytes), np.uint8)
         label_n = np.empty(len(shard_n), np.int64)
+        text_n = np.empty((len(shard_n), layout.text_bytes), np.uint8) if text and layout.text else None
         for shard in np.unique(shard_n).tolist():
             here = np.flatnonzero(shard_n == shard)
             file, index = self._open(shard)
@@ -83,12 +93,26 @@ class LatentShards:
             offset = index.moments_n[sample_n[here]]
             if flip_n is not None and index.flipped_n is not None:
                 offset = np.where(np.asarray(flip_n)[here], index.flipped_n[sample_n[here]], offset)
-            for row, at in zip(here.tolist(), offset.tolist(), strict=True):
-                if os.preadv(file.fd, [raw_nb[row].data], at) != layout.moments_bytes:
-                    raise InputError(
-                        f"shard {self._name(shard)} was cut short while being read; restore or re-encode it"
-                    )
-        return Records(layout.unpack(raw_nb), label_n)
+            self._fill(shard, file, offset, raw_nb, here)
+            if text_n is not None and index.text_n is not None:
+                self._fill(shard, file, index.text_n[sample_n[here]], text_n, here)
+        words = None if text_n is None else text_n.view(layout.text_dtype).reshape(-1, *layout.text_shape)
+        return Records(layout.unpack(raw_nb), label_n, words)
+
+    def captions(self, shard: int, sample_n: ArrayLike) -> list[str]:
+        """Captions of samples of one shard; empty where the data have none."""
+        file, index = self._open(shard)
+        if index.caption_n2 is None:
+            return [""] * len(np.asarray(sample_n))
+        return [os.pread(file.fd, size, at).decode() for at, size in index.caption_n2[np.asarray(sample_n)].tolist()]
+
+    def _fill(
+        self, shard: int, file: _File, offset_n: NDArray[np.int64], out_nb: NDArray[np.uint8], rows: NDArray[np.int64]
+    ) -> None:
+        """Read equally long pieces of a shard into rows of `out_nb`."""
+        for row, at in zip(rows.tolist(), offset_n.tolist(), strict=True):
+            if os.preadv(file.fd, [out_nb[row].data], at) != out_nb.shape[1]:
+                raise InputError(f"shard {self._name(shard)} was cut short while being read; restore or re-encode it")
 
     def check(self, shard: int) -> Index:
         """Verify one shard fully (size, hash, structure, labels)."""

@@ -1,7 +1,8 @@
 """The tar format of webdataset: a sample is a run of members `<key>.cls`, `<key>.moments.npy`, ...
 
-Keys are the samples' numbers in the data set. Written by webdataset itself, with mtime 0 so that equal samples give
-equal bytes; read by strided views over the headers, which cost a few microseconds a sample instead of a Python loop.
+With captions also `<key>.txt` and `<key>.text.npy`. Keys are the samples' numbers in the data set. Written by
+webdataset itself, with mtime 0 so that equal samples give equal bytes; read by strided views over the headers, which
+cost a few microseconds a sample instead of a Python loop (with captions, whose lengths differ, by that loop: `walk`).
 """
 
 import io
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, Index, Layout, Samples
+from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, Samples
 from ldt.data.shards.walk import walk
 from ldt.errors import InputError
 
 SUFFIX = ".tar"
-CLS, NPY = "cls", ".npy"
+CLS, TXT, NPY = "cls", "txt", ".npy"
 BLOCK = 512
 _USTAR = np.frombuffer(b"ustar", np.uint8)
 
@@ -31,12 +32,18 @@ def pack(samples: Samples, layout: Layout, first: int) -> bytes:
             sample[MOMENTS + NPY] = _npy(samples.moments_n2CHW[i])
             if samples.flipped_n2CHW is not None:
                 sample[FLIPPED + NPY] = _npy(samples.flipped_n2CHW[i])
+            if samples.captions is not None:
+                sample[TXT] = samples.captions[i]
+            if samples.text_n is not None:
+                sample[TEXT + NPY] = _npy(samples.text_n[i])
             writer.write(sample)
     return out.getvalue()
 
 
 def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     """Find the samples in a shard's bytes; anything that does not fit together is an InputError."""
+    if layout.captions:  # their lengths differ
+        return walk(content, layout, name)
     try:
         return _strided(content, layout, name)
     except InputError:  # another writer's file, or a damaged one: the slow way tells

@@ -10,10 +10,11 @@ import tarfile
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, Index, Layout
+from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout
 from ldt.errors import InputError
+from ldt.nn.condition import TextShape
 
-CLS, NPY = "cls", ".npy"
+CLS, TXT, NPY = "cls", "txt", ".npy"
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 END = bytes(1024)
 
@@ -21,8 +22,9 @@ END = bytes(1024)
 def walk(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     """Like `tar.index`, for any well-formed tar of samples `<key>.cls`, `<key>.moments.npy`, ..."""
     wanted = [CLS, MOMENTS + NPY] + ([FLIPPED + NPY] if layout.flips else [])
+    wanted += ([TXT] if layout.captions else []) + ([TEXT + NPY] if layout.text else [])
     samples = _members(content, name)
-    label, places = [], []
+    label, places, texts, captions = [], [], [], []
     for key, members in samples.items():
         for extension in wanted:
             if extension not in members:
@@ -32,9 +34,22 @@ def walk(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
         if not text.strip().isdigit() or len(text) > 18:
             raise InputError(f"shard {name}: the label of sample {key} is {text[:20]!r}, not a whole number")
         label.append(int(text))
-        places.append([_array(content, *members[e], layout, f"shard {name}: {key}.{e}") for e in wanted[1:]])
-    place = np.array(places, np.int64).reshape(len(places), len(wanted) - 1)
-    return Index(np.array(label, np.int64), place[:, 0].copy(), place[:, 1].copy() if layout.flips else None)
+        arrays = {
+            e: _array(content, *members[e], layout, f"shard {name}: {key}.{e}") for e in wanted if e.endswith(NPY)
+        }
+        places.append([arrays[e + NPY] for e in ((MOMENTS, FLIPPED) if layout.flips else (MOMENTS,))])
+        if layout.text:
+            texts.append(arrays[TEXT + NPY])
+        if layout.captions:
+            captions.append(_caption(content, *members[TXT], f"shard {name}: {key}.{TXT}"))
+    place = np.array(places, np.int64).reshape(len(places), 2 if layout.flips else 1)
+    return Index(
+        np.array(label, np.int64),
+        place[:, 0].copy(),
+        place[:, 1].copy() if layout.flips else None,
+        np.array(texts, np.int64) if layout.text else None,
+        np.array(captions, np.int64).reshape(-1, 2) if layout.captions else None,
+    )
 
 
 def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
@@ -51,7 +66,30 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
     known = {stored: d for d, stored in STORED.items()}
     if dtype not in known or len(shape) != 4 or shape[0] != 2:
         raise InputError(f"shard {name}: moments are {dtype} {shape}; [2, C, H, W] of {', '.join(STORED)} is expected")
-    return Layout(shape[1:], known[dtype], FLIPPED + NPY in members)
+    return Layout(
+        shape[1:], known[dtype], FLIPPED + NPY in members, TXT in members, _text_shape(content, members, name)
+    )
+
+
+def _text_shape(content: NDArray[np.uint8], members: dict[str, tuple[int, int]], name: str) -> TextShape | None:
+    """Of stored tokens or features, as the first sample has them. Token numbers may be as large as uint16 allows."""
+    if TEXT + NPY not in members:
+        return None
+    dtype, shape, _ = _header(content, *members[TEXT + NPY], f"shard {name}: .{TEXT}{NPY}")
+    if dtype == np.dtype("<u2") and len(shape) == 1:
+        return TextShape(shape[0], vocabulary=1 << 16)
+    if dtype == np.dtype("<f2") and len(shape) == 2:
+        return TextShape(shape[0], width=shape[1])
+    raise InputError(f"shard {name}: .{TEXT}{NPY} is {dtype} {shape}; expected is uint16 [M] or float16 [M, F]")
+
+
+def _caption(content: NDArray[np.uint8], start: int, size: int, what: str) -> tuple[int, int]:
+    """Offset and size of a caption."""
+    try:
+        content[start : start + size].tobytes().decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{what} is not UTF-8; write it again") from None
+    return start, size
 
 
 def _members(content: NDArray[np.uint8], name: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -102,6 +140,12 @@ def _header(content: NDArray[np.uint8], start: int, size: int, what: str) -> tup
 def _array(content: NDArray[np.uint8], start: int, size: int, layout: Layout, what: str) -> int:
     """Where the array's data begin."""
     dtype, shape, header = _header(content, start, size, what)
-    if dtype != STORED[layout.dtype] or shape != layout.moments_shape or size != header + layout.moments_bytes:
-        raise InputError(f"{what} is {dtype} {shape}, not {layout.dtype} {layout.moments_shape} like the first sample")
+    expected, named = STORED[layout.dtype], layout.dtype
+    expected_shape: tuple[int, ...] = layout.moments_shape
+    length = layout.moments_bytes
+    if what.endswith(f".{TEXT}{NPY}"):
+        expected, expected_shape, length = layout.text_dtype, layout.text_shape, layout.text_bytes
+        named = expected.name
+    if dtype != expected or shape != expected_shape or size != header + length:
+        raise InputError(f"{what} is {dtype} {shape}, not {named} {expected_shape} like the first sample")
     return start + header

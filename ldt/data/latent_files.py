@@ -1,0 +1,146 @@
+"""Latents that other projects have written, one file an image: trees of .npy (fast-DiT) or .npz.
+
+fast-DiT: `<name>_features/<i>.npy`, a posterior draw [1, C, H, W] times 0.18215, beside `<name>_labels/<i>.npy`, its
+class. .npz: one directory of files with `moments` [2·C, H, W], mean and logarithm of the variance as autoencoders give
+them, and `label`. (U-ViT's own .npy files are pickles, which are never read; docs/models.md says how to convert them.)
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldt.errors import InputError
+
+
+class LatentFiles(ABC):
+    """Numbered latents with a class each; `moments` is float32 [2, C, H, W], mean and standard deviation, unscaled."""
+
+    def __init__(self, where: Path, files: list[Path]) -> None:
+        self.where = where
+        self.files = sorted(files, key=lambda p: (len(p.stem), p.stem))  # 9.npy comes before 10.npy
+        first = self.moments(0)
+        self.latent_shape: tuple[int, int, int] = first.shape[1:]
+        self.labels = np.array([self._label(i) for i in range(len(self.files))], np.int64)
+        if self.labels.min() < 0:
+            raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
+        names = where / "classes.txt"
+        largest = int(self.labels.max())
+        self.classes = tuple(names.read_text().splitlines()) if names.exists() else tuple(map(str, range(largest + 1)))
+        if len(self.classes) <= largest:
+            raise InputError(f"{names} has {len(self.classes)} names, too few for label {largest}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        """Where latent i comes from, for messages."""
+        return str(self.files[i])
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def caption(self, i: int) -> str:
+        """These have none."""
+        return ""
+
+    def checked_moments(self, i: int) -> NDArray[np.float32]:
+        """`moments`, of the same shape as all others."""
+        moments = self.moments(i)
+        if moments.shape[1:] != self.latent_shape:
+            raise InputError(f"latent {self.name(i)} is {moments.shape[1:]}, the first one is {self.latent_shape}")
+        return moments
+
+    @abstractmethod
+    def moments(self, i: int) -> NDArray[np.float32]: ...
+
+    @abstractmethod
+    def _label(self, i: int) -> int: ...
+
+
+class DrawFiles(LatentFiles):
+    """fast-DiT's tree. A draw is a posterior of no width."""
+
+    def __init__(self, where: Path, features: Path, labels: Path, scale: float) -> None:
+        self._labels, self._scale = labels, scale
+        super().__init__(where, list(features.glob("*.npy")))
+
+    def moments(self, i: int) -> NDArray[np.float32]:
+        draw = _load(self.files[i])
+        if draw.ndim == 4 and len(draw) == 1:
+            draw = draw[0]
+        if draw.ndim != 3 or draw.dtype.kind != "f":
+            raise InputError(f"latent {self.name(i)} is {draw.dtype} {draw.shape}, not floats of [1, C, H, W]")
+        mean = draw.astype(np.float32) / np.float32(self._scale)
+        return np.stack([mean, np.zeros_like(mean)])
+
+    def _label(self, i: int) -> int:
+        path = self._labels / self.files[i].name
+        if not path.exists():
+            raise InputError(f"latent {self.name(i)} has no label {path}; both trees number their files alike")
+        return _number(_load(path), path)
+
+
+class MomentFiles(LatentFiles):
+    """A directory of .npz files."""
+
+    def moments(self, i: int) -> NDArray[np.float32]:
+        both = _member(self.files[i], "moments")
+        if both.ndim != 3 or len(both) % 2 or both.dtype.kind != "f":
+            raise InputError(f"{self.name(i)}: moments are {both.dtype} {both.shape}, not floats of [2*C, H, W]")
+        mean, log_variance = np.split(both.astype(np.float32), 2)
+        return np.stack([mean, np.exp(0.5 * np.clip(log_variance, -30, 20))])  # the limits of diffusers' posterior
+
+    def _label(self, i: int) -> int:
+        return _number(_member(self.files[i], "label"), self.files[i])
+
+
+def open_latents(path: str, scale: float) -> LatentFiles:
+    """The tree at a path. scale: what its draws were multiplied with."""
+    where = Path(path)
+    if not where.is_dir():
+        raise InputError(f"latents={path} is not a directory; give one of .npy or .npz latents")
+    features, labels = sorted(where.glob("*_features")), sorted(where.glob("*_labels"))
+    if len(features) == 1 and len(labels) == 1 and any(features[0].glob("*.npy")):
+        return DrawFiles(where, features[0], labels[0], scale)
+    archives = list(where.glob("*.npz"))
+    if archives:
+        return MomentFiles(where, archives)
+    for one in where.glob("*.npy"):
+        _load(one)  # U-ViT's are pickles: say so
+    raise InputError(
+        f"latents={path} has neither one *_features and one *_labels directory of .npy files nor .npz files in it"
+    )
+
+
+def _load(path: Path) -> NDArray[Any]:
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        if "pickle" in str(error):
+            raise InputError(
+                f"latent {path} is a pickle, as U-ViT writes them, and pickles are never read; write it again as an "
+                ".npz of `moments` and `label`"
+            ) from None
+        raise InputError(f"latent {path} is damaged ({error}); write it again") from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"latent {path} can't be read ({error}); write it again") from None
+
+
+def _member(path: Path, key: str) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[key]
+    except KeyError:
+        raise InputError(f"latent {path} has no `{key}`; it needs `moments` and `label`") from None
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise InputError(f"latent {path} can't be read ({error}); write it again") from None
+
+
+def _number(array: NDArray[Any], path: Path) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"the label in {path} is {array.dtype} {array.shape}, not one whole number")
+    return int(array.reshape(-1)[0])

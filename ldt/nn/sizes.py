@@ -1,0 +1,107 @@
+"""The named sizes of published denoisers, and what a forward pass costs."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldt.errors import InputError
+from ldt.nn.build import build
+from ldt.nn.condition import Condition, TextShape
+from ldt.nn.config import ModelConfig
+
+PATCHES = (2, 4, 8)
+DIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+"""Width, depth and heads: Peebles and Xie 2212.09748, table 1."""
+
+UVIT = {"S": (512, 13, 8), "S-deep": (512, 17, 8), "M": (768, 17, 12), "L": (1024, 21, 16), "H": (1152, 29, 16)}
+"""Bao et al. 2209.12152, table 1."""
+
+
+def dit(name: str) -> ModelConfig:
+    """DiT-`name`, such as XL/2: adaLN-Zero on an integer clock of 1000 steps, with learned sigma as published."""
+    width, depth, heads, patch = _find("DiT", DIT, name)
+    return ModelConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        conditioning="adaln_zero",
+        positions="sincos",
+        norm="layer",
+        qk_norm=False,
+        mlp="gelu",
+        time="steps",
+        learned_sigma=True,
+    )
+
+
+def uvit(name: str) -> ModelConfig:
+    """U-ViT-`name`, such as H/2: time and class in context, long skips, an output convolution."""
+    width, depth, heads, patch = _find("U-ViT", UVIT, name)
+    return ModelConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        long_skips=True,
+        positions="learned",
+        norm="layer",
+        qk_norm=False,
+        qkv_bias=False,
+        mlp="gelu_erf",
+        time_embedding="sinusoids",
+        output_convolution=True,
+        init="uvit",
+    )
+
+
+def _find(family: str, table: dict[str, tuple[int, int, int]], name: str) -> tuple[int, int, int, int]:
+    size, _, patch = name.partition("/")
+    if size not in table or patch not in map(str, PATCHES):
+        raise InputError(f"{family}-{name} is no known size; sizes are {', '.join(table)}, each with /2, /4 or /8")
+    return *table[size], int(patch)
+
+
+def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None) -> int:
+    """Floating-point operations of one sample's forward pass, two a multiply-add; training costs three times as many.
+
+    Matrix products, attention and convolutions; norms, activations and embeddings are left out. (DiT's and U-ViT's
+    tables count a multiply-add as one.) A Transformer's come from the formula below, a UNet's from running it on the
+    meta device.
+    """
+    if config.name == "unet":
+        return _counted(config, latent_shape, text)
+    channels, height, width = latent_shape
+    D, p = config.width, config.patch
+    image = (height // p) * (width // p)
+    text = text if config.told_text else None
+    in_context = config.conditioning == "in_context"
+    extra = (1 + config.told_class + (text.length if text else 0)) if in_context else 0
+    N = image + extra
+    output = channels * (2 if config.learned_sigma else 1)
+    hidden = -(-int(D * config.mlp_ratio * 2 / 3) // 16) * 16
+    mlp = 3 * D * hidden if config.mlp == "swiglu" else 2 * D * int(D * config.mlp_ratio)
+    block = N * (4 * D * D + mlp) + 2 * N * N * D + (0 if in_context else 6 * D * D)
+    total = config.depth * block + image * p * p * (channels + output) * D
+    if config.time_embedding == "mlp":
+        total += 256 * D + D * D
+    if config.long_skips:
+        total += config.depth // 2 * N * 2 * D * D
+    if config.output_convolution:
+        total += 9 * output * output * height * width
+    if not in_context:
+        total += 2 * D * D
+    if text and not text.vocabulary:
+        total += text.length * text.width * D
+    return 2 * total
+
+
+def _counted(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None) -> int:
+    with torch.device("meta"):
+        model = build(config, latent_shape, classes=1, seed=0, text=text)
+        x_BCHW, t_B, label_B = torch.zeros(1, *latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        tokens = None
+        if text is not None:
+            tokens = torch.zeros(1, text.length, *([] if text.vocabulary else [text.width]), dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x_BCHW, t_B, Condition(label_B, tokens))
+    return counter.get_total_flops()

@@ -1,0 +1,74 @@
+"""Every shipped training config loads, is what its header says it is, and dry-runs."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldt import config as configs
+from ldt.cli import main
+from ldt.encode import Config as EncodeConfig
+from ldt.nn.build import build, parameter_count
+from ldt.nn.config import ModelConfig
+from ldt.nn.sizes import dit, uvit
+from ldt.train import Config
+
+ROOT = Path(__file__).parents[1] / "configs"
+TRAINING = sorted(p for d in ("imagenet256", "imagenet512") for p in (ROOT / d).glob("*.yaml"))
+MILLIONS = {
+    "imagenet256/dit_s2": 32.9,
+    "imagenet256/dit_xl2": 674.8,
+    "imagenet256/ldt_transformer": 330.3,
+    "imagenet256/sit_xl2": 674.8,
+    "imagenet256/unet_ldm8": 395.5,
+    "imagenet256/uvit_h2": 500.8,
+    "imagenet512/dit_xl2": 674.8,
+    "imagenet512/ldt_transformer": 330.3,
+    "imagenet512/sit_xl2": 674.8,
+    "imagenet512/uvit_h4": 500.9,
+}
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_it_has_the_parameters_that_its_header_tells(path):
+    config = configs.load(Config, path)
+    side = int(path.parent.name.removeprefix("imagenet")) // 8
+    with torch.device("meta"):
+        model = build(config.model, (4, side, side), 1000, seed=0)
+    assert parameter_count(model) / 1e6 == pytest.approx(MILLIONS[name_of(path)], abs=0.1)
+    header = path.read_text().split("run_dir:")[0]
+    assert f"{MILLIONS[name_of(path)]:.0f} M parameters" in header or "395 M parameters" in header
+    assert "theirs, not reproduced here" in header and f"ldt train configs/{name_of(path)}.yaml" in header
+    assert f"ldt encode configs/encode/{path.parent.name}.yaml" in header
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_it_dry_runs(path, capsys):
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert f"run_dir: runs/{name_of(path)}" in capsys.readouterr().out
+
+
+def test_reproductions_are_the_published_architectures():
+    def model(name):
+        shape = configs.load(Config, ROOT / f"{name}.yaml").model
+        return dataclasses.replace(shape, activation_checkpointing=False)
+
+    for size in ("256", "512"):
+        assert model(f"imagenet{size}/dit_xl2") == dataclasses.replace(dit("XL/2"), learned_sigma=False)
+        flow = dataclasses.replace(dit("XL/2"), learned_sigma=False, time="continuous")
+        assert model(f"imagenet{size}/sit_xl2") == flow
+    assert model("imagenet256/dit_s2") == dataclasses.replace(dit("S/2"), learned_sigma=False)
+    assert model("imagenet256/uvit_h2") == dataclasses.replace(uvit("H/2"), output_convolution=False)
+    assert model("imagenet512/uvit_h4") == dataclasses.replace(uvit("H/4"), output_convolution=False)
+    assert model("imagenet256/unet_ldm8") == ModelConfig(name="unet", time="steps")
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_their_data_are_encoded_by_a_config(size):
+    encode = configs.load(EncodeConfig, ROOT / "encode" / f"imagenet{size}.yaml")
+    assert encode.output == f"data/imagenet{size}" and encode.images.size == size
