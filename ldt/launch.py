@@ -37,7 +37,7 @@ class Config:
     """`cluster`: slurm, local, or a site's name or file under configs/cluster.
 
     `tasks`: processes a node, one a GPU. `gpus`: a node; empty for as many as tasks, 0 for a machine without.
-    `evaluate`: after (one job when training is done), watch (one that follows it) or none. `slurm`: further flags of
+    `evaluation`: after (one job when training is done), watch (one that follows it) or none. `slurm`: further flags of
     sbatch by their long names, such as {partition: a100, account: x, qos: high}.
     """
 
@@ -50,14 +50,14 @@ class Config:
     minutes: int = 24 * 60
     stop_seconds: int = 120
     max_restarts: int = 100
-    evaluate: str = choice("none", "after", "watch")
-    evaluate_tasks: int = 1
+    evaluation: str = choice("none", "after", "watch")
+    evaluation_tasks: int = 1
     logs: str = "runs/logs"
     slurm: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("nodes", "tasks", "cpus_per_task", "minutes", "evaluate_tasks"):
+        for key in ("nodes", "tasks", "cpus_per_task", "minutes", "evaluation_tasks"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be at least 1")
         if self.cluster == "local" and self.nodes > 1:
@@ -127,18 +127,18 @@ def submit(arguments: Sequence[str]) -> list[str]:
         lines.append(
             f"job {job.job_id}: {run_dir} (log {Path(config.logs) / job.job_id}_0_log.out; ldt status {run_dir})"
         )
-        if config.evaluate != "none":
+        if config.evaluation != "none":
             lines.append(_chain(config, run_dir, job.job_id))
     return lines
 
 
 def _chain(config: Config, run_dir: str, job_id: str) -> str:
     """Submit the evaluation of a run as a job of its own."""
-    executor = _executor(config, config.evaluate_tasks, 1, f"{config.name}-evaluate")
-    if config.evaluate == "after" and config.cluster != "local":
+    executor = _executor(config, config.evaluation_tasks, 1, f"{config.name}-evaluate")
+    if config.evaluation == "after" and config.cluster != "local":
         more = {"dependency": f"afterok:{job_id}", **config.slurm}
         executor.update_parameters(slurm_additional_parameters=more)
-    watch = ["--watch"] if config.evaluate == "watch" else []
+    watch = ["--watch"] if config.evaluation == "watch" else []
     job = _submit(executor, [Evaluate((run_dir, *watch))])[0]
     return f"job {job.job_id}: evaluation of {run_dir} ({run_dir}/evaluations.jsonl)"
 

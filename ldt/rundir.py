@@ -2,8 +2,10 @@
 
 config.yaml        resolved config of the newest attempt
 environment.jsonl  one line an attempt: command, versions, git state, world
+source.diff        what the source tree of the newest attempt had beyond its commit
 metrics.jsonl      written by training
-outcome.json       how the newest attempt ended: the word behind its exit code
+outcome.json       whether the newest attempt runs or how it ended: the word behind its exit code
+owner.json         who writes here now
 checkpoints/  samples/  evaluations/  evaluations.jsonl  report.html
 """
 
@@ -81,6 +83,7 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
         append_jsonl(run_dir / "environment.jsonl", environment(world_size))
+        (run_dir / "source.diff").write_text(_git("diff", "HEAD") or "")
     except OSError as error:
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
 
@@ -138,20 +141,15 @@ def environment(world_size: int) -> dict[str, Any]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "git": _git_state(),
+        "git": _git("describe", "--always", "--dirty", "--abbrev=40"),
     }
 
 
-def _git_state() -> str | None:
-    """The commit of the source tree, with a mark if it was edited; None for an installed package."""
-    here = Path(__file__).parent
+def _git(*words: str) -> str | None:
+    """What git says of the source tree; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from run_data import make_autoencoder, make_images
 from shard_data import write_shards
 
 from ldt.log import read_jsonl
+from ldt.rundir import read_outcome
 
 __all__ = ["slurm", "slurm_session"]
 
@@ -159,7 +161,7 @@ def test_encode_train_and_evaluate_are_a_chain(slurm, tmp_path):
     run = [f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "model={width: 32, depth: 1, heads: 2}"]
     run += ["train.global_batch=8", "train.total_samples=40", "evaluate={images: 12, block: 6, steps: 1}"]
     told = slurm.sh(
-        sys.executable, "tools/submit.py", *run, "evaluate=after", "evaluate_tasks=2", f"logs={tmp_path}/logs"
+        sys.executable, "tools/submit.py", *run, "evaluation=after", "evaluation_tasks=2", f"logs={tmp_path}/logs"
     )
     train, evaluate = (line.split()[1].rstrip(":") for line in told.splitlines())
     infos = [slurm.wait(job) for job in (train, evaluate)]
@@ -171,3 +173,16 @@ def test_encode_train_and_evaluate_are_a_chain(slurm, tmp_path):
     again = slurm.sbatch(*flags, "slurm/evaluate.sh", tmp_path / "run", "--watch")
     assert slurm.wait(again)["JobState"] == "COMPLETED"
     assert len(list(read_jsonl(tmp_path / "run" / "evaluations.jsonl"))) == 1
+
+
+def test_submitit_on_this_machine(plain, tmp_path):
+    """cluster=local: the same job as two processes here."""
+    config = write_config(tmp_path)
+    command = [sys.executable, "tools/submit.py", config, "cluster=local", "tasks=2", f"logs={tmp_path}/logs"]
+    told = subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert told.startswith("job ") and f"ldt status {tmp_path}/run" in told
+    end = time.monotonic() + 120
+    while time.monotonic() < end and (read_outcome(tmp_path / "run").get("outcome") in (None, "running")):
+        time.sleep(0.2)
+    lines = check_same_run(tmp_path / "run", plain)
+    assert {r["world_size"] for r in lines} == {2}
