@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from ldt.log import progress, read_jsonl
 
 BATCH, SHARDS = 8, [40, 23, 30]
 EXACT_STEPS, DIGITS = 50, 1e-5
+STEPS_A_ROUND = 12
 SAVE_STEPS, PATIENCE, STALL = 3, 120.0, 4.0
 FILE_LIMIT = 60_000  # bytes a file on a "full" disk: enough for logs, not for a share of the weights
 SETTINGS = [
@@ -64,12 +65,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=len(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0, help="length of the run; default: 12 a round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
         try:
-            rounds = campaign(Path(directory), arguments.rounds, arguments.seed, arguments.steps)
+            faults = [list(FAULTS)[i % len(FAULTS)] for i in range(arguments.rounds)]
+            rounds = campaign(Path(directory), faults, arguments.seed)
         except Failed as error:
             print(f"broken: {error}")
             return 1
@@ -79,18 +80,16 @@ def main() -> int:
     return 0
 
 
-def campaign(root: Path, count: int, seed: int, steps: int = 0) -> list[Round]:
-    """Disturb a run in `count` rounds, let it end, and compare; `Failed` if it is another run than the undisturbed."""
-    chance, total = random.Random(seed), (steps or 12 * count) * BATCH
+def campaign(root: Path, faults: Sequence[str], seed: int) -> list[Round]:
+    """Disturb a run by each fault, in random order, let it end, and compare; `Failed` if it is another run then."""
+    chance, total = random.Random(seed), STEPS_A_ROUND * len(faults) * BATCH
     write_shards(root / "data", SHARDS)
     expected = finish(start(root, "undisturbed", 1, 1, total))
     if expected != [0]:
         raise Failed(f"the undisturbed run ended with {expected}")
-    faults = [list(FAULTS)[i % len(FAULTS)] for i in range(count)]
-    chance.shuffle(faults)
     rounds = []
-    with progress(count, "round", "chaos") as bar:
-        for fault in [*faults, "none"]:
+    with progress(len(faults), "round", "chaos") as bar:
+        for fault in [*chance.sample(faults, len(faults)), "none"]:
             rounds.append(one_round(root, fault, chance, total))
             bar.update()
     compare(root / "undisturbed", root / "disturbed", total)
