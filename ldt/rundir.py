@@ -22,7 +22,7 @@ from typing import Any
 from ldt import __version__
 from ldt.config import flatten
 from ldt.errors import InputError
-from ldt.log import append_jsonl
+from ldt.log import append_jsonl, read_jsonl
 
 PLACEMENT = (
     "run_dir",
@@ -77,15 +77,17 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def prepare(run_dir: Path, config_yaml: str, world_size: int) -> None:
-    """Make the directory and record what this attempt is."""
+def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
+    """Make the directory and record what this attempt is; returns its number, from 0."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_yaml)
+        attempt = sum(1 for _ in read_jsonl(run_dir / "environment.jsonl"))
         append_jsonl(run_dir / "environment.jsonl", environment(world_size))
         (run_dir / "source.diff").write_text(_git("diff", "HEAD") or "")
     except OSError as error:
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
+    return attempt
 
 
 def begin(run_dir: Path) -> None:

@@ -38,7 +38,7 @@ from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.loader import Step as LoadedStep
 from ldt.data.shards import Manifest, open_shards, open_validation
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, barrier, process_group
+from ldt.dist import World, barrier, broadcast, process_group
 from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
 from ldt.nn.attention import choose_kernel
@@ -104,11 +104,12 @@ class Trainer:
         shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
         denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
+        number = 0
         if world.rank == 0:
-            rundir.prepare(self.run_dir, to_yaml(config), world.size)
+            number = rundir.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
-        barrier()
+        self.attempt = broadcast(number)
         self.profiles = averaging.profiles(config.ema)
         check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
         self.loader, self.validation = self._make_loaders()
@@ -289,10 +290,13 @@ class Trainer:
         if found is None:
             if self.config.train.init_from:
                 start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
-            return Progress(samples_seen=0, data_fingerprint=fingerprint)
-        saved = to_dict(from_dict(Config, read_manifest(found)["config"]))  # keys new since then take their defaults
-        rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
-        progress = restore(found, self.engine.partition, self.averages)
+            progress = Progress(samples_seen=0, data_fingerprint=fingerprint)
+        else:
+            saved = to_dict(
+                from_dict(Config, read_manifest(found)["config"])
+            )  # keys new since then take their defaults
+            rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
+            progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
             raise InputError(
                 f"data.path={self.config.data.path} holds other data (fingerprint {fingerprint[:12]}) than those that "
@@ -300,11 +304,13 @@ class Trainer:
             )
         if self.world.rank == 0:
             cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
-            logger.info(
-                "resuming at %d samples from %s; %d later log lines set aside", progress.samples_seen, found, cut
-            )
+            if found or cut:
+                where = (
+                    f"{progress.samples_seen} samples from {found}" if found else "the beginning, without a checkpoint"
+                )
+                logger.info("resuming at %s; %d later log lines set aside", where, cut)
         barrier()
-        progress.attempt += 1
+        progress.attempt = self.attempt
         return progress
 
     def _say_what_runs(self) -> None:

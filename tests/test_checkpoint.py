@@ -203,6 +203,16 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(pool, data, copy)
         assert "is whole (2 damaged)" in pool(1).run(refused_case, settings=settings)
 
 
+def test_a_start_that_left_no_checkpoint_is_set_aside(pool, data, straight, tmp_path):
+    """Killed before its first checkpoint: the run begins again, and its log has every step once."""
+    settings = [f"run_dir={tmp_path}", f"data.path={data}", "train.total_samples=160", "engine.zero_stage=1"]
+    pool(1).run(train_case, settings=settings)
+    shutil.rmtree(tmp_path / "checkpoints")
+    log = pool(1).run(train_case, settings=settings)
+    assert [r["digest"] for r in log] == [r["digest"] for r in straight[1]]
+    assert {r["attempt"] for r in log} == {1}
+
+
 def test_another_run_is_not_continued(pool, data, copy, tmp_path):
     def refused(*settings):
         return pool(1).run(refused_case, settings=[f"run_dir={copy}", f"data.path={data}", *settings])
