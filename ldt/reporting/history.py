@@ -66,7 +66,7 @@ class History:
             return math.nan
         try:
             sampling = Sampling(**self.checkpoint.manifest["sampling"])
-            model = from_dict(ModelConfig, self.config["model"])
+            model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
         except (KeyError, TypeError, InputError):
             return math.nan
         return 3.0 * flops(model, sampling.latent_shape, sampling.text_shape)
