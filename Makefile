@@ -28,12 +28,16 @@ lint: setup
 	mypy
 	lint-imports
 
-test: lint .venv/peers
+test: lint .venv/peers .venv/text
 	pytest
 
 # apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
 .venv/peers: .venv/ready tests/requirements-peers.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-peers.txt
+	touch $@
+
+.venv/text: .venv/ready tests/requirements-text.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-text.txt
 	touch $@
 
 clean:

@@ -117,6 +117,13 @@ def make_images(path: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
 
 
+def opened(path: Path) -> Image.Image:
+    """A picture read whole, its file closed."""
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
 def make_manifest_head(path: Path, images: Path) -> None:
     """The part of a shard directory that evaluation reads: where the images came from."""
     path.mkdir(parents=True)

@@ -11,7 +11,7 @@ from ldt.cli import main
 from ldt.encode import Config as EncodeConfig
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import ModelConfig
-from ldt.nn.sizes import dit, uvit
+from ldt.nn.sizes import dit, flops, uvit
 from ldt.train import Config
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -72,3 +72,24 @@ def test_reproductions_are_the_published_architectures():
 def test_their_data_are_encoded_by_a_config(size):
     encode = configs.load(EncodeConfig, ROOT / "encode" / f"imagenet{size}.yaml")
     assert encode.output == f"data/imagenet{size}" and encode.images.size == size
+
+
+def test_the_study_is_matched():
+    """The UNet arms have the Transformer's parameters and its cost; all else is the same."""
+    arms = {n: configs.load(Config, ROOT / "study" / f"{n}.yaml") for n in ("transformer", "unet", "unet_flops")}
+    with torch.device("meta"):
+        parameters = {n: parameter_count(build(c.model, (4, 8, 8), 10, seed=0)) for n, c in arms.items()}
+    cost = {n: flops(c.model, (4, 8, 8)) for n, c in arms.items()}
+    assert parameters["unet"] / parameters["transformer"] == pytest.approx(1, abs=0.03)
+    assert cost["unet_flops"] / cost["transformer"] == pytest.approx(1, abs=0.03)
+    rest = [dataclasses.replace(c, model=ModelConfig(), run_dir="") for c in arms.values()]
+    assert rest[0] == rest[1] == rest[2]
+
+
+def test_the_text_example_loads(capsys):
+    config = configs.load(Config, ROOT / "text" / "emoji.yaml")
+    assert config.model.condition_on == "class_and_text"
+    encode = configs.load(EncodeConfig, ROOT / "encode" / "emoji.yaml")
+    assert encode.output == config.data.path and encode.text.encoder == "bytes"
+    assert main(["train", str(ROOT / "text" / "emoji.yaml"), "--dry-run"]) == 0
+    assert "condition_on: class_and_text" in capsys.readouterr().out

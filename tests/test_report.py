@@ -30,6 +30,8 @@ from ldt.errors import InputError
 from ldt.evaluate import Config as EvaluationConfig
 from ldt.evaluate import EvaluateConfig, evaluate
 from ldt.log import append_jsonl
+from ldt.nn.config import ModelConfig
+from ldt.nn.sizes import flops
 from ldt.pictures import class_grid, write_picture
 from ldt.report import Config, names, run
 from ldt.reporting.curves import best_score, decimate, evaluation_groups, make_charts, restarts, smooth
@@ -190,6 +192,8 @@ def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
     assert scored["samples"] == [1000.0, 2000.0]
     assert scored["y"] == [s["fd_efficientnet_lite0"] for s in scores]
     assert scored["hours"] == pytest.approx([10 / 60, 20 / 60], abs=0.01)
+    each = 3 * flops(ModelConfig(width=32, depth=2, heads=2), (4, 8, 8)) / 1e15
+    assert scored["compute"] == pytest.approx([1000 * each, 2000 * each])
     (mark,) = charts["loss"]["marks"]
     assert mark["samples"] == 1000 and "1 → 3 processes" in mark["text"]
 
@@ -197,7 +201,7 @@ def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
 def test_a_picture_of_every_plot(run_dir: Path) -> None:
     charts = data_of(page_of(run_dir))["charts"]
     for chart in charts:
-        for name in (f"{chart['id']}.png", f"{chart['id']}_by_hours.png"):
+        for name in (f"{chart['id']}.png", f"{chart['id']}_by_hours.png", f"{chart['id']}_by_compute.png"):
             with Image.open(run_dir / "report" / name) as picture:
                 assert len(np.unique(np.asarray(picture.convert("L")))) > 10, name
     assert {"generated.png", "real.png", "neighbours.png"} <= {p.name for p in (run_dir / "report").iterdir()}

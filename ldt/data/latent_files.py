@@ -132,7 +132,7 @@ def _load(path: Path) -> NDArray[Any]:
 
 def _member(path: Path, key: str) -> NDArray[Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive[key]
     except KeyError:
         raise InputError(f"latent {path} has no `{key}`; it needs `moments` and `label`") from None

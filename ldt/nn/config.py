@@ -1,5 +1,6 @@
 """The shape of a denoiser."""
 
+import math
 from dataclasses import dataclass, field
 
 from ldt.errors import InputError
@@ -32,14 +33,11 @@ class UNetConfig:
             raise InputError(
                 f"model.unet.head_channels={self.head_channels} does not divide model.unet.channels={self.channels}"
             )
-        if self.channels % self.groups:
-            raise InputError(
-                f"model.unet.channels={self.channels} is not a multiple of {self.groups}, the groups of its norms"
-            )
 
     @property
     def groups(self) -> int:
-        return min(32, self.channels)
+        """Of its norms: 32, or what of that divides the channels."""
+        return math.gcd(self.channels, 32)
 
 
 @dataclass

@@ -23,7 +23,9 @@ SMOOTH_FROM = 200
 
 @dataclass(frozen=True)
 class Series:
-    """One line: y over samples seen and over hours. `style`: line, faint (behind a smoothed one) or points.
+    """One line: y over samples seen, hours and training compute (10¹⁵ floating-point operations).
+
+    `style`: line, faint (behind a smoothed one) or points.
 
     `setting` is written at its end, where a run has several lines of the same colour.
     """
@@ -35,6 +37,7 @@ class Series:
     hours: list[float]
     y: list[float]
     setting: str = ""
+    compute: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Mark:
     samples: float
     hours: float
     text: str
+    compute: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,17 @@ def make_charts(runs: Sequence[History]) -> list[Chart]:
         _plain("images_per_second", "Images per second", runs, "all processes together", from_zero=True),
         _plain("data_wait_fraction", "Waiting for data", runs, "share of step time", "percent", from_zero=True),
     ]
-    return [replace(chart, marks=marks) for chart in charts if chart.series]
+    cost = [run.training_flops() / 1e15 for run in runs]
+    marks = [replace(mark, compute=mark.samples * cost[mark.run]) for mark in marks]
+    return [
+        replace(
+            chart,
+            marks=marks,
+            series=[replace(s, compute=[x * cost[s.run] for x in s.samples]) for s in chart.series],
+        )
+        for chart in charts
+        if chart.series
+    ]
 
 
 def restarts(k: int, run: History) -> list[Mark]:

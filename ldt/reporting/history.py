@@ -9,8 +9,11 @@ from typing import Any
 
 import yaml
 
-from ldt.checkpoint import MANIFEST_HASH, Damaged, listed, read_manifest
+from ldt.checkpoint import MANIFEST_HASH, Damaged, Sampling, listed, read_manifest
+from ldt.config import from_dict
 from ldt.errors import InputError
+from ldt.nn.config import ModelConfig
+from ldt.nn.sizes import flops
 
 Record = dict[str, Any]
 GRID_NAME = re.compile(r"\d+\.png")
@@ -56,6 +59,17 @@ class History:
     def validations(self) -> list[int]:
         """Indices of the lines about the held-out split."""
         return [i for i, line in enumerate(self.lines) if "validation_loss" in line]
+
+    def training_flops(self) -> float:
+        """Floating-point operations that one training sample costs, three forward passes; NaN without a checkpoint."""
+        if self.checkpoint is None:
+            return math.nan
+        try:
+            sampling = Sampling(**self.checkpoint.manifest["sampling"])
+            model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
+        except (KeyError, TypeError, InputError):
+            return math.nan
+        return 3.0 * flops(model, sampling.latent_shape, sampling.text_shape)
 
     @property
     def samples_seen(self) -> int:

@@ -201,7 +201,7 @@ def _curves(runs: Sequence[History], charts: Sequence[Chart], plots: str) -> Mar
 
 
 def _axis_switch() -> Markup:
-    axes = {"samples": "samples seen", "hours": "hours"}
+    axes = {"samples": "samples seen", "hours": "hours", "compute": "compute"}
     buttons = [
         tag("button", words, type="button", data_axis=axis, aria_pressed="true" if axis == "samples" else "false")
         for axis, words in axes.items()

@@ -13,13 +13,17 @@ COLOURS = ("#2f6db5", "#c2571a", "#2e8b62", "#8d55a8", "#a87c12", "#b8456b", "#3
 INK, GRID = "#3a3a38", "#e4e2dc"
 
 
+AXES = {"samples": "samples seen", "hours": "hours of running", "compute": "training compute, petaFLOP"}
+
+
 def write_plots(charts: list[Chart], directory: Path) -> list[Path]:
-    """One PNG a chart and x axis: `<id>.png` over samples seen, `<id>_by_hours.png` over running hours."""
+    """One PNG a chart and x axis: `<id>.png` over samples seen, `<id>_by_hours.png` over running hours, and over
+    training compute `<id>_by_compute.png`."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for chart in charts:
-        for axis in ("samples", "hours"):
-            path = directory / f"{chart.id}{'' if axis == 'samples' else '_by_hours'}.png"
+        for axis in AXES:
+            path = directory / f"{chart.id}{'' if axis == 'samples' else f'_by_{axis}'}.png"
             temporary = path.with_name(f".{path.name}.tmp")
             with rc_context({"text.parse_math": False}):  # a run may be called $x
                 _figure(chart, axis).savefig(temporary, format="png", dpi=160)
@@ -52,7 +56,7 @@ def _figure(chart: Chart, axis: str) -> Figure:
 
 def _dress(axes: Axes, chart: Chart, axis: str) -> None:
     axes.set_title(chart.title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.set_xlabel("samples seen" if axis == "samples" else "hours of running", color=INK)
+    axes.set_xlabel(AXES[axis], color=INK)
     axes.set_ylabel(chart.caption if len(chart.caption) < 30 else "", color=INK)
     if axis == "samples":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -35,6 +35,7 @@
   const showX = (x, exact) => {
     if (state.axis === "samples") return exact ? `${whole.format(x)} samples` : compact.format(x);
     if (!exact) return String(Number(x.toPrecision(3)));
+    if (state.axis === "compute") return `${Number(x.toPrecision(4))} PFLOP`;
     const minutes = x * 60;
     return minutes < 60 ? `${Number(minutes.toPrecision(3))} min` : `${Number(x.toPrecision(4))} h`;
   };
@@ -89,7 +90,7 @@
       svg("line", { class: "rule", x1: box.left, x2: box.right, y1: Y(y), y2: Y(y) }, root);
       svg("text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, root).textContent = yLabels[i];
     }
-    const unit = state.axis === "hours" ? " h" : "";
+    const unit = { samples: "", hours: " h", compute: " PF" }[state.axis];
     for (const x of ticks(...limits.x, width < 420 ? 4 : 6)) {
       const anchor = X(x) > box.right - 14 ? "end" : "middle";
       const at = { x: anchor === "end" ? box.right + 4 : X(x), y: height - 7, "text-anchor": anchor };

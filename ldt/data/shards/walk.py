@@ -4,8 +4,10 @@ Shards of other writers differ in the order of members, in padding of sizes or i
 payload is unpickled; what doesn't fit together is an InputError that names the shard and the member.
 """
 
+import functools
 import io
 import tarfile
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,15 +127,33 @@ def _members(content: NDArray[np.uint8], name: str) -> dict[str, dict[str, tuple
 
 def _header(content: NDArray[np.uint8], start: int, size: int, what: str) -> tuple[np.dtype, tuple[int, ...], int]:
     """dtype, shape and length of an .npy header."""
-    stream = io.BytesIO(content[start : start + min(size, 4096)].tobytes())
-    try:
-        major = np.lib.format.read_magic(stream)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise InputError(f"{what} is not a readable .npy array ({error}); write it again") from None
+    prefix = content[start : start + min(size, 12)].tobytes()
+    length = 10 + int.from_bytes(prefix[8:10], "little") if prefix[6:7] == b"\1" else 4096
+    with _PARSING:
+        try:
+            return _parsed(content[start : start + min(size, length)].tobytes())
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise InputError(f"{what} is not a readable .npy array ({error}); write it again") from None
+        except _Unfit:
+            raise InputError(f"{what} is in Fortran order or holds objects; write it in C order") from None
+
+
+_PARSING = threading.Lock()  # numpy parses headers with `ast`, which in Python 3.11 fails in two threads at once
+
+
+class _Unfit(Exception):
+    """An array whose bytes can't be used as they lie there."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
+    """The same for all samples of a shard, so it is kept: parsing takes longer than all the rest."""
+    stream = io.BytesIO(header)
+    major = np.lib.format.read_magic(stream)[0]
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
     if fortran or dtype.hasobject:
-        raise InputError(f"{what} is in Fortran order or holds objects; write it in C order")
+        raise _Unfit
     return dtype, shape, stream.tell()
 
 

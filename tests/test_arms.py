@@ -1,0 +1,52 @@
+"""Every kind of denoiser trains under DeepSpeed, on one rank and on two, and its checkpoint loads."""
+
+import pytest
+import torch
+from shard_data import write_shards
+from test_checkpoint import refused_case, train_case
+
+from ldt.checkpoint import load_denoiser
+from ldt.nn.condition import Condition
+
+UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
+DIT = "{width: 32, depth: 2, heads: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false,"
+UVIT = "{width: 32, depth: 3, heads: 2, long_skips: true, positions: learned, time_embedding: sinusoids,"
+ARMS = {
+    "unet": (UNET, "flow", "rectified_flow"),
+    "dit": (DIT + " mlp: gelu, time: steps, learned_sigma: true, activation_checkpointing: true}", "eps", "ddpm"),
+    "uvit": (UVIT + " mlp: gelu_erf, qkv_bias: false, output_convolution: true, init: uvit}", "eps", "scaled_linear"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_shards(path, [40, 23], latent_shape=(4, 4, 4))
+    return path
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_train_the_same_on_one_rank_and_on_two(pool, data, tmp_path, arm):
+    model, prediction, schedule = ARMS[arm]
+    settings = [f"model={model}", f"objective={{prediction: {prediction}, schedule: {schedule}, weighting: min_snr}}"]
+    settings += [f"data.path={data}", "train.total_samples=80"]
+    one = pool(1).run(train_case, settings=[*settings, f"run_dir={tmp_path}/one", "engine.zero_stage=1"])
+    two = pool(2).run(train_case, settings=[*settings, f"run_dir={tmp_path}/two", "engine.zero_stage=3"])
+    assert [r["digest"] for r in one] == [r["digest"] for r in two]
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=2e-4)
+    loaded = [load_denoiser(tmp_path / name, "master").denoiser for name in ("one", "two")]
+    x, t, label = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7]), Condition(torch.tensor([0, 3]))
+    with torch.no_grad():
+        a, b = (net(x, t, label) for net in loaded)
+    assert a.shape == x.shape and a.any()
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_training(pool, data, tmp_path):
+    settings = [f"data.path={data}", "train.total_samples=80", f"run_dir={tmp_path}/run"]
+    said = pool(1).run(refused_case, settings=[*settings, "model.attention=flash"])
+    assert "model.attention=flash needs flash-attn; pip install ldt-train[flash]" in said
+    said = pool(1).run(refused_case, settings=[*settings, "model.name=unet", "model.attention=reference"])
+    assert "model.attention=reference is the transformer's; model.name=unet takes auto or sdpa" in said
+    said = pool(1).run(refused_case, settings=[*settings, "model.patch=3"])
+    assert "model.patch=3 does not divide the latent size 4x4" in said

@@ -1,0 +1,135 @@
+"""Latents as fast-DiT writes them, and as .npz, through `ldt encode latents=DIR`."""
+
+import numpy as np
+import pytest
+from run_data import make_autoencoder
+
+from ldt.cli import main
+from ldt.data.latent_files import open_latents
+from ldt.data.shards import Manifest, open_shards
+from ldt.errors import InputError
+
+COUNT, SCALE = 23, 0.18215
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae")
+    make_autoencoder(path)
+    return path
+
+
+def draws_tree(root):
+    """What fast-DiT's extract_features.py leaves: [1, C, H, W] and [1] a file."""
+    generator = np.random.default_rng(0)
+    (root / "imagenet256_features").mkdir(parents=True)
+    (root / "imagenet256_labels").mkdir()
+    latents = generator.standard_normal((COUNT, 4, 8, 8)).astype(np.float32)
+    labels = generator.integers(0, 5, COUNT)
+    for i in range(COUNT):
+        np.save(root / "imagenet256_features" / f"{i}.npy", latents[i : i + 1] * np.float32(SCALE))
+        np.save(root / "imagenet256_labels" / f"{i}.npy", labels[i : i + 1])
+    return latents, labels
+
+
+def moments_tree(root):
+    generator = np.random.default_rng(1)
+    root.mkdir()
+    moments = generator.standard_normal((COUNT, 8, 8, 8)).astype(np.float32)
+    for i in range(COUNT):
+        np.savez(root / f"{i}.npz", moments=moments[i], label=np.int64(i % 3))
+    return moments
+
+
+def encode(tree, vae, output, *settings):
+    keys = [f"latents={tree}", f"autoencoder={vae}", f"output={output}", "dtype=fp32", "shard_samples=10"]
+    return main(["encode", *keys, "validation_fraction=0", *settings, "--quiet"])
+
+
+def stored(path):
+    shards = open_shards(path)
+    place = [(s, i) for s, n in enumerate(shards.manifest.counts.tolist()) for i in range(n)]
+    return shards.read(*np.array(place).T)
+
+
+def test_draws_become_posteriors_without_width(vae, tmp_path):
+    latents, labels = draws_tree(tmp_path / "tree")
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards") == 0
+    records = stored(tmp_path / "shards")
+    np.testing.assert_allclose(records.mean_nCHW, latents, rtol=1e-6)  # 10.npy comes after 9.npy
+    assert not records.std_nCHW.any() and records.label_n.tolist() == labels.tolist()
+    manifest = Manifest.load(tmp_path / "shards")
+    assert manifest.latent_shape == (4, 8, 8) and manifest.image_size == 32 and manifest.classes == list("01234")
+
+
+def test_moments_are_mean_and_logarithm_of_the_variance(vae, tmp_path):
+    moments = moments_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "classes.txt").write_text("ant\nbee\ncat\n")
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards", "format=mds") == 0
+    records = stored(tmp_path / "shards")
+    np.testing.assert_allclose(records.mean_nCHW, moments[:, :4], rtol=1e-6)
+    np.testing.assert_allclose(records.std_nCHW**2, np.exp(moments[:, 4:]), rtol=1e-5)
+    assert Manifest.load(tmp_path / "shards").classes == ["ant", "bee", "cat"]
+
+
+def spoil_shape(root):
+    np.savez(root / "7.npz", moments=np.zeros((8, 4, 4), np.float32), label=np.int64(0))
+
+
+def spoil_key(root):
+    np.savez(root / "7.npz", moments=np.zeros((8, 8, 8), np.float32))
+
+
+def spoil_label(root):
+    np.savez(root / "7.npz", moments=np.zeros((8, 8, 8), np.float32), label=np.float32(0.5))
+
+
+def cut(root):
+    (root / "7.npz").write_bytes((root / "7.npz").read_bytes()[:300])
+
+
+def few_names(root):
+    (root / "classes.txt").write_text("ant\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_shape, "7.npz is (4, 4, 4), the first one is (4, 8, 8)"),
+        (spoil_key, "7.npz has no `label`"),
+        (spoil_label, "not one whole number"),
+        (cut, "7.npz can't be read"),
+        (few_names, "has 1 names, too few for label 2"),
+    ],
+)
+def test_what_does_not_fit_is_named(vae, tmp_path, capsys, spoil, said):
+    moments_tree(tmp_path / "tree")
+    spoil(tmp_path / "tree")
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_missing_labels_and_pickles_are_named(tmp_path):
+    draws_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "imagenet256_labels" / "5.npy").unlink()
+    with pytest.raises(InputError, match="5.npy has no label"):
+        open_latents(str(tmp_path / "tree"), SCALE)
+    pickles = tmp_path / "uvit"
+    pickles.mkdir()
+    pair = np.empty(2, object)
+    pair[:] = [np.zeros((8, 8, 8), np.float32), 3]
+    np.save(pickles / "0.npy", pair, allow_pickle=True)  # as U-ViT writes it
+    with pytest.raises(InputError, match="0.npy is a pickle, as U-ViT writes them, and pickles are never read"):
+        open_latents(str(pickles), SCALE)
+    with pytest.raises(InputError, match="is not a directory"):
+        open_latents(str(tmp_path / "none"), SCALE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has neither one"):
+        open_latents(str(tmp_path / "empty"), SCALE)
+
+
+def test_settings_that_exclude_each_other(vae, tmp_path, capsys):
+    assert encode(tmp_path, vae, tmp_path / "x", "images.path=photos") == 2
+    assert "latents= takes the place of images.path" in capsys.readouterr().err
+    assert encode(tmp_path, vae, tmp_path / "x", "latents_scale=0") == 2
+    assert "latents_scale=0.0 must be positive" in capsys.readouterr().err
