@@ -292,9 +292,8 @@ class Trainer:
                 start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
             progress = Progress(samples_seen=0, data_fingerprint=fingerprint)
         else:
-            saved = to_dict(
-                from_dict(Config, read_manifest(found)["config"])
-            )  # keys new since then take their defaults
+            # keys that are new since then take their defaults
+            saved = to_dict(from_dict(Config, read_manifest(found)["config"]))
             rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
             progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
@@ -305,10 +304,10 @@ class Trainer:
         if self.world.rank == 0:
             cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
             if found or cut:
-                where = (
-                    f"{progress.samples_seen} samples from {found}" if found else "the beginning, without a checkpoint"
+                where = f"from {found}" if found else "without a checkpoint"
+                logger.info(
+                    "resuming at %d samples %s; %d later log lines set aside", progress.samples_seen, where, cut
                 )
-                logger.info("resuming at %s; %d later log lines set aside", where, cut)
         barrier()
         progress.attempt = self.attempt
         return progress

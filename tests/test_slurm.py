@@ -147,6 +147,8 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     told = slurm.sh(*command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
     assert len(told) == 2 and f"run_dir={tmp_path}/run/seed=1" in told[0]
     assert not slurm.sh("squeue", "-h")
+    told = slurm.sh(*command, "--dry-run", "cluster=example")
+    assert told.startswith("would submit: ldt train"), "a site's file"
 
 
 def test_encode_train_and_evaluate_are_a_chain(slurm, tmp_path):
