@@ -36,10 +36,13 @@ MOST_STEPS = 4096  # (image id, step) make one key of the noise that stochastic 
 
 @dataclass
 class DrawConfig(SamplerConfig):
-    """What decides image i besides the checkpoint. `labels`: class i mod classes, or random by (seed, i)."""
+    """What decides image i besides the checkpoint.
+
+    `labels`: class i mod classes; or drawn by (seed, i), each class as likely as in the training data, or all equally.
+    """
 
     seed: int = 0
-    labels: str = choice("balanced", "random")
+    labels: str = choice("balanced", "data", "random")
     block: int = 50
     weights: str = choice("ema", "master")
     precision: str = choice("fp32", "bf16")
@@ -121,19 +124,23 @@ def load_autoencoder(sampling: Sampling, device: torch.device) -> Autoencoder:
     return autoencoder
 
 
-def labels_of(id_B: Sequence[int], classes: int, config: DrawConfig) -> NDArray[np.int64]:
+def labels_of(id_B: Sequence[int], sampling: Sampling, config: DrawConfig) -> NDArray[np.int64]:
     """The class of each image id: int64 [B]."""
-    ids = np.asarray(id_B, np.int64)
+    ids, classes = np.asarray(id_B, np.int64), len(sampling.classes)
     if config.labels == "balanced":
         return ids % classes
-    return (rng.uniform(config.seed, Purpose.SAMPLE_LABEL, ids, 1)[:, 0] * classes).astype(np.int64)
+    if config.labels == "data" and not sampling.class_counts:
+        raise InputError("labels=data needs a checkpoint that knows its data's class counts; use balanced or random")
+    counts = np.array(sampling.class_counts if config.labels == "data" else [1] * classes, np.int64)
+    place = rng.uniform(config.seed, Purpose.SAMPLE_LABEL, ids, 1)[:, 0] * counts.sum()
+    return np.searchsorted(np.cumsum(counts), place, "right").astype(np.int64)
 
 
 def default_labels(model: ImageModel, id_B: Sequence[int], config: DrawConfig) -> NDArray[np.int64]:
     """The class of each image id: of the example captions that it has too, or `labels_of`."""
     if examples := model.examples:
         return np.array([examples[i % len(examples)][0] for i in id_B], np.int64)
-    return labels_of(id_B, len(model.sampling.classes), config)
+    return labels_of(id_B, model.sampling, config)
 
 
 @torch.no_grad()  # not inference mode: a training engine may own the denoiser

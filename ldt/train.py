@@ -416,5 +416,6 @@ def sampling_of(manifest: Manifest) -> Sampling:
         autoencoder_hash=manifest.autoencoder_hash,
         image_size=manifest.image_size,
         image_channels=manifest.image_channels,
+        class_counts=list(manifest.class_counts),
         text=manifest.text,
     )

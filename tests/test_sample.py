@@ -68,12 +68,17 @@ def test_guidance_one_is_none_and_more_is_more(model: ImageModel) -> None:
 
 
 def test_labels() -> None:
-    ids = range(3000)
-    assert labels_of(ids, 3, DrawConfig()).tolist() == [i % 3 for i in ids]
-    drawn = labels_of(ids, 3, DrawConfig(labels="random", seed=5))
-    assert drawn[1000:1010].tolist() == labels_of(range(1000, 1010), 3, DrawConfig(labels="random", seed=5)).tolist()
+    ids, sampling = range(3000), Sampling((4, 2, 2), ["a", "b", "c"], [], [], "", "", 32, 1, class_counts=[10, 0, 30])
+    assert labels_of(ids, sampling, DrawConfig()).tolist() == [i % 3 for i in ids]
+    drawn = labels_of(ids, sampling, DrawConfig(labels="random", seed=5))
+    some = labels_of(range(1000, 1010), sampling, DrawConfig(labels="random", seed=5))
+    assert drawn[1000:1010].tolist() == some.tolist()
     assert all(900 < n < 1100 for n in np.bincount(drawn)) and len(np.bincount(drawn)) == 3
-    assert (drawn != labels_of(ids, 3, DrawConfig(labels="random", seed=6))).any()
+    assert (drawn != labels_of(ids, sampling, DrawConfig(labels="random", seed=6))).any()
+    as_data = np.bincount(labels_of(ids, sampling, DrawConfig(labels="data")))
+    assert as_data[1] == 0 and 650 < as_data[0] < 850 and as_data.sum() == 3000
+    with pytest.raises(InputError, match="labels=data needs a checkpoint that knows"):
+        labels_of(ids, replace(sampling, class_counts=[]), DrawConfig(labels="data"))
 
 
 def test_bf16_is_near_fp32(run_dir: Path, model: ImageModel) -> None:

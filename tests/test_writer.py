@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldt.checkpoint import Content, Progress, Reader, Retention, Writer, listed, read_manifest, verify
+from ldt.checkpoint import Content, Progress, Reader, Retention, Writer, listed, load_denoiser, read_manifest, verify
 from ldt.checkpoint.writer import remove_leftovers, remove_old
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
@@ -114,6 +115,8 @@ def test_a_repeated_save_replaces_the_old_one(pool, tmp_path):
     pool(1).run(repeated_case, directory=str(tmp_path))
     (path,) = listed(tmp_path)
     assert read_manifest(path)["progress"]["attempt"] == 7
+    with pytest.raises(InputError, match="holds no ema weights, but master"):
+        load_denoiser(path)
 
 
 def repeated_case(world: World, directory: str) -> None:

@@ -29,6 +29,7 @@ CHUNK = 1 << 24
 class Sampling:
     """What it takes to make images from a checkpoint without the data it was trained on.
 
+    class_counts: training samples of each class, empty in old checkpoints;
     text: the encoder of the captions and some of them with their labels, as `ldt.data.shards.Manifest.text` has it.
     """
 
@@ -40,6 +41,7 @@ class Sampling:
     autoencoder_hash: str
     image_size: int
     image_channels: int
+    class_counts: list[int] = field(default_factory=list)
     text: dict[str, Any] = field(default_factory=dict)
 
     @property
