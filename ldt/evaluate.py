@@ -226,6 +226,8 @@ def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, st
         wanted = config.images - k * config.block
         store.write(k, {name: value[:wanted] for name, value in detector(image_BHWC).arrays().items()})
 
+    # on a CPU whose cores all have a process, a second thread only gets in the way
+    overlap = world.device.type == "cuda" or len(os.sched_getaffinity(0)) > world.local_size
     missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
     with ThreadPoolExecutor(1) as thread, log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar:
         pending: Future[None] | None = None
@@ -234,6 +236,8 @@ def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, st
             if pending is not None:
                 pending.result()
             pending = thread.submit(detect, k, image_BHWC)
+            if not overlap:
+                pending.result()
             bar.update(config.block * world.size)
         if pending is not None:
             pending.result()
