@@ -255,6 +255,10 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
         )
     out: list[str] = []
     for word in wanted:
+        if not isinstance(word, str):  # YAML reads `flag: japan` as a mapping
+            raise InputError(
+                f"prompt {word} is not text; put a caption with a colon in quotes, or all into a .txt file"
+            )
         if not word.endswith(".txt"):
             out.append(word)
             continue

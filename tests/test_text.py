@@ -230,6 +230,8 @@ def test_a_checkpoint_of_text_is_enough_to_sample_from(run_dir, tmp_path, capsys
     capsys.readouterr()
     assert main([*command, "prompts=[none.txt]"]) == 2
     assert "prompts file none.txt can't be read" in capsys.readouterr().err
+    assert main([*command, "prompts=[flag: japan]"]) == 2
+    assert "is not text; put a caption with a colon in quotes" in capsys.readouterr().err
 
 
 def test_captions_reach_the_denoiser_of_a_checkpoint(run_dir):
