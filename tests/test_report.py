@@ -323,6 +323,7 @@ def test_decimating_keeps_the_extremes_and_smoothing_the_mean() -> None:
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     rundir.prepare(tmp_path / "new", to_yaml(TrainConfig(run_dir="new", data=DataConfig(path="x"))), 4)
+    rundir.begin(tmp_path / "new")
     words = words_of(page_of(tmp_path / "new"))
     for text in ("no lines yet", "scored yet", "no checkpoint yet", "No sample grids", "nothing to plot", "running"):
         assert text in words, text
