@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "slurm_cluster.sh"
 NODES = 4
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 class Slurm:

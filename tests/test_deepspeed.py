@@ -19,7 +19,7 @@ def test_a_hostfile_over_ssh(slurm, plain, tmp_path):
     config, prefix = write_config(tmp_path), slurm.env["SLURM_CLUSTER_PREFIX"]
     (tmp_path / "hosts").write_text(f"{prefix}1 slots=2\n{prefix}2 slots=2\n")
     command = [*DEEPSPEED, f"--hostfile={tmp_path}/hosts", "--module", "ldt", "train", str(config)]
-    done = subprocess.run(command, env=slurm.env, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, env=slurm.env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = check_same_run(tmp_path / "run", plain)
     assert {r["world_size"] for r in lines} == {4}
@@ -29,7 +29,7 @@ def test_an_unreachable_host_is_named(slurm, tmp_path):
     config = write_config(tmp_path)
     (tmp_path / "hosts").write_text("nowhere.invalid slots=1\nnowhere2.invalid slots=1\n")
     command = [*DEEPSPEED, f"--hostfile={tmp_path}/hosts", "--module", "ldt", "train", str(config)]
-    done = subprocess.run(command, env=slurm.env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=slurm.env, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and "nowhere.invalid" in done.stdout + done.stderr
 
 
@@ -54,7 +54,7 @@ def test_without_ssh_on_each_node(plain, tmp_path):
         )
         for node in (0, 1)
     ]
-    told = [p.communicate(timeout=170)[0] for p in nodes]
+    told = [p.communicate(timeout=300)[0] for p in nodes]
     assert [p.returncode for p in nodes] == [0, 0], told
     lines = check_same_run(tmp_path / "run", plain)
     assert {r["world_size"] for r in lines} == {2}
