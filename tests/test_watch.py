@@ -15,7 +15,7 @@ from ldt import claims
 from ldt.checkpoint import Retention, remove_old
 from ldt.claims import Claim, forget, pinned, want
 from ldt.log import read_jsonl
-from ldt.rundir import DONE, write_outcome
+from ldt.rundir import DONE, begin, write_outcome
 
 FAST = ["evaluate.images=16", "evaluate.sampler=euler", "evaluate.steps=2", "evaluate.block=4"]
 
@@ -71,6 +71,7 @@ def test_watchers_share_a_run_and_survive_a_kill(run_dir, watcher):
     wait_for(lambda: len(results(run_dir)) == 1)
     later.rename(root / "000000002000")
     wait_for(lambda: len(results(run_dir)) == 2)
+    begin(run_dir)
     write_outcome(run_dir, DONE, 2000)
     printed = []
     for w in watchers:
