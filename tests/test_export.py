@@ -7,20 +7,14 @@ import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file
-from shard_data import write_shards
-from test_checkpoint import refused_case, tensors, train_case
+from test_checkpoint import data, refused_case, tensors, train_case
 
 from ldt.checkpoint import load_denoiser, newest
 from ldt.cli import main
 
+__all__ = ["data"]
+
 TRACKED = 0.07
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    write_shards(path, [40, 23])
-    return path
 
 
 @pytest.fixture(scope="module")

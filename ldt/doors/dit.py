@@ -7,7 +7,7 @@ the model keeps those channels to itself. DiT's latents are an autoencoder's tim
 import json
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import sincos_2d
-from ldt.nn.sizes import DIT
+from ldt.nn.sizes import DIT, dit_of
 from ldt.options import required
 
 SCALE = 0.18215
@@ -131,18 +131,9 @@ def model_config(theirs: dict[str, Tensor], heads: int = 0) -> ModelConfig:
     heads = heads or known.get((width, depth), 0)
     if not heads:
         raise InputError(f"a DiT of width {width} and depth {depth} is none of the published ones; give its heads=")
-    return ModelConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch=patch,
-        conditioning="adaln_zero",
-        positions="sincos",
-        norm="layer",
-        qk_norm=False,
-        mlp="gelu",
+    return replace(
+        dit_of(width, depth, heads, patch),
         mlp_ratio=theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        time="steps",
         learned_sigma=theirs["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
     )
 

@@ -18,7 +18,11 @@ UVIT = {"S": (512, 13, 8), "S-deep": (512, 17, 8), "M": (768, 17, 12), "L": (102
 
 def dit(name: str) -> ModelConfig:
     """DiT-`name`, such as XL/2: adaLN-Zero on an integer clock of 1000 steps, with learned sigma as published."""
-    width, depth, heads, patch = _find("DiT", DIT, name)
+    return dit_of(*_find("DiT", DIT, name))
+
+
+def dit_of(width: int, depth: int, heads: int, patch: int) -> ModelConfig:
+    """A DiT of any size."""
     return ModelConfig(
         width=width,
         depth=depth,
