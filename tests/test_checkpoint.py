@@ -233,13 +233,24 @@ def test_a_change_that_was_accepted_goes_on(pool, data, copy):
     assert [r["lr"] for r in log] == [3e-3] * 20 + [1e-3]
 
 
-def test_a_newer_format_is_refused(copy):
-    path = newest(copy)
-    text = json.dumps(json.loads((path / "manifest.json").read_text()) | {"version": 99}).encode()
+def rewrite_manifest(path, **changes):
+    text = json.dumps(json.loads((path / "manifest.json").read_text()) | changes).encode()
     (path / "manifest.json").write_bytes(text)
     (path / "manifest.xxh64").write_text(xxhash.xxh64(text).hexdigest())
+
+
+def test_a_newer_format_is_refused(copy):
+    path = newest(copy)
+    rewrite_manifest(path, version=99)
     with pytest.raises(InputError, match="format version 99; this ldt reads up to 2: upgrade ldt"):
         verify(path)
+
+
+def test_a_run_of_other_random_numbers_is_not_continued(pool, data, copy):
+    """It would go on with other noise, and say nothing."""
+    rewrite_manifest(newest(copy), rng_version=1)
+    settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=168"]
+    assert "with random numbers of version 1, this ldt draws version 2" in pool(1).run(refused_case, settings=settings)
 
 
 def test_starting_from_other_weights(pool, data, straight, tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldt import rng
 from ldt.checkpoint.denoiser import read_exported, read_weights
 from ldt.checkpoint.manifest import MODEL, Damaged, Progress, listed, read_manifest, resolve, verify
 from ldt.checkpoint.tensors import Reader
@@ -48,6 +49,7 @@ def newest_whole(root: Path, world: World) -> Path | None:
 def restore(path: Path, partition: Partition, averages: Averages) -> Progress:
     """Fill the engine and the averages from a checkpoint of the same model (collective)."""
     manifest = read_manifest(path)
+    _check_draws(path, manifest["rng_version"])
     _check_shapes(path, manifest["parameters"], partition)
     _check_kinds(path, manifest["tensors"], ["master", *MOMENTS, *averages])
     reader = Reader(path, manifest)
@@ -80,6 +82,15 @@ def start_from(path: Path, partition: Partition, averages: Averages) -> None:
         for f, average in zip(partition.owned, tensors, strict=True):
             average.copy_(f.master)
     partition.publish()
+
+
+def _check_draws(path: Path, saved: int) -> None:
+    if saved != rng.VERSION:
+        raise InputError(
+            f"checkpoint {path} was trained with random numbers of version {saved}, this ldt draws version "
+            f"{rng.VERSION}: the run can't go on with the same noise; use the ldt that wrote it "
+            "(environment.jsonl has its commit), or start a new run with train.init_from"
+        )
 
 
 def _check_shapes(path: Path, saved: dict[str, list[int]], partition: Partition) -> None:
