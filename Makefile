@@ -1,5 +1,6 @@
 # make demo   real images → latents → a trained Transformer → its score → a report, on this machine
 # make test   linters, types, layers and tests
+# make study  the paper's comparison of Transformer and UNet (an hour)
 # make setup  the environment in .venv (the other two call it)
 
 SHELL := /bin/bash
@@ -7,7 +8,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo study test lint clean
 
 setup: .venv/ready
 
@@ -21,6 +22,18 @@ demo: setup
 	deepspeed --num_accelerators 2 --module ldt train configs/fashion_mnist.yaml
 	torchrun --nproc_per_node 2 -m ldt evaluate runs/fashion_mnist evaluate.checkpoint=all
 	ldt report runs/fashion_mnist
+
+# the paper's comparison: three arms, two seeds each; an hour on two cores. Started again, it goes on where it stopped
+STUDY := $(foreach seed,0 1,$(foreach arm,transformer unet unet_flops,$(arm)-$(seed)))
+
+study: setup
+	ldt encode configs/encode/fashion_mnist.yaml
+	for run in $(STUDY); do \
+	  arm=$${run%-*} seed=$${run#*-} && \
+	  deepspeed --num_accelerators 2 --module ldt train configs/study/$$arm.yaml seed=$$seed run_dir=runs/study/$$run && \
+	  torchrun --nproc_per_node 2 -m ldt evaluate runs/study/$$run || exit 1; \
+	done
+	ldt report $(STUDY:%=runs/study/%) output=runs/study/report.html
 
 lint: setup
 	ruff check .
