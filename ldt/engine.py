@@ -18,19 +18,24 @@ from torch import Tensor, nn
 
 from ldt.dist import World, all_reduce_sum
 from ldt.errors import InputError
+from ldt.nn.build import compile_blocks, parameter_count
+from ldt.nn.transformer import Block
 from ldt.options import choice
 from ldt.partition import Partition
 
 MicroBatch = TypeVar("MicroBatch")
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+BUCKET = 100_000_000  # gradients that are reduced together; DeepSpeed keeps one or two buffers of that many numbers
 
 
 @dataclass
 class EngineConfig:
     """Where and how the same arithmetic is done; none of it defines the run.
 
-    A rank that makes no progress for `stall_seconds` (a hung collective, loader or disk) ends the job; 0 waits forever.
+    `compile`: every block of the denoiser by torch.compile, which keeps what it compiled for the next start. On CUDA
+    fp32 means TF32 in matrix products, unless `deterministic`. A rank that makes no progress for `stall_seconds` (a
+    hung collective, loader or disk) ends the job; 0 waits forever.
     """
 
     zero_stage: int = 1
@@ -106,24 +111,31 @@ class Engine:
         deepspeed = _import_deepspeed(world.device)
         denoiser.to(world.device)
         if config.compile:
-            denoiser.compile()
+            compile_blocks(denoiser)
+            if config.zero_stage == 3:  # its hooks inside of a block would break the compiled code apart
+                deepspeed.utils.set_z3_leaf_modules(denoiser, [Block])
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
+        elif world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
         self._adam = _AdamW(
-            _parameter_groups(denoiser, optimizer.weight_decay),
+            parameter_groups(denoiser, optimizer.weight_decay),
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
-            fused=world.device.type == "cuda",
+            fused=True,
         )
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=denoiser, optimizer=self._adam, config=_deepspeed_config(config, optimizer, micro_batches)
+                model=denoiser,
+                optimizer=self._adam,
+                config=_deepspeed_config(config, optimizer, micro_batches, parameter_count(denoiser), world.device),
             )
         self.module: nn.Module = self.deepspeed
         self.partition = Partition(self.deepspeed, config.zero_stage)
         self.partition.materialise_moments(0)
+        self.mark: Callable[[str], None] = lambda phase: None  # told when a phase of the step ends, by benchmarks
 
     def step(
         self,
@@ -153,7 +165,9 @@ class Engine:
                 self.deepspeed.step()  # only counts micro-batches until the last
             loss = weighted_loss(self.module, batch)
             total += loss.detach()
+            self.mark("forward")
             self.deepspeed.backward(loss * factor)
+            self.mark("backward")
         shares = torch.cat(
             [torch.stack([total, self._squared_norm()]), torch.tensor(also, dtype=torch.float64).to(total)]
         )
@@ -162,7 +176,9 @@ class Engine:
         # DeepSpeed squares norms in float32 and would leave out a step that overflows there by itself
         finite = math.isfinite(step_loss) and squared_norm < FLOAT32_MAX
         self._adam.skip = not (finite and step_loss <= loss_limit)
+        self.mark("check")
         self.deepspeed.step()
+        self.mark("optimizer")
         return Step(step_loss, grad_norm, not self._adam.skip, sums)
 
     def _squared_norm(self) -> Tensor:
@@ -184,7 +200,7 @@ def learning_rate(config: OptimizerConfig, samples_seen: int, total_samples: int
     return config.final_lr + (config.lr - config.final_lr) * left
 
 
-def _parameter_groups(denoiser: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(denoiser: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors (biases, norms) do not."""
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
     groups = [
@@ -194,12 +210,21 @@ def _parameter_groups(denoiser: nn.Module, weight_decay: float) -> list[dict[str
     return [g for g in groups if g["params"]]
 
 
-def _deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int) -> dict[str, Any]:
+def _deepspeed_config(
+    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, parameters: int, device: torch.device
+) -> dict[str, Any]:
+    bucket = min(parameters, BUCKET)
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own reports
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": device.type == "cuda",
+            "memory_efficient_linear": not config.compile,  # stage 3's own linear layer can't be compiled
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "bf16": {"enabled": config.precision == "bf16"},

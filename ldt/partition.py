@@ -89,7 +89,7 @@ class Partition:
         """Make Adam's state (it appears at the first step otherwise), ready to be filled from a checkpoint."""
         optimizer = self._base_optimizer()
         for p in self._owners():
-            optimizer.state[p] = {"step": torch.tensor(float(steps))}
+            optimizer.state[p] = {"step": torch.tensor(float(steps), device=p.device)}
             optimizer.state[p] |= {k: torch.zeros_like(p, dtype=torch.float32).detach() for k in MOMENTS}
         if self.stage in (1, 2):  # the parameters' own links into the state
             self.engine.optimizer._hp_optimizer_states_linked = False

@@ -94,7 +94,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
-        self.batch = config.train.global_batch
+        self.batch, self.total = config.train.global_batch, config.train.total_samples
         self.shards = open_shards(config.data.path, config.data.cache_dir or None, config.data.cache_gb)
         self.sampling = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
@@ -124,7 +124,7 @@ class Trainer:
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
-        config, total, request = self.config, self.config.train.total_samples, ""
+        config, total, request = self.config, self.total, ""
         self._say_what_runs()
         bar = log.progress(total, "img", "train", self.progress.samples_seen, self.world.rank == 0)
         watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
@@ -149,16 +149,13 @@ class Trainer:
 
     def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: tqdm) -> str:
         """Steps until the end or a request to stop, which is returned; or until bad steps have rolled the run back."""
-        config, total = self.config, self.config.train.total_samples
+        config, total = self.config, self.total
         watchdog.at(f"loading the data of the step at {self.progress.samples_seen} samples")
         for step in self.loader.steps(self.progress.samples_seen):
             watchdog.at(f"the step at {self.progress.samples_seen} samples")
-            before, seen = self.progress.samples_seen, self.progress.samples_seen + self.batch
-            lr = learning_rate(config.optimizer, seen, total)
-            result, digest, request = self._step(step, lr, stop.received)
-            self.progress.samples_seen = seen
-            for name, profile in self.profiles.items():
-                averaging.update(self.averages[name], self._masters(), profile.decay(seen, self.batch))
+            before, lr = self.progress.samples_seen, self.learning_rate()
+            result, digest, request = self.advance(step, stop.received)
+            seen = self.progress.samples_seen
             self.meter.add(self.batch, step.waited)
             if result.applied:
                 self.guard.passed(result.loss, self.progress.recent_losses)
@@ -187,17 +184,29 @@ class Trainer:
             watchdog.at(f"loading the data of the step at {seen} samples")
         raise AssertionError("the loader's steps never end")
 
-    def _step(self, step: LoadedStep, lr: float, request: str) -> tuple[Step, str, str]:
-        """The optimizer's step, the digest of what it saw, and why to stop after it; agreed on by all ranks."""
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return learning_rate(self.config.optimizer, self.progress.samples_seen + self.batch, self.total)
+
+    def advance(self, step: LoadedStep, request: str = "") -> tuple[Step, str, str]:
+        """One step of the optimizer, the clock and the averages (collective).
+
+        Returns with the step's result the digest of what it saw and why to stop after it, agreed on by all ranks.
+        """
         digest = step.digest % 2**64
         over, failed = self.writer.vote()
         also = (digest >> 32, digest % 2**32, bool(request), over, failed, bool(self.writer.refused))
         limit = -math.inf if step.first in self.guard.avoid else self.guard.loss_limit(self.progress.recent_losses)
-        result = self.engine.step(step.micro_batches, self.weighted_loss, lr, self.batch, limit, also)
+        result = self.engine.step(step.micro_batches, self.weighted_loss, self.learning_rate(), self.batch, limit, also)
         high, low, requests, over, failed, refused = map(int, result.sums)
         self.writer.settle(over, failed)
         if refused:
             raise RunError(self.writer.refused or "another job has taken the run directory over")
+        self.progress.samples_seen += self.batch
+        for name, profile in self.profiles.items():
+            keep = profile.decay(self.progress.samples_seen, self.batch)
+            averaging.update(self.averages[name], self._masters(), keep)
+        self.engine.mark("averages")
         return result, digest_text((high << 32) + low), (request or "by another rank") if requests else ""
 
     def _skip(self, step: LoadedStep, result: Step, digest: str) -> bool:

@@ -19,6 +19,7 @@ from ldt.checkpoint import versions
 BENCHMARKS = {
     "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
     "data": "the loader against a memmap gather, beside other readers",
+    "train": "the training step: images a second, time by phase, use of the machine's matrix products",
     "evaluate": "images a second of an evaluation against its raw sampler and detector",
 }
 
@@ -31,7 +32,11 @@ def main() -> int:
         command = commands.add_parser(name, help=summary)
         importlib.import_module(f"bench_{name}").add_arguments(command)
         command.add_argument("--json", type=Path, help="file for the result")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if any(a.startswith("-") or "settings" not in arguments for a in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option, which argparse doesn't give to the list before it
+        arguments.settings += rest
     result: dict[str, Any] | None = importlib.import_module(f"bench_{arguments.name}").run(arguments)
     if result is None:  # not rank 0
         return 0

@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Median seconds an image of the sampler, the detector and the whole; on rank 0."""
     with process_group() as world:
         loaded = load_denoiser(arguments.run_dir, device=world.device)
-        images = arguments.blocks * world.size * loaded.config["evaluate"]["block"]
-        config = from_dict(EvaluateConfig, loaded.config["evaluate"] | {"images": images})
+        config = from_dict(EvaluateConfig, loaded.config.get("evaluate", {}))
+        config.images = images = arguments.blocks * world.size * config.block
         model, detector = (
             image_model(loaded, config.precision, world.device),
             make_detector(config.detector, world.device),

@@ -1,5 +1,6 @@
 """Small shard directories of random latents for tests and tools, written by the same functions as `ldt encode`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ldt.data.shards.manifest import Manifest, make_table
 from ldt.files import write_atomic
 
 PACK = {"tar": tar.pack, "mds": mds.pack}
-CLASSES = ["ant", "bee", "cat"]
+CLASSES = ("ant", "bee", "cat")
 
 
 def make_samples(count: int, layout: Layout, seed: int = 0, classes: int = len(CLASSES)) -> Samples:
@@ -34,13 +35,14 @@ def write_shards(
     flips: bool = False,
     latent_shape: tuple[int, int, int] = (4, 2, 2),
     spoiled: dict[int, float] | None = None,
+    classes: Sequence[str] = CLASSES,
 ) -> list[Samples]:
     """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value."""
     layout = Layout(latent_shape, dtype, flips)
     directory.mkdir(parents=True, exist_ok=True)
     rows, written, first = [], [], 0
     for i, count in enumerate(counts):
-        samples = make_samples(count, layout, seed=i)
+        samples = make_samples(count, layout, seed=i, classes=len(classes))
         for sample, value in (spoiled or {}).items():
             if first <= sample < first + count:
                 samples.moments_n2CHW[sample - first] = value
@@ -56,8 +58,8 @@ def write_shards(
         latent_shape=latent_shape,
         dtype=dtype,
         flips=flips,
-        classes=CLASSES,
-        class_counts=np.bincount(label, minlength=len(CLASSES)).tolist(),
+        classes=list(classes),
+        class_counts=np.bincount(label, minlength=len(classes)).tolist(),
         mean_C=np.linspace(-0.5, 0.5, latent_shape[0]),
         std_C=np.linspace(0.5, 2.0, latent_shape[0]),
         autoencoder="test",

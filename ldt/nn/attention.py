@@ -4,7 +4,6 @@
 `reference` is the textbook formula in float64, against which the others are tested.
 """
 
-import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -15,11 +14,7 @@ from torch import Tensor
 from ldt.errors import InputError
 
 KERNELS = ("auto", "sdpa", "flash", "reference")
-
-
-@functools.cache
-def _flash_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -27,8 +22,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     assert name in KERNELS, name
     suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        return "flash" if _flash_installed() and suits else "sdpa"
-    if name == "flash" and not _flash_installed():
+        return "flash" if FLASH_INSTALLED and suits else "sdpa"
+    if name == "flash" and not FLASH_INSTALLED:
         raise InputError(
             "model.attention=flash needs flash-attn; pip install ldt-train[flash], or use model.attention=auto"
         )

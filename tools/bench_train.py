@@ -1,0 +1,248 @@
+"""The training step: images a second, time by phase, and how much of this machine's matrix products it makes use of.
+
+`bench.py train CONFIG [key=value …] --steps N`. With --compare, a second setting takes turns with the first, A B A B,
+and its ratio is given: other keys ("engine.compile=true"), or `plain`: the same denoiser and batches in a loop of plain
+eager PyTorch, under DistributedDataParallel where there are several processes.
+
+Data that are not there are made up, by --latent and --classes: the loader, its draws and the shards are real.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldt import config as configs
+from ldt import ema as averaging
+from ldt.data.draws import Batch
+from ldt.dist import World, all_gather, barrier, broadcast, process_group
+from ldt.engine import parameter_groups
+from ldt.nn.build import build
+from ldt.nn.sizes import flops
+from ldt.owner import owned
+from ldt.probes import peak_memory
+from ldt.train import Config, Trainer
+
+SAMPLES = 4096  # of made-up data
+PHASES = ("data", "forward", "backward", "check", "optimizer", "averages")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path)
+    parser.add_argument("settings", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--steps", type=int, default=10, help="of each turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first turn")
+    parser.add_argument("--compare", metavar="'key=value …' or plain", help="a second setting, in turn with the first")
+    parser.add_argument("--latent", default="4x32x32", help="shape of made-up latents")
+    parser.add_argument("--classes", type=int, default=1000, help="of made-up data")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Medians over the turns; on rank 0."""
+    with process_group() as world, ExitStack() as stack:
+        scratch = Path(broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
+        first = stack.enter_context(bench(arguments, [], world, scratch / "a"))
+        second: Bench | Plain | None = None
+        if arguments.compare == "plain":
+            second = Plain(first.trainer)
+        elif arguments.compare:
+            second = stack.enter_context(bench(arguments, arguments.compare.split(), world, scratch / "b"))
+        both = [first] if second is None else [first, second]
+        peaks = []
+        for turn in range(arguments.turns + 1):
+            for one in both:
+                one.turn(arguments.warmup if turn == 0 else arguments.steps, counts=turn > 0)
+            peaks.append(matrix_peak(world.device, first.trainer.config.engine.precision))
+        barrier()
+        if world.rank != 0:
+            return None
+        out = first.result(statistics.median(peaks))
+        if second is not None:
+            ratios = [a / b for a, b in zip(second.seconds, first.seconds, strict=True)]
+            out["b: images_per_second"] = second.images_per_second()
+            out["ratio, a to b"] = statistics.median(ratios)
+            out["ratio of each turn"] = " ".join(f"{r:.3f}" for r in ratios)
+        return out
+
+
+@contextmanager
+def bench(arguments: argparse.Namespace, more: list[str], world: World, scratch: Path) -> Iterator["Bench"]:
+    """A trainer in a directory of its own, with the data of the config or made-up ones."""
+    config = configs.load(Config, arguments.config, [*arguments.settings, *more, f"run_dir={scratch / 'run'}"])
+    config.log.samples_every_samples = config.log.validation_every_samples = 0
+    if not (Path(config.data.path) / "manifest.json").exists():
+        config.data.path = str(scratch / "data")
+        if world.rank == 0:
+            make_data(scratch / "data", arguments.latent, arguments.classes)
+        barrier()
+    with owned(scratch / "run", world) as owner:
+        trainer = Trainer(config, world, owner)
+        with trainer.writer, trainer.loader:
+            yield Bench(trainer)
+
+
+def make_data(directory: Path, latent: str, classes: int) -> None:
+    """Shards of random latents."""
+    from shard_data import write_shards
+
+    channels, height, width = map(int, latent.split("x"))
+    names = [str(i) for i in range(classes)]
+    write_shards(directory, [SAMPLES], latent_shape=(channels, height, width), classes=names)
+
+
+@dataclass
+class Bench:
+    """The trainer's own steps, timed."""
+
+    trainer: Trainer
+    seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
+
+    def __post_init__(self) -> None:
+        self.steps = self.trainer.loader.steps()
+        self.device = self.trainer.world.device
+        self.parameters = self.trainer.parameters
+
+    def turn(self, steps: int, counts: bool) -> None:
+        """Some steps; the seconds of one, of the slowest rank."""
+        barrier()
+        start = time.perf_counter()
+        clock = Phases(self.device)
+        self.trainer.engine.mark = clock.mark
+        for _ in range(steps):
+            step = next(self.steps)
+            clock.mark("data")
+            self.trainer.advance(step)
+        synchronise(self.device)
+        seconds = max(all_gather((time.perf_counter() - start) / steps))
+        if counts:
+            self.seconds.append(seconds)
+            for name, value in clock.sums().items():
+                self.phases[name].append(value / steps)
+
+    def images_per_second(self) -> float:
+        return self.trainer.batch / statistics.median(self.seconds)
+
+    def result(self, peak: float) -> dict[str, Any]:
+        trainer, config = self.trainer, self.trainer.config
+        cost = 3 * flops(config.model, trainer.sampling.latent_shape, trainer.sampling.text_shape)
+        seconds = statistics.median(self.seconds)
+        out = {
+            "processes": trainer.world.size,
+            "threads": torch.get_num_threads(),
+            "parameters": trainer.parameters,
+            "global_batch": trainer.batch,
+            "precision": config.engine.precision,
+            "zero_stage": config.engine.zero_stage,
+            "compile": config.engine.compile,
+            "attention": trainer.kernel,
+            "flops_per_image": cost,
+            "images_per_second": self.images_per_second(),
+            "step_seconds": seconds,
+            "matrix_peak_flops": peak,
+            "mfu": cost * self.images_per_second() / trainer.world.size / peak,
+            "peak_memory": peak_memory(self.device),
+        }
+        return out | {f"{name}, of the step": statistics.median(self.phases[name]) / seconds for name in PHASES}
+
+
+class Phases:
+    """Seconds by phase: by events on the GPU's own clock, or on the CPU's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+        self.mark("start")
+
+    def mark(self, phase: str) -> None:
+        """The phase ends here."""
+        moment: Any = time.perf_counter()
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.marks.append((phase, moment))
+
+    def sums(self) -> dict[str, float]:
+        out = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in zip(self.marks, self.marks[1:], strict=False):
+            out[phase] += before.elapsed_time(after) / 1e3 if self.cuda else after - before
+        return out
+
+
+class Plain:
+    """What one would write without ldt: the same denoiser, batches and arithmetic in eager PyTorch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.device = trainer, trainer.world.device
+        sampling, config = trainer.sampling, trainer.config
+        classes = len(sampling.classes)
+        model = build(config.model, sampling.latent_shape, classes, config.seed, sampling.text_shape).to(self.device)
+        self.adam = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer.weight_decay), config.optimizer.lr, config.optimizer.betas
+        )
+        self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
+        self.average = [p.clone() for p in self.weights]
+        self.model: nn.Module = DistributedDataParallel(model) if trainer.world.size > 1 else model
+        self.steps = trainer.loader.steps()
+        self.half = config.engine.precision == "bf16"
+        self.seconds: list[float] = []
+
+    def turn(self, steps: int, counts: bool) -> None:
+        """Some steps; the seconds of one, of the slowest rank."""
+        barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step(next(self.steps).micro_batches)
+        synchronise(self.device)
+        seconds = max(all_gather((time.perf_counter() - start) / steps))
+        if counts:
+            self.seconds.append(seconds)
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        self.adam.zero_grad()
+        for batch in micro_batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                loss = self.trainer.weighted_loss(self.model, batch) / len(batch) / len(micro_batches)
+            loss.backward()
+        if self.trainer.config.optimizer.clip:
+            nn.utils.clip_grad_norm_(self.weights_with_gradients(), self.trainer.config.optimizer.clip)
+        self.adam.step()
+        averaging.update(self.average, self.weights, 0.9999)
+        float(loss.detach())
+
+    def weights_with_gradients(self) -> list[torch.Tensor]:
+        return [p for p in self.model.parameters() if p.grad is not None]
+
+    def images_per_second(self) -> float:
+        return self.trainer.batch / statistics.median(self.seconds)
+
+
+def matrix_peak(device: torch.device, precision: str) -> float:
+    """Operations a second of a large square matrix product, by this process while the others do the same."""
+    n = 8192 if device.type == "cuda" else 1536
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    barrier()
+    best = float("inf")
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
