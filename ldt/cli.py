@@ -44,6 +44,9 @@ COMMANDS = {
     "import": Command(
         "ldt.doors.dit", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
     ),
+    "plan": Command(
+        "ldt.plan", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a run to be", ""
+    ),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldt.dist import World, all_reduce_sum
 from ldt.errors import InputError
+from ldt.memory import BUCKET
 from ldt.nn.build import compile_blocks, parameter_count
 from ldt.nn.transformer import Block
 from ldt.options import choice
@@ -26,7 +27,6 @@ from ldt.partition import Partition
 MicroBatch = TypeVar("MicroBatch")
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-BUCKET = 100_000_000  # gradients that are reduced together; DeepSpeed keeps one or two buffers of that many numbers
 
 
 @dataclass
@@ -34,19 +34,23 @@ class EngineConfig:
     """Where and how the same arithmetic is done; none of it defines the run.
 
     `compile`: every block of the denoiser by torch.compile, which keeps what it compiled for the next start. On CUDA
-    fp32 means TF32 in matrix products, unless `deterministic`. A rank that makes no progress for `stall_seconds` (a
-    hung collective, loader or disk) ends the job; 0 waits forever.
+    fp32 means TF32 in matrix products, unless `deterministic`. `activation_memory_gb` (10⁹ bytes; 0: no limit) is what
+    a micro-batch may keep for the backward pass: as many blocks as need be are computed again there. A rank that makes
+    no progress for `stall_seconds` (a hung collective, loader or disk) ends the job; 0 waits forever.
     """
 
     zero_stage: int = 1
     precision: str = choice("fp32", "bf16")
     compile: bool = False
     deterministic: bool = False
+    activation_memory_gb: float = 0.0
     stall_seconds: float = 900.0
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise InputError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.activation_memory_gb < 0:
+            raise InputError(f"engine.activation_memory_gb={self.activation_memory_gb} must be positive, or 0 for any")
         if self.stall_seconds < 0:
             raise InputError(f"engine.stall_seconds={self.stall_seconds} must be positive, or 0 to wait forever")
         if self.zero_stage == 0 and self.precision == "bf16":

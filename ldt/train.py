@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldt import ema as averaging
-from ldt import log, rundir
+from ldt import log, memory, rundir
 from ldt.bad_steps import REMEDY, BadSteps
 from ldt.checkpoint import (
     Content,
@@ -38,11 +38,11 @@ from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.loader import Step as LoadedStep
 from ldt.data.shards import Manifest, open_shards, open_validation
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, barrier, broadcast, process_group
+from ldt.dist import World, all_gather, barrier, broadcast, process_group
 from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
 from ldt.nn.attention import choose_kernel
-from ldt.nn.build import build, parameter_count
+from ldt.nn.build import build, checkpoint_blocks, parameter_count
 from ldt.nn.condition import Condition
 from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
@@ -104,13 +104,14 @@ class Trainer:
         shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
         denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
+        self.profiles = averaging.profiles(config.ema)
+        self.micro_batch = self._fit_into_memory(denoiser)
         number = 0
         if world.rank == 0:
             number = rundir.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
         self.attempt = broadcast(number)
-        self.profiles = averaging.profiles(config.ema)
         check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
         self.loader, self.validation = self._make_loaders()
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
@@ -257,6 +258,28 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- start and resumption
 
+    def _fit_into_memory(self, denoiser: nn.Module) -> int:
+        """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed."""
+        config, world, share = self.config, self.world, -(-self.batch // self.world.size)
+        engine, micro_batch = config.engine, config.train.micro_batch
+        if micro_batch != "auto" and not engine.activation_memory_gb:
+            return int(micro_batch)
+        shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
+        cost = memory.activations(config.model, shape, classes, text, engine.precision)
+        budget = 1e9 * engine.activation_memory_gb
+        if not budget:
+            averages = len(self.profiles)
+            state = memory.state_bytes(self.parameters, engine.zero_stage, engine.precision, world.size, averages)
+            room = memory.available(world.device, world.local_size) - state.peak
+            budget = memory.ROOM * min(all_gather(room))  # the same on all ranks
+        least = cost.blocks if config.model.activation_checkpointing else 0
+        samples = min(int(micro_batch) or share, share) if micro_batch != "auto" else cost.largest(share, budget, least)
+        blocks = cost.blocks_to_recompute(samples, budget, least)
+        checkpoint_blocks(denoiser, blocks)
+        held = cost.of(samples, blocks) / 1e9
+        logger.info("micro-batch %d keeps %.3g GB; recomputed blocks: %d of %d", samples, held, blocks, cost.blocks)
+        return samples
+
     def _make_loaders(self) -> tuple[Loader, ValidationLoader | None]:
         config, world = self.config, self.world
         loader = Loader(
@@ -267,7 +290,7 @@ class Trainer:
             window=config.data.window,
             rank=world.rank,
             ranks=world.size,
-            micro_batch=config.train.micro_batch,
+            micro_batch=self.micro_batch,
             label_drop=config.objective.condition_drop,
             condition_on=config.model.condition_on,
             device=world.device,

@@ -28,7 +28,8 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share.
+    """`micro_batch` is the most samples a rank sends through the network at once; 0 for all its share, `auto` for as
+    many as its memory holds (or engine.activation_memory_gb).
 
     A step whose loss or gradient is not finite is skipped, with `spike_factor` also one whose loss lies that many
     robust standard deviations above the recent median; `bad_steps` of them in a row roll the run back once.
@@ -38,7 +39,7 @@ class TrainConfig:
 
     global_batch: int = 256
     total_samples: int = 1_000_000
-    micro_batch: int = 0
+    micro_batch: int | str = 0
     init_from: str = ""
     bad_steps: int = 3
     spike_factor: float = 0.0
@@ -50,8 +51,11 @@ class TrainConfig:
             raise InputError(f"train.global_batch={self.global_batch} must be at least 1")
         if self.total_samples < self.global_batch:
             raise InputError(f"train.total_samples={self.total_samples} is less than one global batch")
-        if self.micro_batch < 0:
-            raise InputError(f"train.micro_batch={self.micro_batch} must be positive, or 0 for the rank's whole share")
+        automatic = self.micro_batch == "auto"
+        if not automatic and (isinstance(self.micro_batch, str) or self.micro_batch < 0):
+            raise InputError(
+                f"train.micro_batch={self.micro_batch} must be positive, 0 for the rank's whole share, or auto"
+            )
         if self.bad_steps < 1:
             raise InputError(f"train.bad_steps={self.bad_steps} must be at least 1")
         if self.spike_factor < 0:

@@ -37,18 +37,24 @@ def parameter_count(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
-def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The parts that are compiled, and gathered under ZeRO-3, as a unit: a Transformer's blocks, or a whole UNet."""
-    return list(denoiser.blocks) if isinstance(denoiser, Transformer) else [denoiser]
+def checkpoint_blocks(denoiser: nn.Module, blocks: int) -> None:
+    """Keep only what enters the first `blocks` blocks, and compute the rest of them again in the backward pass.
+
+    A UNet does so everywhere or, with 0, nowhere.
+    """
+    if isinstance(denoiser, Transformer):
+        denoiser.checkpointed = blocks
+    elif isinstance(denoiser, UNet):
+        denoiser.net.enable_gradient_checkpointing() if blocks else denoiser.net.disable_gradient_checkpointing()
 
 
 def compile_blocks(denoiser: nn.Module) -> None:
-    """Compile the blocks' forward passes, one code for all that are alike; hooks of theirs stay outside of it.
+    """Compile a Transformer's blocks, one code for all that are alike, or a UNet; hooks of theirs stay outside of it.
 
     Against a whole Transformer at once: equally fast, and ready four times as soon (BENCHMARKS.md).
     """
     # the compiler imports parts of torch that complain about themselves, and looks at every tensor's gradient
     warnings.filterwarnings("ignore", r"`torch.jit.\w+` is deprecated", DeprecationWarning)
     warnings.filterwarnings("ignore", r"The .grad attribute of a Tensor that is not a leaf", UserWarning)
-    for block in blocks_of(denoiser):
+    for block in denoiser.blocks if isinstance(denoiser, Transformer) else [denoiser]:
         block.forward = torch.compile(block.forward, dynamic=False)

@@ -44,6 +44,7 @@ class Transformer(nn.Module):
         self.position = _position(config, self.rows, self.columns, tokens)
         head_dim = config.width // config.heads
         rotary = AxialRotary(head_dim, self.rows, self.columns, self.prefix) if config.positions == "rope" else None
+        self.checkpointed = config.depth if config.activation_checkpointing else 0  # the first so many blocks
         half = config.depth // 2
         self.blocks = nn.ModuleList(
             Block(config, rotary, skip=config.long_skips and i >= config.depth - half) for i in range(config.depth)
@@ -137,7 +138,7 @@ class Transformer(nn.Module):
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             arguments = (h_BND, modulation_BD, skips.pop() if block.skip is not None else None, mask_BN)
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if i < self.checkpointed and torch.is_grad_enabled():
                 h_BND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 h_BND = block(*arguments)

@@ -1,0 +1,31 @@
+"""What accelerators can do by their makers' data sheets: dense matrix products, without sparsity."""
+
+from dataclasses import dataclass
+
+from ldt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Device:
+    """bf16, tf32: operations a second; memory: bytes; link: bytes a second to the other GPUs of the node, one way."""
+
+    bf16: float
+    tf32: float
+    memory: float
+    link: float
+
+
+DEVICES = {
+    "a100-40g": Device(312e12, 156e12, 40e9, 300e9),
+    "a100": Device(312e12, 156e12, 80e9, 300e9),
+    "h100": Device(989e12, 494e12, 80e9, 450e9),
+    "h200": Device(989e12, 494e12, 141e9, 450e9),
+    "l40s": Device(362e12, 183e12, 48e9, 32e9),
+}
+"""NVIDIA's data sheets; SXM versions, the L40S on PCIe 4."""
+
+
+def find(name: str) -> Device:
+    if name not in DEVICES:
+        raise InputError(f"device={name} is not known; known are {', '.join(DEVICES)}, or give device_tflops=... too")
+    return DEVICES[name]

@@ -1,0 +1,150 @@
+"""What a training step holds in memory: weights, gradients, moments and averages by ZeRO stage, saved activations.
+
+Sizes in bytes. The state's follow from what DeepSpeed 0.19 allocates (docs/plan.md); the activations' are those that
+autograd keeps, taken from a forward pass of tensors without content. BENCHMARKS.md compares both with measured runs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldt.errors import InputError
+from ldt.nn.build import build, checkpoint_blocks
+from ldt.nn.condition import Condition, TextShape
+from ldt.nn.config import ModelConfig
+
+BUCKET = 100_000_000
+"""Gradients that are reduced together; DeepSpeed keeps buffers of that many numbers."""
+
+ROOM = 0.8
+"""What an automatic micro-batch fills of the memory that is left beside the state."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on a rank. persistent: between steps; peak: with gradients and what reducing and gathering needs."""
+
+    persistent: int
+    peak: int
+
+
+def state_bytes(parameters: int, stage: int, precision: str, ranks: int, averages: int) -> State:
+    """Of `parameters` under a ZeRO stage (Rajbhandari et al. 1910.02054, section 5), with DeepSpeed's working buffers.
+
+    precision: fp32 or bf16, that of the weights the network computes with; masters, moments and averages are fp32.
+    """
+    width = 2 if precision == "bf16" else 4
+    bucket = width * min(parameters, BUCKET)
+    weights, master, moments = width * parameters, 4 * parameters, 8 * parameters
+    average = 4 * averages * parameters // ranks
+    if stage == 0:  # the weights are the masters; gradients, and a flat copy of them for the all-reduce
+        persistent = master + moments + average
+        return State(persistent, persistent + 2 * master)
+    if stage == 3:  # small models stay gathered from the forward to the backward pass
+        persistent = (weights + master + moments) // ranks + average
+        return State(persistent, persistent + 2 * weights + 2 * bucket + 2 * master // ranks)
+    persistent = weights + (master + moments) // ranks + average
+    if stage == 2:
+        return State(persistent, persistent + 2 * bucket + 2 * master // ranks)
+    if precision == "bf16":  # gradients of all weights in float32 beside those in bf16, and two flat copies
+        return State(persistent + master, persistent + master + weights + 2 * master)
+    return State(persistent, persistent + weights + 2 * bucket)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one sample leaves for the backward pass: with all blocks' kept, and with none's."""
+
+    kept: int
+    recomputed: int
+    blocks: int
+
+    def of(self, samples: int, recomputed_blocks: int) -> int:
+        """Of a micro-batch, where some blocks keep only what enters them and one at a time is computed again."""
+        block = (self.kept - self.recomputed) // self.blocks
+        again = block if recomputed_blocks else 0
+        return samples * (self.kept - recomputed_blocks * block + again)
+
+    def blocks_to_recompute(self, samples: int, budget: float, at_least: int = 0) -> int:
+        """The fewest blocks that keep a micro-batch within the budget; `InputError` if all are too few."""
+        for blocks in range(at_least, self.blocks + 1):
+            if self.of(samples, blocks) <= budget:
+                return blocks
+        raise InputError(
+            f"a micro-batch of {samples} keeps {self.of(samples, self.blocks) / 1e9:.3g} GB of activations even with "
+            f"every block computed again, and there is room for {budget / 1e9:.3g} GB (engine.activation_memory_gb, or "
+            "what the state leaves of the memory); lower train.micro_batch, allow more, or use more ranks"
+        )
+
+    def largest(self, samples: int, budget: float, at_least: int = 0) -> int:
+        """The largest micro-batch up to `samples` that fits; more blocks are recomputed only if one sample needs it."""
+        each = self.of(1, at_least) if self.of(1, at_least) <= budget else self.of(1, self.blocks)
+        return max(1, min(samples, int(budget // each)))
+
+
+def activations(
+    config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, text: TextShape | None, precision: str
+) -> Activations:
+    """Of a denoiser in training, eager; compiled code keeps less.
+
+    A deep Transformer's from two shallow ones: blocks are alike, with long skips those of each half.
+    """
+
+    def saved(depth: int, recomputed: bool) -> int:
+        blocks = depth if config.name == "transformer" else 1
+        shallow = dataclasses.replace(config, depth=depth, init="dit")  # which costs no time here
+        return _saved_bytes(shallow, latent_shape, classes, text, precision, blocks if recomputed else 0)
+
+    def extrapolated(recomputed: bool) -> int:
+        first = 2 + config.depth % 2
+        if config.name != "transformer" or config.depth <= first + 2:
+            return saved(config.depth, recomputed)
+        low, high = saved(first, recomputed), saved(first + 2, recomputed)
+        return low + (config.depth - first) // 2 * (high - low)
+
+    return Activations(extrapolated(False), extrapolated(True), config.depth if config.name == "transformer" else 1)
+
+
+def _saved_bytes(
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    classes: int,
+    text: TextShape | None,
+    precision: str,
+    recomputed_blocks: int,
+) -> int:
+    """Bytes of all storages that autograd saves in one sample's forward pass, the parameters' own left out."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    before = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+        try:
+            model = build(config, latent_shape, classes, seed=0, text=text)
+        finally:
+            torch.set_default_dtype(before)
+        checkpoint_blocks(model, recomputed_blocks)
+        words = None
+        if text is not None and config.told_text:
+            words = torch.zeros(1, text.length, *([] if text.vocabulary else [text.width]))
+            words = words.long() if text.vocabulary else words
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            condition = Condition(torch.zeros(1, dtype=torch.int64), words)
+            _loss = model(torch.zeros(1, *latent_shape), torch.zeros(1), condition).square().mean()
+        own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+def available(device: torch.device, local_ranks: int) -> int:
+    """Bytes that this rank may still take: of its GPU, or its part of the node's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024 // local_ranks

@@ -1,0 +1,256 @@
+"""What a run will need, before a cluster is booked: memory, step time, traffic, checkpoints, hours, cost.
+
+`ldt plan CONFIG nodes=64 gpus=8 device=h100`. Everything follows from the config and from data sheets by the formulas
+of docs/plan.md, with one constant, EFFICIENCY; BENCHMARKS.md compares them with published and with measured runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldt import devices, ema, memory, train_config
+from ldt.data.loader import Share
+from ldt.data.shards import Manifest
+from ldt.errors import InputError
+from ldt.nn.build import build, parameter_count
+from ldt.nn.condition import TextShape
+from ldt.nn.sizes import flops
+from ldt.options import choice
+
+EFFICIENCY = 0.4
+"""Of the data sheet's matrix products that a well-tuned training step makes use of."""
+
+LOADER_RATE = 5_000
+"""Samples a second of one loader thread (BENCHMARKS.md)."""
+
+
+@dataclass
+class Config(train_config.Config):
+    """The keys of a training run, and where it is to go.
+
+    device: its data sheet; device_tflops, device_memory_gb: instead of the sheet's, such as a measured matrix peak (0:
+    the sheet's). network_gb: bytes a second between nodes for each GPU, and disk_gb of the file system under the run,
+    in 10⁹. price: of a GPU hour. latent, classes: of data that are not there yet.
+    """
+
+    nodes: int = 1
+    gpus: int = 8
+    device: str = choice(*["h100", *(d for d in devices.DEVICES if d != "h100")])
+    device_tflops: float = 0.0
+    device_memory_gb: float = 0.0
+    network_gb: float = 50.0
+    disk_gb: float = 2.0
+    price: float = 0.0
+    latent: str = "4x32x32"
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "gpus", "classes"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("network_gb", "disk_gb"):
+            if getattr(self, key) <= 0:
+                raise InputError(f"{key}={getattr(self, key)} must be positive")
+        sizes = self.latent.split("x")
+        if len(sizes) != 3 or not all(s.isdigit() and int(s) for s in sizes):
+            raise InputError(f"latent={self.latent} must be channels, height and width, such as 4x32x32")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan must know of the denoiser and of the data."""
+
+    parameters: int
+    flops: int  # of one image, forward
+    activations: memory.Activations
+    sample_bytes: int  # of its latent in the shards
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to run it: numbers of one rank."""
+
+    nodes: int
+    ranks: int
+    stage: int
+    share: Share
+    recomputed: int  # blocks
+    state: memory.State
+    memory: int
+    compute: float  # seconds of a step
+    traffic: int  # bytes that a rank sends in a step
+    communication: float  # seconds of a step
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.communication
+
+
+def run(config: Config) -> int:
+    """Print the plan."""
+    model = measure(config)
+    chosen = place(config, model, config.nodes, config.engine.zero_stage)
+    for line in report(config, model, chosen):
+        print(line)
+    return 0
+
+
+def measure(config: Config) -> Model:
+    """Build the denoiser without weights, and count."""
+    shape, classes, text = data_shape(config)
+    with torch.device("meta"):
+        parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
+    kept = memory.activations(config.model, shape, classes, text, config.engine.precision)
+    elements = shape[0] * shape[1] * shape[2]
+    return Model(parameters, flops(config.model, shape, text), kept, 2 * 2 * elements)  # mean and deviation in fp16
+
+
+def data_shape(config: Config) -> tuple[tuple[int, int, int], int, TextShape | None]:
+    """Latent shape, classes and captions: of the data if they are there, else as the config says."""
+    path = Path(config.data.path)
+    if (path / "manifest.json").exists():
+        manifest = Manifest.load(path)
+        return manifest.latent_shape, len(manifest.classes), manifest.text_shape
+    channels, height, width = map(int, config.latent.split("x"))
+    text = TextShape(256, vocabulary=257) if config.model.told_text else None
+    return (channels, height, width), config.classes, text
+
+
+def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
+    """The numbers of a run on that many nodes at that ZeRO stage."""
+    engine, ranks = config.engine, nodes * config.gpus
+    state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, len(ema.profiles(config.ema)))
+    share, recomputed = _micro_batches(config, model, ranks, state)
+    need = state.peak + model.activations.of(share.size, recomputed)
+    again = recomputed / model.activations.blocks  # a forward pass more
+    compute = (3 + again) * model.flops * share.rows / (EFFICIENCY * peak(config))
+    traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks)
+    link = config.network_gb * 1e9 if nodes > 1 else devices.find(config.device).link
+    return Placement(nodes, ranks, stage, share, recomputed, state, need, compute, traffic, traffic / link)
+
+
+def _micro_batches(config: Config, model: Model, ranks: int, state: memory.State) -> tuple[Share, int]:
+    """As the trainer will split the batch on this device."""
+    batch, micro_batch, cost = config.train.global_batch, config.train.micro_batch, model.activations
+    share = -(-batch // ranks)
+    least = cost.blocks if config.model.activation_checkpointing else 0
+    limit = 1e9 * config.engine.activation_memory_gb
+    room = limit or max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
+    samples = cost.largest(share, room, least) if micro_batch == "auto" else min(int(micro_batch) or share, share)
+    recomputed = cost.blocks_to_recompute(samples, limit, least) if limit else least
+    if micro_batch == "auto" and not limit:
+        recomputed = cost.blocks_to_recompute(samples, room, least)
+    return Share.of(batch, 0, ranks, samples), recomputed
+
+
+def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int) -> int:
+    """Bytes a rank sends in a step by ring algorithms (1910.02054, section 7), as DeepSpeed 0.19 does it.
+
+    An all-reduce of the gradients is twice their size; stages 1 and 2 all-reduce and then gather the weights, stage 3
+    scatters gradients and gathers the weights twice.
+    """
+    width = 2 if precision == "bf16" else 4
+    gradient = 4 if (precision, stage) == ("bf16", 1) else width
+    passes = {0: 2 * gradient, 1: 2 * gradient + width, 2: 2 * gradient + width, 3: gradient + 2 * width}[stage]
+    return passes * parameters * (ranks - 1) // ranks
+
+
+def peak(config: Config) -> float:
+    """Matrix products a second of one GPU in the run's precision."""
+    sheet = devices.find(config.device)
+    return 1e12 * config.device_tflops or (sheet.bf16 if config.engine.precision == "bf16" else sheet.tf32)
+
+
+def memory_of(config: Config) -> float:
+    return 1e9 * config.device_memory_gb or devices.find(config.device).memory
+
+
+def report(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
+    """The plan in lines."""
+    rate = config.train.global_batch / chosen.step
+    hours = config.train.total_samples / rate / 3600
+    save = (3 + len(ema.profiles(config.ema))) * 4 * model.parameters
+    yield f"model          {model.parameters / 1e6:.1f} M parameters, {model.flops / 2e9:.2f} G multiply-adds an image"
+    yield (
+        f"place          {chosen.nodes} x {config.gpus} {config.device}, ZeRO-{chosen.stage} "
+        f"{config.engine.precision}; a rank takes {chosen.share.count} x {chosen.share.size} of "
+        f"{config.train.global_batch} samples"
+    )
+    for stage in stages(config):
+        at = place(config, model, chosen.nodes, stage)
+        mark = " <" if stage == chosen.stage else ""
+        yield (
+            f"memory ZeRO-{stage}  {at.memory / 1e9:.1f} GB a GPU of {memory_of(config) / 1e9:.0f}: state "
+            f"{at.state.persistent / 1e9:.1f}, at work {at.state.peak / 1e9:.1f}, activations "
+            f"{(at.memory - at.state.peak) / 1e9:.1f}; sends {at.traffic / 1e9:.2f} GB a step{mark}"
+        )
+    yield (
+        f"step           {chosen.step:.3f} s: {chosen.compute:.3f} compute (at {EFFICIENCY:.0%} of "
+        f"{peak(config) / 1e12:.0f} TFLOP/s), {chosen.communication:.3f} communication, not overlapped"
+    )
+    yield f"speed          {rate:,.0f} images/s, {rate / chosen.ranks:.1f} a GPU"
+    yield f"data           {rate / chosen.nodes * model.sample_bytes / 1e6:.1f} MB/s a node"
+    yield (
+        f"checkpoint     {save / 1e9:.1f} GB, written in {save / 1e9 / config.disk_gb:.1f} s behind the training"
+        + (f", every {config.checkpoint.every_samples / rate / 60:.0f} min" if config.checkpoint.every_samples else "")
+    )
+    yield f"time           {hours:.1f} h, {hours * chosen.ranks:,.0f} GPU hours" + (
+        f", costs {hours * chosen.ranks * config.price:,.0f}" if config.price else ""
+    )
+    for line in warnings(config, model, chosen):
+        yield f"warning        {line}"
+    yield f"recommended    {recommendation(config, model)}"
+
+
+def stages(config: Config) -> list[int]:
+    """The ZeRO stages that the precision allows."""
+    return [1, 2, 3] if config.engine.precision == "bf16" else [0, 1, 2, 3]
+
+
+def warnings(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
+    """What will hurt."""
+    batch, ranks = config.train.global_batch, chosen.ranks
+    rate = batch / chosen.step
+    if chosen.memory > memory_of(config):
+        need, there = chosen.memory / 1e9, memory_of(config) / 1e9
+        yield f"needs {need:.0f} GB of {there:.0f}: train.micro_batch=auto, or more ranks"
+    if batch < ranks:
+        yield f"train.global_batch={batch} is less than {ranks} ranks: some would only carry padding"
+    elif chosen.share.rows * ranks > 1.05 * batch:
+        yield f"{1 - batch / (chosen.share.rows * ranks):.0%} of the rows are padding: {batch} does not divide well"
+    if chosen.communication > 0.25 * chosen.step:
+        yield f"{chosen.communication / chosen.step:.0%} of the step is communication: fewer nodes or a larger batch"
+    if rate / ranks > LOADER_RATE * config.data.threads:
+        yield f"a rank takes {rate / ranks:,.0f} samples/s: raise data.threads={config.data.threads}"
+    save = (3 + len(ema.profiles(config.ema))) * 4 * model.parameters / 1e9 / config.disk_gb
+    every = config.checkpoint.every_samples / rate
+    if every and every < 10 * save:
+        yield f"a checkpoint every {every:.0f} s, and writing one takes {save:.0f} s: raise checkpoint.every_samples"
+    lower = [s for s in stages(config) if s < chosen.stage and fits(config, place(config, model, chosen.nodes, s))]
+    if chosen.stage == 3 and lower:
+        yield f"engine.zero_stage=3 without need: ZeRO-{lower[0]} fits and sends less"
+
+
+def fits(config: Config, at: Placement) -> bool:
+    return at.memory <= 0.95 * memory_of(config)
+
+
+def recommendation(config: Config, model: Model) -> str:
+    """The lowest stage that fits, and the most nodes that still work at 80 % of one node's speed a GPU."""
+    options = [1 << k for k in range(11) if (1 << k) * config.gpus <= config.train.global_batch]
+    good: list[Placement] = []
+    for nodes in options:
+        fitting = [at for stage in stages(config) if fits(config, at := place(config, model, nodes, stage))]
+        if fitting and (not good or fitting[0].step * nodes <= good[0].step * good[0].nodes / 0.8):
+            good.append(fitting[0])
+    if not good:
+        return f"nothing fits {config.device}: use train.micro_batch=auto, a smaller model or a larger device"
+    best = good[-1]
+    hours = config.train.total_samples / config.train.global_batch * best.step / 3600
+    where = "1 node" if best.nodes == 1 else f"up to {best.nodes} nodes"
+    return (
+        f"engine.zero_stage={best.stage} train.micro_batch={best.share.size}, {where} of {config.gpus} GPUs: "
+        f"{hours:.1f} h"
+    )

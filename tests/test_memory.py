@@ -1,0 +1,114 @@
+"""What autograd keeps, predicted without content and counted in real passes; what follows for micro-batches."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from shard_data import write_shards
+
+from ldt import memory
+from ldt.config import load
+from ldt.dist import World
+from ldt.errors import InputError
+from ldt.nn.build import build, checkpoint_blocks
+from ldt.nn.condition import Condition, TextShape
+from ldt.nn.config import ModelConfig
+from ldt.train import Config, attempt
+
+SHAPE = (4, 8, 8)
+TRANSFORMER = ModelConfig(width=64, depth=4, heads=2)
+MODELS = {
+    "transformer": TRANSFORMER,
+    "adaln": dataclasses.replace(TRANSFORMER, conditioning="adaln_zero"),
+    "text": dataclasses.replace(TRANSFORMER, condition_on="class_and_text"),
+    "skips": dataclasses.replace(TRANSFORMER, long_skips=True),
+    "unet": load(
+        Config, None, ["run_dir=x", "data.path=x", "model={name: unet, unet: {channels: 16, head_channels: 8}}"]
+    ).model,
+}
+TEXT = TextShape(6, vocabulary=257)
+
+
+def counted(config, samples, recomputed):
+    """Bytes of distinct storages that a real forward pass saves."""
+    model = build(config, SHAPE, 3, seed=0, text=TEXT)
+    checkpoint_blocks(model, recomputed)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    words = torch.zeros(samples, TEXT.length, dtype=torch.int64) if config.told_text else None
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        condition = Condition(torch.zeros(samples, dtype=torch.int64), words)
+        _loss = model(torch.zeros(samples, *SHAPE), torch.zeros(samples), condition).square().mean()
+    return sum(s.nbytes() for pointer, s in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_what_a_real_pass_saves(name):
+    cost = memory.activations(MODELS[name], SHAPE, 3, TEXT, "fp32")
+    for samples in (1, 5):
+        assert cost.kept * samples == pytest.approx(counted(MODELS[name], samples, 0), rel=0.02)
+        assert cost.recomputed * samples == pytest.approx(counted(MODELS[name], samples, cost.blocks), rel=0.02)
+    if name != "unet":
+        half = counted(MODELS[name], 3, 2)
+        assert cost.of(3, 2) - 3 * (cost.kept - cost.recomputed) // 4 == pytest.approx(half, rel=0.04)
+
+
+def test_a_budget_recomputes_no_more_blocks_than_it_must():
+    cost = memory.Activations(kept=1000, recomputed=200, blocks=8)
+    assert cost.blocks_to_recompute(4, 4000) == 0
+    for budget in range(1300, 4000, 90):
+        blocks = cost.blocks_to_recompute(4, budget)
+        assert cost.of(4, blocks) <= budget < cost.of(4, blocks - 1)
+    assert cost.blocks_to_recompute(1, 1e9, at_least=8) == 8
+    with pytest.raises(InputError, match="a micro-batch of 4 keeps 1.2e-06 GB of activations even with every block"):
+        cost.blocks_to_recompute(4, 1100)
+    assert cost.largest(64, 10_500) == 10 and cost.largest(4, 10_500) == 4
+    assert cost.largest(64, 900) == 3, "only by recomputing"
+    assert cost.largest(64, 100) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sharding_saves_what_zero_says(precision):
+    """At many ranks only what is not sharded is left: ZeRO's Ψ·(weights) at stages 1 and 2, nothing at 3."""
+    width = 2 if precision == "bf16" else 4
+    for stage, left in ((1, width), (2, width), (3, 0)):
+        many = memory.state_bytes(10**9, stage, precision, 1 << 20, averages=2).persistent
+        gradients = 4 if (stage, precision) == (1, "bf16") else 0
+        assert many / 1e9 == pytest.approx(left + gradients, abs=1e-3)
+        alone = memory.state_bytes(10**9, stage, precision, 1, averages=2).persistent
+        assert alone / 1e9 == pytest.approx(width + gradients + 4 + 8 + 8)
+    assert memory.state_bytes(10**9, 0, "fp32", 4, averages=2).persistent / 1e9 == pytest.approx(4 + 8 + 2)
+
+
+def train_case(world: World, settings: list[str]) -> None:
+    attempt(load(Config, None, settings), world)
+
+
+def test_it_changes_nothing_but_memory(pool, tmp_path, caplog):
+    """micro_batch=auto under a budget: smaller micro-batches, recomputed blocks, the same run."""
+    write_shards(tmp_path / "data", [40])
+    settings = [
+        "model={width: 64, depth: 4, heads: 2}", f"data.path={tmp_path / 'data'}", "train.global_batch=12",
+        "train.total_samples=48", "log.every_samples=12",
+    ]  # fmt: skip
+    cost = memory.activations(TRANSFORMER, (4, 2, 2), 3, None, "fp32")
+    runs = {
+        "plain": [],
+        "auto": ["train.micro_batch=auto"],
+        "budget": ["train.micro_batch=auto", f"engine.activation_memory_gb={2.5e-9 * cost.kept}"],
+        "tight": ["train.micro_batch=3", f"engine.activation_memory_gb={3.1e-9 * cost.of(1, 4)}"],
+    }
+    logs = {}
+    for name, more in runs.items():
+        pool(2).run(train_case, settings=[*settings, f"run_dir={tmp_path / name}", *more])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        logs[name] = [(r["digest"], r["loss"]) for r in map(json.loads, lines)]
+    for name in runs:
+        assert [d for d, _ in logs[name]] == [d for d, _ in logs["plain"]], name
+        assert [x for _, x in logs[name]] == pytest.approx([x for _, x in logs["plain"]], rel=1e-5), name

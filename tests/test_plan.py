@@ -1,0 +1,123 @@
+"""`ldt plan` against closed forms, published throughputs, and what the trainer really does."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from ldt import plan
+from ldt.cli import main
+from ldt.config import load
+from ldt.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+XL2 = ROOT / "configs/imagenet256/dit_xl2.yaml"
+CONFIGS = sorted(
+    p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in ("imagenet256", "imagenet512", "study", "text")
+)
+
+
+@functools.cache
+def measured(path):
+    return plan.measure(load(plan.Config, path, ()))
+
+
+def planned(path, *settings, stage=None):
+    config = load(plan.Config, path, settings)
+    model = plan.measure(config) if any(s.startswith("latent=") for s in settings) else measured(path)
+    stage = config.engine.zero_stage if stage is None else stage
+    return config, model, plan.place(config, model, config.nodes, stage)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_config_can_be_planned(path, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no data there
+    assert main(["plan", str(path), "nodes=2", "price=2"]) == 0
+    out = capsys.readouterr().out
+    for word in ("parameters", "memory ZeRO-3", "communication", "images/s", "checkpoint", "GPU hours", "costs"):
+        assert word in out
+    assert out.splitlines()[-1].startswith("recommended")
+
+
+def test_compute_is_three_forward_passes_at_the_given_efficiency():
+    config, model, at = planned(XL2, "nodes=1", "gpus=1", "train.global_batch=128", "device=a100")
+    assert at.compute == pytest.approx(128 * 3 * 2 * 118.62e9 / (0.4 * 312e12), rel=1e-3)
+    assert at.traffic == 0 and at.communication == 0, "one rank sends nothing"
+    _, _, again = planned(
+        XL2, "nodes=1", "gpus=1", "train.global_batch=128", "device=a100", "model.activation_checkpointing=true"
+    )
+    assert again.compute == pytest.approx(at.compute * 4 / 3)
+    assert again.memory < 0.4 * at.memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "images_per_second"),  # theirs, of one A100, by the READMEs of the two
+    [(("train.global_batch=128", "model.activation_checkpointing=true"), 107.5), (("train.global_batch=128",), 146.0)],
+    ids=["fast-DiT XL/2", "U-ViT-H/2"],
+)
+def test_published_throughputs_are_met_within_a_third(settings, images_per_second):
+    path = XL2 if images_per_second == 107.5 else XL2.with_name("uvit_h2.yaml")
+    off = () if images_per_second == 107.5 else ("model.activation_checkpointing=false",)
+    _, _, at = planned(path, "nodes=1", "gpus=1", "device=a100", *settings, *off)
+    assert 3 / 4 < 128 / at.step / images_per_second < 4 / 3
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 3), (2, 3), (3, 3)])
+def test_traffic_is_that_of_ring_algorithms(stage, passes):
+    assert plan.traffic_bytes(10**9, stage, "fp32", 4) == passes * 4 * 10**9 * 3 // 4
+    if stage > 1:
+        assert plan.traffic_bytes(10**9, stage, "bf16", 4) == passes * 2 * 10**9 * 3 // 4
+
+
+def test_it_splits_as_the_trainer_does():
+    _, model, at = planned(XL2, "nodes=3", "train.global_batch=250", "train.micro_batch=4")
+    assert (at.ranks, at.share.count, at.share.size) == (24, 3, 4)
+    config, model, at = planned(XL2, "nodes=1", "train.global_batch=4096", "train.micro_batch=auto")
+    assert at.share.size > 32 and plan.fits(config, at), "as many as the device holds"
+    _, _, at = planned(
+        XL2, "nodes=1", "train.global_batch=4096", "train.micro_batch=64", "engine.activation_memory_gb=20"
+    )
+    assert 0 < at.recomputed < 28 and model.activations.of(64, at.recomputed) <= 20e9
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("nodes=64",), "is less than 512 ranks"),
+        (("nodes=12",), "of the rows are padding"),
+        (("nodes=4", "network_gb=1"), "of the step is communication"),
+        (("engine.zero_stage=3",), "engine.zero_stage=3 without need: ZeRO-1 fits"),
+        (("train.global_batch=4096",), "GB of 80: train.micro_batch=auto"),
+        (("checkpoint.every_samples=25600", "disk_gb=0.5"), "raise checkpoint.every_samples"),
+        (("device_tflops=1000000", "device_memory_gb=500", "data.threads=1", "gpus=1"), "raise data.threads=1"),
+    ],
+)
+def test_it_warns_of_what_will_hurt(settings, words):
+    config, model, at = planned(XL2, *settings)
+    assert any(words in line for line in plan.warnings(config, model, at))
+    quiet, model, at = planned(XL2, "nodes=1", "train.global_batch=256")
+    assert not list(plan.warnings(quiet, model, at))
+
+
+def test_it_recommends_a_stage_that_fits_and_no_idle_nodes():
+    fast, model, _ = planned(XL2, "train.global_batch=2048", "train.micro_batch=auto", "network_gb=1000")
+    assert plan.recommendation(fast, model).startswith("engine.zero_stage=1 train.micro_batch=16, up to 16 nodes")
+    slow, _, _ = planned(XL2, "train.global_batch=2048", "train.micro_batch=auto", "network_gb=20")
+    assert "1 node of" in plan.recommendation(slow, model)
+    tiny, model, _ = planned(XL2, "device_memory_gb=1", "train.micro_batch=1")
+    assert plan.recommendation(tiny, model).startswith("nothing fits")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("nodes=0", "nodes=0 must be at least 1"),
+        ("device=h1000", "device=h1000 is not one of h100, .* did you mean h100"),
+        ("latent=4x32", "latent=4x32 must be channels, height and width"),
+        ("disk_gb=0", "disk_gb=0.0 must be positive"),
+        ("latent=4x31x31", "model.patch=2 does not divide the latent size 31x31"),
+    ],
+)
+def test_bad_plans_are_refused(setting, words):
+    with pytest.raises(InputError, match=words):
+        planned(XL2, setting)
