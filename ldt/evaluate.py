@@ -22,6 +22,7 @@ from ldt.config import to_dict
 from ldt.data.shards.manifest import HEAD, read_head
 from ldt.dist import World, barrier, broadcast, process_group
 from ldt.errors import InputError
+from ldt.files import misfit, natural, parse_json
 from ldt.metrics.detectors import Detector, make_detector
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
@@ -253,21 +254,35 @@ def derive_jsonl(output: Path) -> None:
     directory, written = output.parent / "evaluations", None
     while written != (files := sorted(directory.glob("*.json"))):
         temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(json.loads(p.read_text())) + "\n" for p in files))
+        results = [r for p in files if (r := _whole_result(p)) is not None]
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
         temporary.replace(output)
         written = files
 
 
 def _read_result(file: Path, checkpoint_hash: str) -> dict[str, Any] | None:
     """The result in a file, if it is of this very checkpoint."""
-    if not file.exists():
+    result = _whole_result(file) if file.exists() else None
+    if result is None:
         return None
-    result: dict[str, Any] = json.loads(file.read_text())
     if result["checkpoint_hash"] != checkpoint_hash:
         logger.warning("%s is of another checkpoint with the same number of samples; it is made again", file)
         return None
     logger.info("already scored: %s", file)
     return result
+
+
+def _whole_result(file: Path) -> dict[str, Any] | None:
+    """What a result file says; None, with a word about it, if it is damaged."""
+    try:
+        result = parse_json(file.read_bytes())
+        wrong = misfit(result, {"samples_seen": natural, "checkpoint_hash": str})
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    if wrong:
+        logger.warning("%s is damaged (%s) and left out", file, wrong)
+        return None
+    return dict(result)
 
 
 def _short_hash(identity: dict[str, Any]) -> str:

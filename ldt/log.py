@@ -12,6 +12,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from ldt.errors import InputError
+from ldt.files import natural, parse_json
+
 
 def get_logger(name: str) -> logging.Logger:
     """A logger under `ldt`; only rank 0 speaks below WARNING."""
@@ -45,20 +48,24 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, in order. A torn last line (a killed writer) is left out."""
+    """The objects of a JSONL file, in order. A torn last line (a killed writer) is left out, others are errors."""
     if not path.exists():
         return
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text(errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); check it") from None
     for i, line in enumerate(lines):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if i == len(lines) - 1:
-                return
-            raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
-        yield record
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif i < len(lines) - 1:
+            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; mend or remove that line")
 
 
 def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
@@ -67,6 +74,9 @@ def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
     What is cut goes to `<name>.cut` beside it, so nothing is lost.
     """
     records = list(read_jsonl(path))
+    for record in records:
+        if not natural(record.get(key)):
+            raise InputError(f"{path} has a line without a number as {key}: {str(record)[:80]}; remove that line")
     kept = [r for r in records if r[key] <= limit]
     cut = [r for r in records if r[key] > limit]
     if path.exists():

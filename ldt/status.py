@@ -12,9 +12,12 @@ from typing import Any
 from ldt import rundir
 from ldt.checkpoint import MANIFEST, listed
 from ldt.errors import InputError
+from ldt.files import misfit, natural, real
 from ldt.log import read_jsonl
 from ldt.options import required
 
+_ATTEMPT = {"time": real, "host": str, "world_size": natural}
+_STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
 QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
 
 
@@ -45,9 +48,12 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
             f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training"
         )
     attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), rundir.read_outcome(run_dir)
-    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
+    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if not misfit(r, _STEP)]
     total = _total_samples(run_dir)
     facts: dict[str, Any] = {"state": outcome.get("outcome", "unknown"), "message": outcome.get("message", "")}
+    if not attempts or (wrong := misfit(attempts[-1], _ATTEMPT, "its last line")):
+        wrong = wrong if attempts else "it is empty"
+        raise InputError(f"{run_dir / 'environment.jsonl'} is damaged: {wrong}; start the training again to mend it")
     newest = attempts[-1]
     facts["job"] = " ".join(
         str(part)
@@ -79,9 +85,11 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
 
 def _total_samples(run_dir: Path) -> int:
     """`train.total_samples` of the newest attempt's config; 0 if it can't be read."""
-    for line in (run_dir / "config.yaml").read_text().splitlines() if (run_dir / "config.yaml").exists() else []:
+    for line in (
+        (run_dir / "config.yaml").read_text(errors="replace").splitlines() if (run_dir / "config.yaml").exists() else []
+    ):
         key, _, value = line.strip().partition(": ")
-        if key == "total_samples" and value.isdigit():
+        if key == "total_samples" and value.isdecimal():
             return int(value)
     return 0
 

@@ -2,10 +2,12 @@
 
 import json
 import struct
+import sys
 
 import pytest
 
-from ldt import log
+from ldt import log, rundir
+from ldt.errors import InputError
 
 
 def write(path, *lines):
@@ -30,7 +32,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "m.jsonl"
     write(path, '{"a": 1}\n', '{"a": \n', '{"a": 3}\n')
-    with pytest.raises(ValueError, match="m.jsonl line 2 is not JSON"):
+    with pytest.raises(InputError, match="m.jsonl line 2 is not a JSON object"):
         list(log.read_jsonl(path))
 
 
@@ -66,6 +68,34 @@ def test_wandb_offline_holds_the_records(tmp_path, monkeypatch):
     history, run = read_wandb(files[0])
     assert [{k: h[k] for k in ("samples_seen", "loss")} for h in history] == records
     assert run["config"] == {"seed": 7} and run["name"] == "run"
+
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
+    """Neither from the environment nor from an edited file or a command line, and wandb's own files are no exception."""
+    literal = KEY[::-1]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["ldt", "train", f"key={KEY}"])
+    diff = f"+export WANDB_API_KEY={literal}\n+run({KEY!r})\n+api_key: '{literal}'\n+token = uuid.uuid4().hex\n"
+    monkeypatch.setattr(rundir, "_git", lambda *words: diff)
+    run_dir = tmp_path / "run"
+    rundir.prepare(run_dir, "seed: 1\n", 1)
+    with log.Wandb(run_dir, {"seed": 1}, enabled=True) as tracker:
+        tracker.log({"samples_seen": 64, "loss": 1.0})
+    saved = [p for p in run_dir.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in saved)
+    for path in saved:
+        content = path.read_bytes()
+        assert KEY.encode() not in content and literal.encode() not in content, path
+    kept = (run_dir / "source.diff").read_text()
+    assert kept == (
+        "+export WANDB_API_KEY=<removed>\n+run('<removed>')\n+api_key: '<removed>'\n+token = uuid.uuid4().hex\n"
+    )
 
 
 def test_wandb_disabled_does_nothing(tmp_path):
