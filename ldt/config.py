@@ -73,10 +73,10 @@ def defaults_yaml(schema: type) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(schema))
 
 
-def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
-    """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`."""
+def from_dict(schema: type[Schema], values: dict[str, Any], where: str = "the saved config") -> Schema:
+    """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`. where: for messages."""
     merged = OmegaConf.structured(schema)
-    _update(merged, values, schema, "the saved config")
+    _update(merged, values, schema, where)
     return _build(merged, schema)
 
 

@@ -119,8 +119,8 @@ def run(config: Config) -> int:
     return 0
 
 
-def evaluate(config: Config, world: World) -> None:
-    """`run` inside of a process group."""
+def evaluate(config: Config, world: World) -> list[Section]:
+    """`run` inside of a process group; rank 0 gets the results."""
     torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
     settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
@@ -130,13 +130,15 @@ def evaluate(config: Config, world: World) -> None:
         paths = follow(run_dir, key, world)
     else:
         paths = iter(broadcast(select(run_dir, settings.checkpoint)))
-    reference = None
+    reference, results = None, []
     for path in paths:
         loaded = load_denoiser(path, settings.weights, world.device)
         output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
         if reference is None:  # all checkpoints of a run have the same
             reference = open_reference(settings, loaded, detector, world)
-        score_once(settings, loaded, reference, detector, output, world)
+        result = score_once(settings, loaded, reference, detector, output, world)
+        results += [result] if world.rank == 0 and result else []
+    return results
 
 
 def select(path: Path, which: str) -> list[Path]:
@@ -176,8 +178,8 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
 
 def score_once(
     config: EvaluateConfig, loaded: Loaded, reference: Reference, detector: Detector, output: Path, world: World
-) -> None:
-    """Score a checkpoint unless its result is there; rank 0 writes and says where."""
+) -> Section | None:
+    """Score a checkpoint unless its result is there; rank 0 writes it, says where and returns it."""
     identity = {k: v for k, v in to_dict(config).items() if k not in NOT_IN_RESULT}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{_short_hash(identity)}.json"
@@ -187,7 +189,7 @@ def score_once(
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         blocks = make_features(config, loaded, detector, store, world)
         if world.rank != 0:
-            return
+            return None
         scores, moments = compute(config.metrics, detector, store, blocks, reference, config.seed)
         assert moments.count == config.images, (moments.count, config.images)
         result = {
@@ -212,6 +214,7 @@ def score_once(
         derive_jsonl(output)
         shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
         print(f"{shown} at {loaded.samples_seen} samples seen: {output}")
+    return result
 
 
 def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, store: FeatureStore, world: World) -> int:

@@ -74,7 +74,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
-    """Neither from the environment nor from an edited file or a command line, and wandb's own files are no exception."""
+    """Neither from the environment nor from an edited file or a command line, nor in wandb's own files."""
     literal = KEY[::-1]
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -82,7 +82,7 @@ def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ldt", "train", f"key={KEY}"])
     diff = f"+export WANDB_API_KEY={literal}\n+run({KEY!r})\n+api_key: '{literal}'\n+token = uuid.uuid4().hex\n"
-    monkeypatch.setattr(rundir, "_git", lambda *words: diff)
+    monkeypatch.setattr(rundir, "_git", lambda *words: diff if words[0] == "diff" else "abc")
     run_dir = tmp_path / "run"
     rundir.prepare(run_dir, "seed: 1\n", 1)
     with log.Wandb(run_dir, {"seed": 1}, enabled=True) as tracker:
