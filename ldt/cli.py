@@ -44,6 +44,7 @@ COMMANDS = {
     "import": Command(
         "ldt.doors.dit", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
     ),
+    "replay": Command("ldt.replay", "RUN [to=wandb|tensorboard]", "a run's log, sent to a tracker afterwards", "run"),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }
 

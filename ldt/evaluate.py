@@ -5,6 +5,7 @@ derived from them all. What is there already is not computed again. Statistics a
 image ids, so that they do not depend on the number of processes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,7 +86,8 @@ class Config:
 
     `watch` follows the run directory and scores each new checkpoint until the run is done.
 
-    The other sections are those of a training config, so that the same file serves both; they are not read here.
+    The other sections are those of a training config, so that the same file serves both; of them only `log.wandb` is
+    read: the scores are then tracked too, as a run of their own beside the training's.
     """
 
     run: str = ""
@@ -130,14 +132,22 @@ def evaluate(config: Config, world: World) -> list[Section]:
         paths = follow(run_dir, key, world)
     else:
         paths = iter(broadcast(select(run_dir, settings.checkpoint)))
-    reference, results = None, []
-    for path in paths:
-        loaded = load_denoiser(path, settings.weights, world.device)
-        output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
-        if reference is None:  # all checkpoints of a run have the same
-            reference = open_reference(settings, loaded, detector, world)
-        result = score_once(settings, loaded, reference, detector, output, world)
-        results += [result] if world.rank == 0 and result else []
+    reference, results, tracking, start = None, [], None, time.time()
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            loaded = load_denoiser(path, settings.weights, world.device)
+            output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
+            if reference is None:  # all checkpoints of a run have the same
+                reference = open_reference(settings, loaded, detector, world)
+            result = score_once(settings, loaded, reference, detector, output, world)
+            if world.rank != 0 or result is None:
+                continue
+            results.append(result)
+            if config.log.get("wandb") and result["time"] >= start:
+                if tracking is None:
+                    tracker = log.Wandb(output.parent, to_dict(settings), "evaluation")
+                    tracking = stack.enter_context(log.Tracking(tracker))
+                tracking.log(result)
     return results
 
 

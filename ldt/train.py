@@ -119,7 +119,7 @@ class Trainer:
         self.progress = self._restore()
         self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics = self.run_dir / "metrics.jsonl"
-        self.wandb = log.Wandb(self.run_dir, to_dict(config), config.log.wandb and world.rank == 0)
+        self.tracking = log.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
         self.meter = Meter()
 
     def train(self) -> tuple[int, str, int]:
@@ -134,7 +134,7 @@ class Trainer:
             self.writer,
             self.loader,
             self.validation or contextlib.nullcontext(),
-            self.wandb,
+            self.tracking,
             bar,
         ):
             while self.progress.samples_seen < total and not request:
@@ -387,7 +387,7 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         if self.world.rank == 0:
             log.append_jsonl(self.metrics, record)
-            self.wandb.log(record)
+            self.tracking.log(record)
 
     def _save(self, checkpoint: bool, snapshot: bool) -> None:
         """Start to write the whole state, and the averages alone where they are to be kept (collective)."""

@@ -13,6 +13,7 @@ OWNERS = {
     "deepspeed": {"engine", "partition"},
     "omegaconf": {"config"},
     "wandb": {"log"},
+    "torch.utils.tensorboard": {"log"},
     "submitit": {"launch"},
     "webdataset": {"data.shards"},
     "streaming": {"data.shards"},

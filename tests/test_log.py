@@ -3,10 +3,12 @@
 import json
 import struct
 import sys
+import time
 
 import pytest
 
 from ldt import log, rundir
+from ldt.cli import main
 from ldt.errors import InputError
 
 
@@ -60,14 +62,14 @@ def test_wandb_offline_holds_the_records(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     records = [{"samples_seen": 64 * i, "loss": 1 / i} for i in (1, 2, 3)]
-    with log.Wandb(run_dir, {"seed": 7}, enabled=True) as tracker:
+    with log.track(run_dir, {"seed": 7, "log": {"wandb": True}}, rank=0) as tracker:
         for r in records:
             tracker.log(r)
     files = list(run_dir.rglob("*.wandb"))
     assert len(files) == 1 and "offline-run" in str(files[0])
     history, run = read_wandb(files[0])
     assert [{k: h[k] for k in ("samples_seen", "loss")} for h in history] == records
-    assert run["config"] == {"seed": 7} and run["name"] == "run"
+    assert run["config"]["seed"] == 7 and run["name"] == "run" and run["job"] == "train"
 
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -85,7 +87,7 @@ def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "_git", lambda *words: diff if words[0] == "diff" else "abc")
     run_dir = tmp_path / "run"
     rundir.prepare(run_dir, "seed: 1\n", 1)
-    with log.Wandb(run_dir, {"seed": 1}, enabled=True) as tracker:
+    with log.track(run_dir, {"seed": 1, "log": {"wandb": True}}, rank=0) as tracker:
         tracker.log({"samples_seen": 64, "loss": 1.0})
     saved = [p for p in run_dir.rglob("*") if p.is_file()]
     assert any(p.suffix == ".wandb" for p in saved)
@@ -98,10 +100,76 @@ def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
     )
 
 
-def test_wandb_disabled_does_nothing(tmp_path):
-    with log.Wandb(tmp_path, {}, enabled=False) as tracker:
-        tracker.log({"loss": 1.0})
+def test_without_trackers_or_on_other_ranks_nothing_is_written(tmp_path):
+    both = {"log": {"wandb": True, "tensorboard": True}}
+    for config, rank in (({}, 0), ({"log": {"wandb": False}}, 0), (both, 1)):
+        with log.track(tmp_path, config, rank) as tracker:
+            tracker.log({"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_restart_is_the_same_wandb_run_and_all_else_one_of_its_own(tmp_path, offline, capsys):
+    """Two starts of a training, its replay twice: three wandb runs in one group, never one by two processes."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = {"log": {"wandb": True}}
+    for seen in (64, 128):
+        record = {"samples_seen": seen, "loss": 1 / seen}
+        log.append_jsonl(run_dir / "metrics.jsonl", record)
+        with log.track(run_dir, config, rank=0) as tracker:
+            tracker.log(record)
+        time.sleep(1.1)  # wandb's directories are told apart by their second
+    log.append_jsonl(run_dir / "evaluations.jsonl", {"samples_seen": 100, "fd_x": 9.0})
+    for _ in range(2):
+        assert main(["replay", str(run_dir)]) == 0
+    runs = [read_wandb(p) for p in sorted(run_dir.rglob("*.wandb"), key=lambda p: p.stat().st_mtime)]
+    assert [run["job"] for _, run in runs] == ["train", "train", "replay", "replay"]
+    assert len({run["id"] for _, run in runs}) == 3 and runs[0][1]["id"] == runs[1][1]["id"]
+    assert len({run["group"] for _, run in runs}) == 1
+    assert [h["samples_seen"] for h in runs[3][0]] == [64, 100, 128]
+    assert runs[3][0][1]["fd_x"] == 9.0 and runs[3][1]["axis"] == "samples_seen"
+
+
+def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, capsys):
+    """Read back with TensorBoard's own reader; the second start resumes at 128, so what came after it is gone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = {"log": {"tensorboard": True}}
+
+    def records(numbers, scale):
+        return [{"samples_seen": n, "loss": scale / n, "digest": "ab", "time": 1.8e9 + n} for n in numbers]
+
+    for resumed_at, lines in ((0, records((64, 128, 192), 1)), (128, records((192, 256), 2))):
+        with log.track(tmp_path, config, 0, resumed_at) as tracker:
+            for r in lines:
+                tracker.log(r)
+        time.sleep(1.1)  # event files are told apart by their second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    expected = [(64, 1 / 64), (128, 1 / 128), (192, 2 / 192), (256, 2 / 256)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(n, pytest.approx(v)) for n, v in expected]
+    assert events.Scalars("loss")[0].wall_time == 1.8e9 + 64
+
+
+def test_tensorboard_that_is_not_there_is_said_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    for rank in (0, 1):  # all ranks together, so that none waits for one that has left
+        with pytest.raises(InputError, match=r"pip install ldt-train\[tensorboard\]"):
+            log.track(tmp_path, {"log": {"tensorboard": True}}, rank)
+
+
+def test_replaying_nothing_is_refused(tmp_path, capsys):
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "no lines in metrics.jsonl" in capsys.readouterr().err
 
 
 def read_wandb(path):
@@ -118,7 +186,10 @@ def read_wandb(path):
             history.append(items)
         elif kind == "run":
             config = {u.key: json.loads(u.value_json) for u in record.run.config.update if not u.key.startswith("_")}
-            run = {"config": config, "name": record.run.display_name}
+            r = record.run
+            run |= {"config": config, "name": r.display_name, "id": r.run_id, "group": r.run_group, "job": r.job_type}
+        elif kind == "metric" and record.metric.glob_name == "*":
+            run["axis"] = record.metric.step_metric
     return history, run
 
 
