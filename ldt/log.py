@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from tqdm import tqdm
-
 from ldt.errors import InputError
 from ldt.files import natural, parse_json, real
+from ldt.progress import Handler, ProgressLine
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -28,19 +27,16 @@ def configure(rank: int, quiet: bool = False) -> None:
     """Send the package's log lines to stderr: rank 0 from INFO on, others from WARNING on."""
     root = logging.getLogger("ldt")
     root.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     root.propagate = False
 
 
-def progress(total: int, unit: str, description: str, initial: int = 0, show: bool = True) -> tqdm:
-    """A progress bar on stderr; silent where stderr is not a terminal or `show` is false."""
-    hidden = not show or not sys.stderr.isatty() or not logging.getLogger("ldt").isEnabledFor(logging.INFO)
-    return tqdm(
-        total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True, unit_scale=True
-    )
+def progress(total: int, unit: str, what: str, done: int = 0, show: bool = True) -> ProgressLine:
+    """A line of progress on stderr; none under `--quiet` or where `show` is false."""
+    return ProgressLine(total, unit, what, done, show and logging.getLogger("ldt").isEnabledFor(logging.INFO))
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from ldt.config import flatten
 from ldt.errors import InputError
 from ldt.files import parse_json
 from ldt.log import append_jsonl, read_jsonl
+from ldt.progress import counted
 
 PLACEMENT = (
     "run_dir",
@@ -116,6 +117,17 @@ def read_outcome(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return outcome if isinstance(outcome, dict) else {}
+
+
+def what_is_there(run_dir: Path) -> str:
+    """What a training has written, in words."""
+    parts = ["metrics.jsonl"]
+    if checkpoints := [p for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]:
+        size = sum(p.stat().st_size for p in max(checkpoints).iterdir()) / 1e6
+        parts.append(f"{counted(len(checkpoints), 'checkpoint', 'checkpoints')} of {size:,.1f} MB")
+    if grids := len(list((run_dir / "samples").glob("*.png"))):
+        parts.append(f"{counted(grids, 'sample grid', 'sample grids')}")
+    return ", ".join(parts)
 
 
 def this_start() -> dict[str, str]:

@@ -15,6 +15,7 @@ from ldt.errors import InputError
 from ldt.files import misfit, natural, real
 from ldt.log import read_jsonl
 from ldt.options import required
+from ldt.progress import counted, duration
 
 _ATTEMPT = {"time": real, "host": str, "world_size": natural}
 _STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
@@ -60,7 +61,9 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         for part in (newest.get("job") and f"job {newest['job']}", f"on {newest.get('nodes') or newest['host']}")
         if part
     )
-    facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {newest['world_size']} processes"
+    facts["starts"] = (
+        f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {counted(newest['world_size'], 'process', 'processes')}"
+    )
     if steps:
         last = steps[-1]
         seen, rate = last["samples_seen"], last["images_per_second"]
@@ -75,7 +78,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
                 facts["state"] = "silent"
                 facts["message"] = "it says it runs, but has logged nothing for long: look at its job and at stalls/"
             elif total and rate > 0:
-                facts["to_go"] = _duration((total - seen) / rate)
+                facts["to_go"] = duration((total - seen) / rate)
     whole = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
     if whole:
         age = now - (whole[-1] / MANIFEST).stat().st_mtime
@@ -95,17 +98,4 @@ def _total_samples(run_dir: Path) -> int:
 
 
 def _ago(seconds: float) -> str:
-    return f"{_duration(seconds)} ago"
-
-
-def _duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes = int(max(seconds, 0)) // 60
-    if minutes < 2:
-        return f"{max(seconds, 0):.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+    return f"{duration(seconds)} ago"

@@ -1,13 +1,20 @@
 """Logs: JSONL that survives torn writes and rewinds, and its mirror in real (offline) wandb."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
 import struct
+import subprocess
 import sys
+import termios
 import time
 
 import pytest
 
-from ldt import log, rundir
+from ldt import log, progress, rundir
 from ldt.cli import main
 from ldt.errors import InputError
 
@@ -47,10 +54,70 @@ def test_cutting_back_loses_nothing(tmp_path):
     assert path.read_text().endswith("}\n")  # the torn tail is gone, so that the next line starts on its own
 
 
-def test_nothing_is_drawn_where_nobody_watches(capsys):
+def test_nothing_is_drawn_where_nobody_watches(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN", 0.0)
+    log.configure(rank=0, quiet=True)
     with log.progress(10, "img", "train") as bar:
         bar.update(10)
+    log.configure(rank=1)
+    with log.progress(10, "img", "train") as bar:
+        bar.update(10)
+    log.configure(rank=0)
+    with log.progress(10, "img", "train", show=False) as bar:
+        bar.update(10)
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
+    log.configure(rank=0)
+    with log.progress(1000, "img", "train", 200) as bar:
+        bar.update(100, loss=1.0, waited=0.0)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress, "PLAIN", 0.0)
+        bar.update(100, loss=2.0, waited=0.0)
+    line = capsys.readouterr().err
+    pattern = r"train  400 of 1,000 img \(40%\)  [\d,]+ img/s  loss 1\.5000  data wait 0%  \d+ s to go\n"
+    assert re.fullmatch(pattern, line), line
+
+
+TALKATIVE = """
+import sys, time
+from ldt import log
+log.configure(0)
+with log.progress(4, "img", "train") as bar:
+    for i in range(4):
+        time.sleep(0.3)
+        bar.update(1, loss=0.5 * (i + 1))
+        log.get_logger("x").info("word %d", i)
+print("done")
+"""
+
+
+def test_on_a_terminal_one_line_renews_itself_below_the_log():
+    """In a real pseudo-terminal of 40 columns, read as its screen would be."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    child = subprocess.Popen([sys.executable, "-c", TALKATIVE], stdout=follower, stderr=follower, stdin=follower)
+    os.close(follower)
+    content = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(leader, 1 << 16):
+            content += piece
+    os.close(leader)
+    assert child.wait() == 0
+    screen = [line.split("\r")[-1].rpartition("\x1b[K")[2] for line in content.decode().split("\r\n")]
+    assert screen[:4] == [f"word {i}" for i in range(4)]
+    assert screen[4].startswith("train  4 of 4 img (100%)  ") and len(screen[4]) <= 39
+    assert screen[5:] == ["done", ""]
+    assert content.count(b"train  ") < 9
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 "), (999, "999 "), (74_000, "74.0 k"), (330_300_000, "330 M"), (5.57e9, "5.57 G"), (3e15, "3000 T")],
+)
+def test_numbers_are_short(number, said):
+    assert progress.short(number) == said
 
 
 def test_wandb_offline_holds_the_records(tmp_path, monkeypatch):
