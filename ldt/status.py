@@ -61,9 +61,8 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         for part in (newest.get("job") and f"job {newest['job']}", f"on {newest.get('nodes') or newest['host']}")
         if part
     )
-    facts["starts"] = (
-        f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {counted(newest['world_size'], 'process', 'processes')}"
-    )
+    processes = counted(newest["world_size"], "process", "processes")
+    facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {processes}"
     if steps:
         last = steps[-1]
         seen, rate = last["samples_seen"], last["images_per_second"]

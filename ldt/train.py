@@ -150,10 +150,8 @@ class Trainer:
             raise RunError(f"{self.writer.problem}; make room and start the same command again")
         if self.progress.samples_seen < total:
             return STOPPED, f"stopped on request ({request})", self.progress.samples_seen
-        words = (
-            "already trained to the end (a larger train.total_samples goes on)" if was_done else "trained to the end"
-        )
-        return DONE, words, self.progress.samples_seen
+        words = "was already trained to the end (a larger train.total_samples goes on)"
+        return DONE, words if was_done else "trained to the end", self.progress.samples_seen
 
     def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: ProgressLine) -> str:
         """Steps until the end or a request to stop, which is returned; or until bad steps have rolled the run back."""

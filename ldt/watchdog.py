@@ -5,7 +5,6 @@ which rank waits where and which has not reported at all, and the process ends w
 stuck too is ended by a timer in C.
 """
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -56,8 +55,6 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
             self._dump.unlink()
-            with contextlib.suppress(OSError):  # other ranks are still there, or what an earlier stall left
-                self._directory.rmdir()
 
     @property
     def _dump(self) -> Path:

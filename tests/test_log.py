@@ -243,10 +243,13 @@ def read_wandb(path):
     """History rows and run of an offline wandb file: protobuf records in a LevelDB log behind a 7-byte header."""
     from wandb.proto import wandb_internal_pb2
 
-    history, run = [], {}
-    for data in leveldb_records(path.read_bytes(), start=7):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    history, run, over = [], {}, False
+    end = time.monotonic() + 30  # wandb's service may still be writing when the run has been finished
+    while not over and time.monotonic() < end:
+        records = [wandb_internal_pb2.Record.FromString(d) for d in leveldb_records(path.read_bytes(), start=7)]
+        over = any(r.WhichOneof("record_type") == "exit" for r in records)
+        time.sleep(0 if over else 0.1)
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
