@@ -266,7 +266,7 @@ def _explain_absence(address: str | Path) -> str:
         return f"data path {address} has no {HEAD}; upload the whole output directory of `ldt encode`"
     directory = Path(address)
     if not directory.exists():
-        return f"data path {directory} does not exist; make it with `ldt encode`"
+        return f"data path {directory} does not exist; make it with `ldt encode CONFIG output={directory}`"
     if (directory / "encode.json").exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):
