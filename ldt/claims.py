@@ -107,7 +107,7 @@ def _beside(checkpoint: Path, kind: str, key: str) -> Path:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(errors="replace")
     except FileNotFoundError:
         return ""
 

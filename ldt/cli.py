@@ -47,6 +47,7 @@ COMMANDS = {
     "plan": Command(
         "ldt.plan", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a run to be", ""
     ),
+    "replay": Command("ldt.replay", "RUN [to=wandb|tensorboard]", "a run's log, sent to a tracker afterwards", "run"),
     "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
 }
 
@@ -114,7 +115,9 @@ def _run(name: str, arguments: list[str]) -> int:
     if "-h" in flags or "--help" in flags:
         print(_command_help(name, command, program))
         return DONE
-    path, overrides = _split(command, [a for a in arguments if not a.startswith("-")])
+    if not arguments:
+        raise InputError(f"it needs to know what; usage: ldt {name} {command.usage}; ldt {name} --help lists the keys")
+    path, overrides = _split(name, command, [a for a in arguments if not a.startswith("-")])
     if command.reads_run_config and path is None:
         path = _config_of_run(overrides)
     if "--watch" in flags:
@@ -150,7 +153,7 @@ def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
     return out
 
 
-def _split(command: Command, words: list[str]) -> tuple[str | None, list[str]]:
+def _split(name: str, command: Command, words: list[str]) -> tuple[str | None, list[str]]:
     """The YAML file, if any, and the overrides, positional arguments among them."""
     overrides = [w for w in words if "=" in w]
     files = [w for w in words if "=" not in w and w.endswith((".yaml", ".yml"))]
@@ -158,7 +161,9 @@ def _split(command: Command, words: list[str]) -> tuple[str | None, list[str]]:
     if len(files) > 1:
         raise InputError(f"one config at a time, not {' and '.join(files)}")
     if others and not command.positional:
-        raise InputError(f"argument {others[0]!r} is neither a .yaml file nor key=value; usage: {command.usage}")
+        raise InputError(
+            f"argument {others[0]!r} is neither a .yaml file nor key=value; usage: ldt {name} {command.usage}"
+        )
     if others and command.positional == "runs":
         overrides.insert(0, f"runs=[{','.join(others)}]")
     elif others:

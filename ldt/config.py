@@ -20,6 +20,7 @@ from ldt.options import choice, required, section
 __all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
 
 Schema = TypeVar("Schema")
+MOST_VALUES = 100_000
 
 
 def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
@@ -33,10 +34,14 @@ def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str]
 
 def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str) -> None:
     for key, value in flatten(values).items():
+        if "${" in str(value):  # OmegaConf would fill in environment variables, and they would be saved with the run
+            raise InputError(f"{key} in {where} holds ${{…}}, which is not filled in; write the value itself")
         try:
             OmegaConf.update(merged, key, value)
         except OmegaConfBaseException as error:
             raise InputError(_explain(error, key, schema, where)) from None
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:  # of keys like `a[` and ``
+            raise InputError(f"{key} in {where} can't be set to {repr(value)[:60]} ({error}); see --help") from None
 
 
 def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
@@ -44,6 +49,8 @@ def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
         built = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key} is not set; give it in the config or as {error.full_key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise InputError(f"the config can't be used: {str(error.msg or error).splitlines()[0]}") from None
     _check_choices(built)
     assert isinstance(built, schema)
     return built
@@ -66,10 +73,10 @@ def defaults_yaml(schema: type) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(schema))
 
 
-def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
-    """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`."""
+def from_dict(schema: type[Schema], values: dict[str, Any], where: str = "the saved config") -> Schema:
+    """The inverse of `to_dict`; refuses unknown keys and wrong types like `load`. where: for messages."""
     merged = OmegaConf.structured(schema)
-    _update(merged, values, schema, "the saved config")
+    _update(merged, values, schema, where)
     return _build(merged, schema)
 
 
@@ -89,13 +96,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"config {path} is not readable as YAML: {' '.join(str(error).split())}") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"config {path} must hold `key: value` lines, not a {type(content).__name__}")
+    if _size(content) > MOST_VALUES:  # aliases of aliases can stand for more than any memory holds
+        raise InputError(f"config {path} holds more than {MOST_VALUES} values; that is no config")
     return content
+
+
+def _size(value: Any) -> int:
+    """How many values a tree holds, counted up to `MOST_VALUES`."""
+    total = 1
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        total += _size(inner)
+        if total > MOST_VALUES:
+            break
+    return total
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -114,6 +133,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) -> str:
     known = list(_keys(schema))
+    if not key.isprintable():
+        return f"unknown key {key!r} in {where}; known keys: {', '.join(k for k in known if '.' not in k)}"
     if key in known:
         return f"{key} in {where}: {str(error.msg or error).splitlines()[0]}"
     parent = key.rpartition(".")[0]

@@ -29,7 +29,7 @@ from ldt.data.shards.unit import Sidecar, read_sidecar, shard_name, sidecar_path
 from ldt.data.split import Split
 from ldt.dist import World, all_gather, broadcast, process_group
 from ldt.errors import InputError
-from ldt.files import remove_unfinished, write_atomic
+from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.nn.condition import TextShape
 from ldt.text import describe, load_text_encoder
 
@@ -273,7 +273,11 @@ class _Encoder:
             self._clean_up()
             return True
         if marker.exists():
-            self._compare(json.loads(marker.read_bytes()))
+            try:
+                recipe = dict(parse_json(marker.read_bytes()))
+            except (ValueError, TypeError):
+                raise InputError(f"{marker} is damaged; remove {self.output} and encode again") from None
+            self._compare(recipe)
         elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise InputError(f"output={self.output} has something else in it; choose an empty or a new directory")
         parts = [self.output] + ([self.output / VALIDATION] if self.split.validation_samples else [])

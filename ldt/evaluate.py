@@ -5,6 +5,7 @@ derived from them all. What is there already is not computed again. Statistics a
 image ids, so that they do not depend on the number of processes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from ldt.config import to_dict
 from ldt.data.shards.manifest import HEAD, read_head
 from ldt.dist import World, barrier, broadcast, process_group
 from ldt.errors import InputError
+from ldt.files import misfit, natural, parse_json
 from ldt.metrics.detectors import Detector, make_detector
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
@@ -84,7 +86,8 @@ class Config:
 
     `watch` follows the run directory and scores each new checkpoint until the run is done.
 
-    The other sections are those of a training config, so that the same file serves both; they are not read here.
+    The other sections are those of a training config, so that the same file serves both; of them only `log.wandb` is
+    read: the scores are then tracked too, as a run of their own beside the training's.
     """
 
     run: str = ""
@@ -118,8 +121,8 @@ def run(config: Config) -> int:
     return 0
 
 
-def evaluate(config: Config, world: World) -> None:
-    """`run` inside of a process group."""
+def evaluate(config: Config, world: World) -> list[Section]:
+    """`run` inside of a process group; rank 0 gets the results."""
     torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
     settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
@@ -129,13 +132,23 @@ def evaluate(config: Config, world: World) -> None:
         paths = follow(run_dir, key, world)
     else:
         paths = iter(broadcast(select(run_dir, settings.checkpoint)))
-    reference = None
-    for path in paths:
-        loaded = load_denoiser(path, settings.weights, world.device)
-        output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
-        if reference is None:  # all checkpoints of a run have the same
-            reference = open_reference(settings, loaded, detector, world)
-        score_once(settings, loaded, reference, detector, output, world)
+    reference, results, tracking, start = None, [], None, time.time()
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            loaded = load_denoiser(path, settings.weights, world.device)
+            output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
+            if reference is None:  # all checkpoints of a run have the same
+                reference = open_reference(settings, loaded, detector, world)
+            result = score_once(settings, loaded, reference, detector, output, world)
+            if world.rank != 0 or result is None:
+                continue
+            results.append(result)
+            if config.log.get("wandb") and result["time"] >= start:
+                if tracking is None:
+                    tracker = log.Wandb(output.parent, to_dict(settings), "evaluation")
+                    tracking = stack.enter_context(log.Tracking(tracker))
+                tracking.log(result)
+    return results
 
 
 def select(path: Path, which: str) -> list[Path]:
@@ -175,8 +188,8 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
 
 def score_once(
     config: EvaluateConfig, loaded: Loaded, reference: Reference, detector: Detector, output: Path, world: World
-) -> None:
-    """Score a checkpoint unless its result is there; rank 0 writes and says where."""
+) -> Section | None:
+    """Score a checkpoint unless its result is there; rank 0 writes it, says where and returns it."""
     identity = {k: v for k, v in to_dict(config).items() if k not in NOT_IN_RESULT}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{_short_hash(identity)}.json"
@@ -186,7 +199,7 @@ def score_once(
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         blocks = make_features(config, loaded, detector, store, world)
         if world.rank != 0:
-            return
+            return None
         scores, moments = compute(config.metrics, detector, store, blocks, reference, config.seed)
         assert moments.count == config.images, (moments.count, config.images)
         result = {
@@ -211,6 +224,7 @@ def score_once(
         derive_jsonl(output)
         shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
         print(f"{shown} at {loaded.samples_seen} samples seen: {output}")
+    return result
 
 
 def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, store: FeatureStore, world: World) -> int:
@@ -253,21 +267,35 @@ def derive_jsonl(output: Path) -> None:
     directory, written = output.parent / "evaluations", None
     while written != (files := sorted(directory.glob("*.json"))):
         temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(json.loads(p.read_text())) + "\n" for p in files))
+        results = [r for p in files if (r := _whole_result(p)) is not None]
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
         temporary.replace(output)
         written = files
 
 
 def _read_result(file: Path, checkpoint_hash: str) -> dict[str, Any] | None:
     """The result in a file, if it is of this very checkpoint."""
-    if not file.exists():
+    result = _whole_result(file) if file.exists() else None
+    if result is None:
         return None
-    result: dict[str, Any] = json.loads(file.read_text())
     if result["checkpoint_hash"] != checkpoint_hash:
         logger.warning("%s is of another checkpoint with the same number of samples; it is made again", file)
         return None
     logger.info("already scored: %s", file)
     return result
+
+
+def _whole_result(file: Path) -> dict[str, Any] | None:
+    """What a result file says; None, with a word about it, if it is damaged."""
+    try:
+        result = parse_json(file.read_bytes())
+        wrong = misfit(result, {"samples_seen": natural, "checkpoint_hash": str})
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    if wrong:
+        logger.warning("%s is damaged (%s) and left out", file, wrong)
+        return None
+    return dict(result)
 
 
 def _short_hash(identity: dict[str, Any]) -> str:

@@ -1,11 +1,16 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and whether what was read from one has the shape it should."""
 
+import json
 import os
 import socket
 from pathlib import Path
+from tokenize import TokenError
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 from ldt.errors import InputError
 
+MOST_CLASSES = 1 << 22  # above any data set: a damaged label must not fill the memory with names or counts
 UNFINISHED = ".unfinished"  # suffix of what a killed writer leaves; never a final name
 
 
@@ -43,3 +48,57 @@ def remove_unfinished(directory: Path) -> None:
     """Delete what killed writers left behind; only when nobody writes there any more."""
     for leftover in directory.glob(f"*{UNFINISHED}"):
         leftover.unlink(missing_ok=True)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`json.loads`, all of whose complaints are ValueErrors."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def load_npy(source: Path | BinaryIO) -> Any:
+    """One array of an .npy file, never unpickled; all complaints but OSErrors are ValueErrors."""
+    import numpy as np  # not for --help
+
+    try:
+        array = np.load(source, allow_pickle=False)
+    except (SyntaxError, TokenError, EOFError, TypeError, OverflowError, MemoryError, BadZipFile) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an archive of arrays")
+    return array
+
+
+def natural(value: Any) -> bool:
+    """Whether parsed JSON is a whole number from 0 that fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def real(value: Any) -> bool:
+    """Whether parsed JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1.8e308
+
+
+def misfit(value: Any, shape: Any, name: str = "it") -> str:
+    """What in parsed JSON is not of a shape, in words; empty if all is.
+
+    A shape is a type, a predicate, `[shape]` of every item of a list, `{...: shape}` of every value of a mapping, or
+    `{"key": shape}` of the keys that must be in it.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no mapping"
+        every = shape.get(...)
+        inner = dict.fromkeys(value, every) if every is not None else shape
+        missing = [key for key in inner if key not in value]
+        if missing:
+            return f"{name} has no {missing[0]}"
+        return next((m for key in inner if (m := misfit(value[key], inner[key], f"{name}.{key}"))), "")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        return next((m for i, item in enumerate(value) if (m := misfit(item, shape[0], f"{name}[{i}]"))), "")
+    fits = isinstance(value, shape) if isinstance(shape, type) else shape(value)
+    return "" if fits else f"{name} is {repr(value)[:60]}"

@@ -115,7 +115,12 @@ def submit(arguments: Sequence[str]) -> list[str]:
     """Submit what the command line asks for; what there is to tell, a line each."""
     config, runs = plan(arguments)
     if config.dry_run:
-        return [f"would submit: ldt train {shlex.join(run)}" for run in runs]
+        gpus = config.gpus or str(config.tasks)
+        asked = f"{config.cluster}, nodes={config.nodes} tasks={config.tasks} gpus={gpus} minutes={config.minutes}"
+        flags = "".join(f" --{k}={v}" for k, v in config.slurm.items())
+        lines = [f"would submit: ldt train {shlex.join(run)}" for run in runs]
+        lines += [f"to {asked}{flags}"]
+        return lines + ([f"with an evaluation of each ({config.evaluation})"] if config.evaluation != "none" else [])
     if config.cluster != "local" and shutil.which("sbatch") is None:
         raise InputError("there is no sbatch on this machine; submit from a login node, or use cluster=local")
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = STOP_SIGNAL

@@ -1,16 +1,21 @@
-"""Logging: lines for people, JSONL for programs, wandb behind them."""
+"""Logging: lines for people, JSONL for programs, Weights & Biases and TensorBoard behind them."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import sys
+import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from tqdm import tqdm
+from ldt.errors import InputError
+from ldt.files import natural, parse_json, real
+from ldt.progress import Handler, ProgressLine
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -22,19 +27,16 @@ def configure(rank: int, quiet: bool = False) -> None:
     """Send the package's log lines to stderr: rank 0 from INFO on, others from WARNING on."""
     root = logging.getLogger("ldt")
     root.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     root.propagate = False
 
 
-def progress(total: int, unit: str, description: str, initial: int = 0, show: bool = True) -> tqdm:
-    """A progress bar on stderr; silent where stderr is not a terminal or `show` is false."""
-    hidden = not show or not sys.stderr.isatty() or not logging.getLogger("ldt").isEnabledFor(logging.INFO)
-    return tqdm(
-        total=total, initial=initial, unit=unit, desc=description, disable=hidden, dynamic_ncols=True, unit_scale=True
-    )
+def progress(total: int, unit: str, what: str, done: int = 0, show: bool = True) -> ProgressLine:
+    """A line of progress on stderr; none under `--quiet` or where `show` is false."""
+    return ProgressLine(total, unit, what, done, show and logging.getLogger("ldt").isEnabledFor(logging.INFO))
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -45,20 +47,24 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, in order. A torn last line (a killed writer) is left out."""
+    """The objects of a JSONL file, in order. A torn last line (a killed writer) is left out, others are errors."""
     if not path.exists():
         return
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text(errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); check it") from None
     for i, line in enumerate(lines):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if i == len(lines) - 1:
-                return
-            raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
-        yield record
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif i < len(lines) - 1:
+            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; mend or remove that line")
 
 
 def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
@@ -67,6 +73,9 @@ def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
     What is cut goes to `<name>.cut` beside it, so nothing is lost.
     """
     records = list(read_jsonl(path))
+    for record in records:
+        if not natural(record.get(key)):
+            raise InputError(f"{path} has a line without a number as {key}: {str(record)[:80]}; remove that line")
     kept = [r for r in records if r[key] <= limit]
     cut = [r for r in records if r[key] > limit]
     if path.exists():
@@ -81,36 +90,24 @@ def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
     return len(cut)
 
 
-class Wandb:
-    """A mirror of metrics.jsonl in Weights & Biases; does nothing when not `enabled`.
+class Tracker(Protocol):
+    """What mirrors metrics.jsonl, one line at a time."""
 
-    Online with a key (WANDB_API_KEY or ~/.netrc), else offline. The same run directory is the same wandb run after
-    every restart. WANDB_MODE overrules.
-    """
+    def log(self, record: dict[str, Any]) -> None: ...
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], enabled: bool) -> None:
-        self._run: Any = None
-        if not enabled:
-            return
-        import wandb
+    def close(self, failed: bool) -> None: ...
 
-        known = "WANDB_API_KEY" in os.environ or "wandb" in _read_text(Path("~/.netrc").expanduser())
-        self._run = wandb.init(
-            project="ldt",
-            id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
-            name=run_dir.name,
-            dir=run_dir,
-            config=config,
-            resume="allow",
-            mode=os.environ.get("WANDB_MODE") or ("online" if known else "offline"),  # type: ignore[arg-type]
-        )
-        self._run.define_metric("samples_seen")
-        self._run.define_metric("*", step_metric="samples_seen")
+
+class Tracking:
+    """metrics.jsonl's mirrors in Weights & Biases and TensorBoard; none on other ranks than 0. Close it by `with`."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of metrics."""
-        if self._run is not None:
-            self._run.log(record)
+        """One line of metrics; call it after the line is in metrics.jsonl."""
+        for tracker in self._trackers:
+            tracker.log(record)
 
     def __enter__(self) -> Self:
         return self
@@ -118,8 +115,103 @@ class Wandb:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=0 if error is None else 1)
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
+
+
+def track(run_dir: Path, config: dict[str, Any], rank: int, resumed_at: int = 0) -> Tracking:
+    """The mirrors that `log.wandb` and `log.tensorboard` ask for (call on every rank).
+
+    resumed_at: what TensorBoard's file holds beyond that many samples is of weights that are gone.
+    """
+    wanted = config.get("log") or {}
+    if wanted.get("tensorboard"):
+        require_tensorboard()
+    if rank != 0:
+        return Tracking()
+    trackers: list[Tracker] = []
+    if wanted.get("wandb"):
+        trackers.append(Wandb(run_dir, config))
+    if wanted.get("tensorboard"):
+        trackers.append(TensorBoard(run_dir / "tensorboard", resumed_at))
+    return Tracking(*trackers)
+
+
+class Wandb:
+    """A run in Weights & Biases: online with a key (WANDB_API_KEY or ~/.netrc), else offline; WANDB_MODE overrules.
+
+    The same run directory is the same wandb run after every restart, at any world size, and is in the group of its
+    name. Any other `job` (evaluation, replay) is a run of its own in that group each time, so that no two processes
+    ever write one.
+    """
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], job: str = "train") -> None:
+        import wandb
+
+        known = "WANDB_API_KEY" in os.environ or "wandb" in _read_text(Path("~/.netrc").expanduser())
+        identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        training = job == "train"
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        keys: dict[str, Any] = {
+            "project": "ldt",
+            "id": identity if training else uuid.uuid4().hex[:16],
+            "name": run_dir.name if training else f"{run_dir.name} {job}",
+            "group": f"{run_dir.name}-{identity[:6]}",
+            "job_type": job,
+            "dir": run_dir,
+            "config": config,
+            "resume": "allow" if training else None,
+            # what it would collect by itself (command line, patches of the source, the terminal) may hold secrets
+            "settings": wandb.Settings(
+                disable_git=True, disable_code=True, save_code=False, console="off", x_disable_meta=True
+            ),
+        }
+        try:
+            self._run = wandb.init(**keys, mode=mode)
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())[:200]
+            get_logger(__name__).warning("wandb is not reached (%s); it goes on offline: wandb sync sends it", reason)
+            self._run = wandb.init(**keys, mode="offline")
+        self._run.define_metric("samples_seen")
+        self._run.define_metric("*", step_metric="samples_seen")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics."""
+        self._run.log(record)
+
+    def close(self, failed: bool) -> None:
+        """Write or send what is left."""
+        self._run.finish(exit_code=int(failed))
+
+
+def require_tensorboard() -> None:
+    """`InputError` where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "log.tensorboard=true needs TensorBoard; pip install ldt-train[tensorboard], or set log.tensorboard=false"
+        )
+
+
+class TensorBoard:
+    """Event files with every number of every line over samples seen; `tensorboard --logdir RUN` shows them."""
+
+    def __init__(self, directory: Path, resumed_at: int = 0) -> None:
+        require_tensorboard()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies, while it is imported
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics; `samples_seen` is the step, `time` the wall clock."""
+        seen, at = record["samples_seen"], record.get("time")
+        for key, value in record.items():
+            if real(value) and key not in ("samples_seen", "time"):
+                self._writer.add_scalar(key, value, seen, at)
+
+    def close(self, failed: bool) -> None:
+        """Write what is left."""
+        self._writer.close()
 
 
 def _read_text(path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from ldt.claims import Heartbeat, remove_dead
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
+from ldt.files import parse_json
 from ldt.log import get_logger
 
 logger = get_logger(__name__)
@@ -93,7 +94,7 @@ def _take(file: Path) -> str:
 def _bury(file: Path) -> None:
     """Remove the file if its owner is dead; `InputError` if it lives."""
     try:
-        content = file.read_text()
+        content = file.read_text(errors="replace")
     except FileNotFoundError:
         return
     owner = _read(file)
@@ -111,7 +112,7 @@ def _gone(owner: dict[str, Any]) -> bool:
     """Whether the owner is surely dead: an earlier start of this very job, or a process that is not there any more."""
     if owner.get("job") and owner["job"] == _job() and owner.get("restart") != _restart():
         return True
-    return bool(owner.get("machine") == _machine() and owner.get("born") != _born(int(owner.get("pid", 0))))
+    return bool(owner.get("machine") == _machine() and owner.get("born") != _born(owner.get("pid")))
 
 
 def _beats(file: Path) -> bool:
@@ -134,7 +135,7 @@ def _modified(file: Path) -> float:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -156,7 +157,7 @@ def _machine() -> str:
         return platform.node()
 
 
-def _born(pid: int) -> str:
+def _born(pid: Any) -> str:
     """When a process started, in the kernel's ticks; empty if there is none of this number."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -12,6 +12,7 @@ checkpoints/  samples/  evaluations/  evaluations.jsonl  report.html
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,9 @@ from typing import Any
 from ldt import __version__
 from ldt.config import flatten
 from ldt.errors import InputError
+from ldt.files import parse_json
 from ldt.log import append_jsonl, read_jsonl
+from ldt.progress import counted
 
 PLACEMENT = (
     "run_dir",
@@ -46,6 +49,8 @@ PLACEMENT = (
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 RUNNING = "running"
+SECRET = re.compile("key|token|secret|password|credential", re.I)
+LITERAL = re.compile(rf"((?:{SECRET.pattern})\w*[\"']?\s*[=:]\s*[\"']?)(?=[\w./+-]*\d)[\w./+-]{{20,}}", re.I)
 WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "stopped"}
 """Exit codes of `ldt train` and the words for them in outcome.json."""
 
@@ -84,7 +89,7 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
         (run_dir / "config.yaml").write_text(config_yaml)
         attempt = sum(1 for _ in read_jsonl(run_dir / "environment.jsonl"))
         append_jsonl(run_dir / "environment.jsonl", environment(world_size))
-        (run_dir / "source.diff").write_text(_git("diff", "HEAD") or "")
+        (run_dir / "source.diff").write_text(without_secrets(_git("diff", "HEAD") or ""))
     except OSError as error:
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
     return attempt
@@ -108,10 +113,21 @@ def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, mes
 def read_outcome(run_dir: Path) -> dict[str, Any]:
     """What outcome.json says; empty where there is none yet."""
     try:
-        outcome = json.loads((run_dir / "outcome.json").read_text())
-    except (FileNotFoundError, ValueError):
+        outcome = parse_json((run_dir / "outcome.json").read_bytes())
+    except (OSError, ValueError):
         return {}
     return outcome if isinstance(outcome, dict) else {}
+
+
+def what_is_there(run_dir: Path) -> str:
+    """What a training has written, in words."""
+    parts = ["metrics.jsonl"]
+    if checkpoints := [p for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]:
+        size = sum(p.stat().st_size for p in max(checkpoints).iterdir()) / 1e6
+        parts.append(f"{counted(len(checkpoints), 'checkpoint', 'checkpoints')} of {size:,.1f} MB")
+    if grids := len(list((run_dir / "samples").glob("*.png"))):
+        parts.append(f"{counted(grids, 'sample grid', 'sample grids')}")
+    return ", ".join(parts)
 
 
 def this_start() -> dict[str, str]:
@@ -128,14 +144,15 @@ def verdict(run_dir: Path, launcher_code: int) -> int:
     outcome = read_outcome(run_dir)
     if {k: outcome.get(k) for k in ("job", "restart")} != this_start():
         return WRONG_INPUT if launcher_code == WRONG_INPUT else FAILED
-    return int(outcome.get("code", FAILED))
+    code = outcome.get("code")
+    return code if code in (DONE, FAILED, WRONG_INPUT, STOPPED) else FAILED
 
 
 def environment(world_size: int) -> dict[str, Any]:
     """What this attempt runs with: command line, versions, host, scheduler job and git state."""
     return {
         "time": time.time(),
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
         "world_size": world_size,
         "host": platform.node(),
         "python": platform.python_version(),
@@ -145,6 +162,14 @@ def environment(world_size: int) -> dict[str, Any]:
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
         "git": _git("describe", "--always", "--dirty", "--abbrev=40"),
     }
+
+
+def without_secrets(text: str) -> str:
+    """A text without the values of secrets in the environment, and without long literals that are named like one."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "<removed>")
+    return LITERAL.sub(r"\1<removed>", text)
 
 
 def _git(*words: str) -> str | None:

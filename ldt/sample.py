@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,34 +195,45 @@ def run(config: Config) -> int:
     with process_group() as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
         model = image_model(loaded, config.precision, world.device)
-        if config.classes and loaded.config["model"].get("condition_on") == "text":
-            raise InputError("classes= needs a denoiser of classes, and this one knows text alone; use prompts=")
-        chosen = np.array(_chosen_classes(config.classes, loaded.sampling.classes), np.int64)
-        output, prompts = _output(config, loaded, world), _prompts(config.prompts, model)
-
-        def labels(ids: Sequence[int]) -> NDArray[np.int64]:
-            if len(chosen):
-                return chosen[np.asarray(ids) % len(chosen)]
-            if prompts:
-                return np.full(len(ids), len(loaded.sampling.classes))
-            return default_labels(model, ids, config)
-
-        def produce(k: int) -> NDArray[np.uint8]:
-            ids = block_ids(k, config.block)
-            return sample_images(model, ids, config, labels(ids), prompts).numpy()[: config.images - ids.start]
-
-        blocks = in_block_order(-(-config.images // config.block), produce, world)
+        output = _output(config, loaded, world)
+        blocks, labels = draw(model, loaded.config, config, world)
         with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:
             blocks = _counted(blocks, bar.update)
             if world.rank == 0:
                 record = {"samples_seen": loaded.samples_seen, "checkpoint_hash": loaded.hash, **to_dict(config)}
-                record["prompts"] = prompts
-                WRITERS[config.format](output, blocks, labels(range(config.images)), record)
+                record["prompts"] = _prompts(config.prompts, model)
+                WRITERS[config.format](output, blocks, labels, record)
             else:
                 deque(blocks, maxlen=0)
         if world.rank == 0:
             print(f"{config.images} images of the checkpoint at {loaded.samples_seen} samples: {output}")
     return 0
+
+
+def draw(
+    model: ImageModel, trained: dict[str, Any], config: Config, world: World | None = None
+) -> tuple[Iterator[NDArray[np.uint8]], NDArray[np.int64]]:
+    """Images 0 to config.images − 1 as blocks uint8 [B, H, W, C] in order, and their labels int64 [N].
+
+    trained: the config of the denoiser's training. The ranks of `world` share the work, and each gets all blocks.
+    """
+    if config.classes and trained["model"].get("condition_on") == "text":
+        raise InputError("classes= needs a denoiser of classes, and this one knows text alone; use prompts=")
+    classes = model.sampling.classes
+    chosen = np.array(_chosen_classes(config.classes, classes), np.int64)
+    prompts = _prompts(config.prompts, model)
+
+    def labels(ids: Sequence[int]) -> NDArray[np.int64]:
+        if len(chosen):
+            return chosen[np.asarray(ids) % len(chosen)]
+        return np.full(len(ids), len(classes)) if prompts else default_labels(model, ids, config)
+
+    def produce(k: int) -> NDArray[np.uint8]:
+        ids = block_ids(k, config.block)
+        return sample_images(model, ids, config, labels(ids), prompts).numpy()[: config.images - ids.start]
+
+    blocks, world = -(-config.images // config.block), world or World(0, 1, 0, 1, model.device)
+    return in_block_order(blocks, produce, world), labels(range(config.images))
 
 
 def _counted(blocks: Iterator[NDArray[np.uint8]], update: Callable[[int], object]) -> Iterator[NDArray[np.uint8]]:

@@ -12,9 +12,13 @@ from typing import Any
 from ldt import rundir
 from ldt.checkpoint import MANIFEST, listed
 from ldt.errors import InputError
+from ldt.files import misfit, natural, real
 from ldt.log import read_jsonl
 from ldt.options import required
+from ldt.progress import counted, duration
 
+_ATTEMPT = {"time": real, "host": str, "world_size": natural}
+_STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
 QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
 
 
@@ -45,16 +49,20 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
             f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training"
         )
     attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), rundir.read_outcome(run_dir)
-    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
+    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if not misfit(r, _STEP)]
     total = _total_samples(run_dir)
     facts: dict[str, Any] = {"state": outcome.get("outcome", "unknown"), "message": outcome.get("message", "")}
+    if not attempts or (wrong := misfit(attempts[-1], _ATTEMPT, "its last line")):
+        wrong = wrong if attempts else "it is empty"
+        raise InputError(f"{run_dir / 'environment.jsonl'} is damaged: {wrong}; start the training again to mend it")
     newest = attempts[-1]
     facts["job"] = " ".join(
         str(part)
         for part in (newest.get("job") and f"job {newest['job']}", f"on {newest.get('nodes') or newest['host']}")
         if part
     )
-    facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {newest['world_size']} processes"
+    processes = counted(newest["world_size"], "process", "processes")
+    facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {processes}"
     if steps:
         last = steps[-1]
         seen, rate = last["samples_seen"], last["images_per_second"]
@@ -69,7 +77,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
                 facts["state"] = "silent"
                 facts["message"] = "it says it runs, but has logged nothing for long: look at its job and at stalls/"
             elif total and rate > 0:
-                facts["to_go"] = _duration((total - seen) / rate)
+                facts["to_go"] = duration((total - seen) / rate)
     whole = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
     if whole:
         age = now - (whole[-1] / MANIFEST).stat().st_mtime
@@ -79,25 +87,14 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
 
 def _total_samples(run_dir: Path) -> int:
     """`train.total_samples` of the newest attempt's config; 0 if it can't be read."""
-    for line in (run_dir / "config.yaml").read_text().splitlines() if (run_dir / "config.yaml").exists() else []:
+    for line in (
+        (run_dir / "config.yaml").read_text(errors="replace").splitlines() if (run_dir / "config.yaml").exists() else []
+    ):
         key, _, value = line.strip().partition(": ")
-        if key == "total_samples" and value.isdigit():
+        if key == "total_samples" and value.isdecimal():
             return int(value)
     return 0
 
 
 def _ago(seconds: float) -> str:
-    return f"{_duration(seconds)} ago"
-
-
-def _duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes = int(max(seconds, 0)) // 60
-    if minutes < 2:
-        return f"{max(seconds, 0):.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+    return f"{duration(seconds)} ago"

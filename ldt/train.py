@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldt import ema as averaging
 from ldt import log, memory, rundir
@@ -44,10 +43,12 @@ from ldt.errors import InputError, RunError
 from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, checkpoint_blocks, parameter_count
 from ldt.nn.condition import Condition
+from ldt.nn.sizes import flops
 from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
 from ldt.preflight import check_room, check_shared, compare_ranks
 from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
+from ldt.progress import ProgressLine, counted, short
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.sample import ImageModel, load_autoencoder, load_text
 from ldt.stop import StopRequests
@@ -66,7 +67,10 @@ def run(config: Config) -> int:
         compare_ranks(to_yaml(config), world)
         code, message, seen = attempt(config, world)
         if world.rank == 0:
-            print(f"{message} at {seen} samples: {run_dir}\nnext: ldt evaluate {run_dir}; ldt report {run_dir}")
+            memory = peak_memory(world.device) / 1e9
+            logger.info("written: %s; peak memory of a process %.1f GB", rundir.what_is_there(run_dir), memory)
+            logger.info("next: ldt sample %s; ldt evaluate %s; ldt report %s", run_dir, run_dir, run_dir)
+            print(f"{message} at {seen:,} samples: {run_dir}")
     return code
 
 
@@ -120,13 +124,14 @@ class Trainer:
         self.progress = self._restore()
         self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics = self.run_dir / "metrics.jsonl"
-        self.wandb = log.Wandb(self.run_dir, to_dict(config), config.log.wandb and world.rank == 0)
+        self.tracking = log.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
         self.meter = Meter()
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
         config, total, request = self.config, self.total, ""
         self._say_what_runs()
+        was_done = self.progress.samples_seen >= total
         bar = log.progress(total, "img", "train", self.progress.samples_seen, self.world.rank == 0)
         watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
         with (
@@ -135,7 +140,7 @@ class Trainer:
             self.writer,
             self.loader,
             self.validation or contextlib.nullcontext(),
-            self.wandb,
+            self.tracking,
             bar,
         ):
             while self.progress.samples_seen < total and not request:
@@ -146,9 +151,10 @@ class Trainer:
             raise RunError(f"{self.writer.problem}; make room and start the same command again")
         if self.progress.samples_seen < total:
             return STOPPED, f"stopped on request ({request})", self.progress.samples_seen
-        return DONE, "trained to the end", self.progress.samples_seen
+        words = "was already trained to the end (a larger train.total_samples goes on)"
+        return DONE, words if was_done else "trained to the end", self.progress.samples_seen
 
-    def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: tqdm) -> str:
+    def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: ProgressLine) -> str:
         """Steps until the end or a request to stop, which is returned; or until bad steps have rolled the run back."""
         config, total = self.config, self.total
         watchdog.at(f"loading the data of the step at {self.progress.samples_seen} samples")
@@ -178,8 +184,7 @@ class Trainer:
                 self._save(checkpoint=True, snapshot=snapshot)
             elif snapshot:
                 self._save(checkpoint=False, snapshot=True)
-            bar.update(self.batch)
-            bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
+            bar.update(self.batch, result.loss, step.waited)
             if last or request:
                 return request
             watchdog.at(f"loading the data of the step at {seen} samples")
@@ -337,9 +342,8 @@ class Trainer:
             cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
             if found or cut:
                 where = f"from {found}" if found else "without a checkpoint"
-                logger.info(
-                    "resuming at %d samples %s; %d later log lines set aside", progress.samples_seen, where, cut
-                )
+                aside = f"; {counted(cut, 'later log line', 'later log lines')} set aside" if cut else ""
+                logger.info("resuming at %s samples %s%s", f"{progress.samples_seen:,}", where, aside)
         barrier()
         progress.attempt = self.attempt
         return progress
@@ -347,28 +351,31 @@ class Trainer:
     def _say_what_runs(self) -> None:
         share, config = self.loader.share, self.config
         logger.info(
-            "model %s, %.2f M parameters, attention by %s; data %d samples in %d classes, %s latents",
-            config.model.name if config.model.name == "unet" else config.model.conditioning,
-            self.parameters / 1e6,
+            "model: %s, %s parameters, %sFLOP an image and forward pass, attention by %s",
+            "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})",
+            short(self.parameters),
+            short(flops(config.model, self.sampling.latent_shape, self.sampling.text_shape)),
             self.kernel,
-            self.shards.manifest.samples,
-            len(self.sampling.classes),
-            "x".join(map(str, self.sampling.latent_shape)),
+        )
+        logger.info(
+            "data: %s samples in %s, latents %s",
+            f"{self.shards.manifest.samples:,}",
+            counted(len(self.sampling.classes), "class", "classes"),
+            "×".join(map(str, self.sampling.latent_shape)),
         )
         if self.sampling.text and not config.model.told_text:
             logger.info("the data's captions are not used: model.condition_on=class")
         logger.info(
-            "world %d (%s), ZeRO-%d %s; global batch %d = %d ranks x %d micro-batches x %d; %d of %d samples to go",
-            self.world.size,
+            "run: %s on %s, ZeRO-%d, %s; global batch %d in %s of up to %d a process; %s of %s samples to go",
+            counted(self.world.size, "process", "processes"),
             self.world.device.type,
             config.engine.zero_stage,
             config.engine.precision,
             self.batch,
-            self.world.size,
-            share.count,
+            counted(share.count, "micro-batch", "micro-batches"),
             share.size,
-            max(config.train.total_samples - self.progress.samples_seen, 0),
-            config.train.total_samples,
+            f"{max(config.train.total_samples - self.progress.samples_seen, 0):,}",
+            f"{config.train.total_samples:,}",
         )
 
     # -------------------------------------------------------------------------------------------- what the loop writes
@@ -410,7 +417,7 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         if self.world.rank == 0:
             log.append_jsonl(self.metrics, record)
-            self.wandb.log(record)
+            self.tracking.log(record)
 
     def _save(self, checkpoint: bool, snapshot: bool) -> None:
         """Start to write the whole state, and the averages alone where they are to be kept (collective)."""

@@ -79,12 +79,16 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """Everything in samples; 0 turns validation and sample grids off."""
+    """Everything in samples; 0 turns validation and sample grids off.
+
+    `wandb`, `tensorboard`: mirrors of metrics.jsonl, which is always written first.
+    """
 
     every_samples: int = 10_000
     validation_every_samples: int = 0
     samples_every_samples: int = 0
     wandb: bool = False
+    tensorboard: bool = False
 
 
 @dataclass

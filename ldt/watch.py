@@ -1,7 +1,6 @@
 """Following a run: each of its checkpoints goes to one of the watchers, once, and is kept until then."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from ldt.checkpoint import MANIFEST, MANIFEST_HASH, listed
 from ldt.claims import Claim, forget, want
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
+from ldt.rundir import read_outcome
 
 POLL = 5.0
 ENDED = ("done", "failed", "wrong_input")  # a stopped run goes on after its requeue
@@ -68,7 +68,4 @@ def _mark(path: Path, key: str) -> Path:
 
 
 def _has_ended(run_dir: Path) -> bool:
-    try:
-        return json.loads((run_dir / "outcome.json").read_text())["outcome"] in ENDED
-    except FileNotFoundError:
-        return False
+    return read_outcome(run_dir).get("outcome") in ENDED

@@ -11,6 +11,7 @@
 #SBATCH --requeue --open-mode=append
 #SBATCH --output=ldt-evaluate-%j.log
 set -uo pipefail
+: "${SLURM_JOB_ID:?is not set: submit this script with sbatch, or run ldt evaluate itself}"
 # shellcheck source=slurm/environment.sh
 source "${LDT_ENVIRONMENT:-slurm/environment.sh}"
 GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}

@@ -11,6 +11,7 @@
 #SBATCH --requeue --open-mode=append --signal=B:USR1@120
 #SBATCH --output=ldt-train-%j.log
 set -uo pipefail
+: "${SLURM_JOB_ID:?is not set: submit this script with sbatch, or run ldt train itself}"
 # shellcheck source=slurm/environment.sh
 source "${LDT_ENVIRONMENT:-slurm/environment.sh}"
 MAX_RESTARTS=${LDT_MAX_RESTARTS:-100}

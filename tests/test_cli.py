@@ -68,6 +68,8 @@ def test_every_shipped_config_loads(path, capsys):
     [
         (["trian", "x.yaml"], "there is no such command; the commands are encode"),
         (["train", "configs/debug.yaml", "--fast"], "unknown flag --fast"),
+        (["train"], "usage: ldt train CONFIG [key=value ...]; ldt train --help lists the keys"),
+        (["report"], "usage: ldt report RUN [RUN ...]"),
         (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train", "a.yaml", "b.yaml"], "one config at a time"),
         (["train", "stray"], "'stray' is neither a .yaml file nor key=value"),

@@ -3,10 +3,19 @@
 from dataclasses import dataclass
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ldt import config
+from ldt.encode import Config as EncodeConfig
 from ldt.errors import InputError
+from ldt.evaluate import Config as EvaluateConfig
+from ldt.launch import Config as LaunchConfig
 from ldt.options import choice, required, section
+from ldt.report import Config as ReportConfig
+from ldt.sample import Config as SampleConfig
+from ldt.train_config import Config as TrainConfig
 
 
 @dataclass
@@ -72,6 +81,80 @@ def test_bad_files_are_named(tmp_path, content, message):
         config.load(Schema, path, ["run_dir=x"])
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+SCHEMAS = (TrainConfig, EncodeConfig, EvaluateConfig, SampleConfig, ReportConfig, LaunchConfig)
+KEYS = [key for schema in SCHEMAS for key in config._keys(schema)]
+keys = st.sampled_from(KEYS) | st.text(max_size=5)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=3)
+    | st.sampled_from(["???", "${run_dir}", "${oc.env:HOME}", "1e5", "~", "[", "{a: b}", ".inf", "=", "- a"])
+)  # fmt: skip
+trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(keys | st.integers(), t, max_size=3))
+# the same examples on every machine: what CI says does not depend on luck
+quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def loads_or_says_why(schema, path, overrides):
+    try:
+        loaded = config.load(schema, path, overrides)
+    except InputError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert config.to_yaml(config.from_dict(schema, config.to_dict(loaded))) == config.to_yaml(loaded)
+
+
+@given(st.sampled_from(SCHEMAS), st.dictionaries(keys, trees, max_size=4))
+@quick
+def test_any_tree_loads_or_is_refused_in_a_sentence(tmp_path_factory, schema, values):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    tree: dict = {}
+    for key, value in values.items():
+        put(tree, key.split("."), value)
+    path.write_bytes(yaml.safe_dump(tree, allow_unicode=True).encode(errors="replace"))
+    loads_or_says_why(schema, path, ["run_dir=x", "data.path=y"] if schema is TrainConfig else [])
+
+
+def put(tree, names, value):
+    """tree[a][b] = value for names [a, b], where nothing else is in the way."""
+    *parents, last = names
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            return
+    tree[last] = value
+
+
+@given(st.sampled_from(SCHEMAS), st.lists(st.tuples(keys, st.text(max_size=10) | scalars.map(str)), max_size=3))
+@quick
+def test_any_override_loads_or_is_refused_in_a_sentence(schema, items):
+    loads_or_says_why(schema, None, [f"{key}={value}" for key, value in items])
+
+
+@given(st.text(max_size=60).map(str.encode) | st.binary(max_size=60))
+@quick
+def test_any_file_loads_or_is_refused_in_a_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    loads_or_says_why(Schema, path, [])
+
+
+def test_aliases_of_aliases_are_no_config(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="more than 100000 values"):
+        config.load(Schema, tmp_path / "bomb.yaml")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
+    with pytest.raises(InputError, match="not readable as YAML"):
+        config.load(Schema, tmp_path / "deep.yaml")
+
+
+def test_the_environment_is_not_filled_in(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    with pytest.raises(InputError, match=r"run_dir in the command line holds \$\{…\}") as caught:
+        config.load(Schema, None, ["run_dir=${oc.env:WANDB_API_KEY}"])
+    assert "0123456789" not in str(caught.value)
 
 
 def test_missing_file_is_named(tmp_path):

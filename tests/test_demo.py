@@ -28,6 +28,8 @@ SHORT = {
         "log.samples_every_samples=640",
         "checkpoint.every_samples=640",
         "engine.zero_stage=2",
+        "log.wandb=true",
+        "log.tensorboard=true",
         "evaluate={{images: 40, steps: 2, cache_dir: {tmp}/cache}}",
     ],
     "evaluate": [],
@@ -54,12 +56,12 @@ def tmp(tmp_path_factory):
 
 
 def test_the_demo_runs(tmp):
-    ran = []
+    ran, env = [], os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     for command in demo_commands():
         words = [w.replace("runs/fashion_mnist", f"{tmp}/run") for w in shlex.split(command)]
         program = next(w for w in words if w in SHORT)
         words += [s.format(tmp=tmp) for s in SHORT[program]]
-        done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran.append((program, done.stdout.strip().splitlines()))
@@ -77,3 +79,7 @@ def test_the_demo_runs(tmp):
     scores = list(read_jsonl(tmp / "run" / "evaluations.jsonl"))
     assert sorted(s["samples_seen"] for s in scores) == [640, 1280]
     assert all(s["fd_efficientnet_lite0"] > 0 and s["images"] == 40 for s in scores)
+
+    tracked = [path.parent.name.rpartition("-")[2] for path in (tmp / "run").rglob("*.wandb")]
+    assert len(set(tracked)) == 2, "one wandb run of the training, one of the evaluation"
+    assert list((tmp / "run" / "tensorboard").glob("events.*"))

@@ -4,7 +4,9 @@ Prints the job ids and where to look. `--dry-run` shows what would be submitted.
 """
 
 import sys
+from inspect import cleandoc
 
+from ldt.config import defaults_yaml
 from ldt.errors import InputError
 from ldt.launch import Config, submit
 
@@ -13,7 +15,7 @@ def main() -> int:
     """Submit; returns the exit code."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{Config.__doc__}")
+        print(f"{__doc__}\n{cleandoc(Config.__doc__ or '')}\n\nKeys and defaults:\n\n{defaults_yaml(Config)}")
         return 0
     try:
         for line in submit(arguments):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,9 +29,16 @@ from ldt.checkpoint.tensors import Reader, write_safetensors
 from ldt.config import from_dict
 from ldt.diffusion.objectives import Objective, ObjectiveConfig
 from ldt.errors import InputError
-from ldt.files import write_atomic
+from ldt.files import misfit, natural, parse_json, write_atomic
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
+
+_EXPORTED_SHAPE = {
+    "config": {"model": dict, "objective": dict},
+    "sampling": dict,
+    "samples_seen": natural,
+    "file": {"bytes": natural, "xxh64": str},
+}
 
 
 @dataclass
@@ -63,14 +71,18 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         directory = resolve(directory)
         tensors, facts, digest = read_weights(directory, weights)
     config = facts["config"]
-    sampling = Sampling(**facts["sampling"])
+    sampling = Sampling.read(facts["sampling"])
     model = from_dict(ModelConfig, config["model"])
-    denoiser = build(model, sampling.latent_shape, len(sampling.classes), seed=0, text=sampling.text_shape)
-    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
-    fixed = [name for name in denoiser.state_dict() if name not in trained]
-    wrong = denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
-    if odd := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if k not in fixed)]:
-        raise InputError(f"{directory} does not fit its own config: parameter {odd[0]} is in only one of them")
+    classes, text = len(sampling.classes), sampling.text_shape
+    try:
+        with torch.device("meta"):  # a config that doesn't fit might describe a model that fits into no memory
+            expected = build(model, sampling.latent_shape, classes, seed=0, text=text)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{directory} has a config of which no model can be built ({reason})") from None
+    _check_fit(directory, {k: p.shape for k, p in expected.named_parameters() if p.requires_grad}, tensors)
+    denoiser = build(model, sampling.latent_shape, classes, seed=0, text=text)
+    denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     return Loaded(
         denoiser=denoiser.to(device).eval(),
         objective=Objective(from_dict(ObjectiveConfig, config["objective"])),
@@ -80,6 +92,17 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         path=directory,
         hash=digest,
     )
+
+
+def _check_fit(directory: Path, expected: dict[str, torch.Size], tensors: dict[str, Tensor]) -> None:
+    for name in [*expected, *tensors]:
+        if name not in expected or name not in tensors:
+            raise InputError(f"{directory} does not fit its own config: parameter {name} is in only one of them")
+        if expected[name] != tensors[name].shape:
+            raise InputError(
+                f"{directory} does not fit its own config: parameter {name} is {list(tensors[name].shape)} and should "
+                f"be {list(expected[name])}"
+            )
 
 
 def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -102,10 +125,13 @@ def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """The weights of an exported model; its `model.json`; the hash of the weights file."""
     try:
-        facts: dict[str, Any] = json.loads((directory / MODEL).read_text())
+        facts: dict[str, Any] = parse_json((directory / MODEL).read_bytes())
+        if wrong := misfit(facts, _EXPORTED_SHAPE, MODEL):
+            raise Damaged(wrong)
+        Sampling.read(facts["sampling"])
         verify_file(directory / WEIGHTS, facts["file"])
         return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
-    except (Damaged, OSError, ValueError, KeyError) as error:
+    except (Damaged, OSError, ValueError, SafetensorError) as error:
         raise InputError(f"exported model {directory} is damaged: {error}; export it again") from None
 
 

@@ -4,7 +4,7 @@ A directory without a manifest, or whose bytes differ from the manifest's hashes
 docs/checkpoints.md is the specification.
 """
 
-import json
+import math
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,46 @@ import xxhash
 from ldt import __version__
 from ldt.dist import World, all_gather
 from ldt.errors import InputError
+from ldt.files import misfit, natural, parse_json, real
 from ldt.nn.condition import TextShape
 
 FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
+LARGEST_LATENT = 1 << 24  # numbers; far above any image's
+
+_TEXT = {
+    "encoder": str,
+    "hash": str,
+    "length": natural,
+    "width": natural,
+    "vocabulary": natural,
+    "examples": [lambda v: isinstance(v, list) and len(v) == 2 and natural(v[0]) and isinstance(v[1], str)],
+}
+SAMPLING_SHAPE = {
+    "latent_shape": lambda v: (
+        isinstance(v, list) and len(v) == 3 and all(map(natural, v)) and 0 < math.prod(v) <= LARGEST_LATENT
+    ),
+    "classes": [str],
+    "mean_C": [real],
+    "std_C": [real],
+    "autoencoder": str,
+    "autoencoder_hash": str,
+    "image_size": natural,
+    "image_channels": natural,
+}
+_SHAPE = {
+    "rng_version": natural,
+    "optimizer_steps": natural,
+    "parameters": {...: [natural]},
+    "tensors": [str],
+    "files": {...: {"bytes": natural, "xxh64": str, "ranges": {...: [natural]}}},
+    "progress": {"samples_seen": natural, "data_fingerprint": str},
+    "sampling": SAMPLING_SHAPE,
+    "config": {"model": dict, "objective": dict},
+    "written_by": {"world_size": natural, "zero_stage": natural, "ldt": str},
+}
 
 
 @dataclass
@@ -44,6 +78,22 @@ class Sampling:
     class_counts: list[int] = field(default_factory=list)
     text: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, facts: Any) -> "Sampling":
+        """From parsed JSON; `Damaged` where it says something else."""
+        _check(facts, SAMPLING_SHAPE, "sampling")
+        try:
+            sampling = cls(**facts | {"latent_shape": tuple(facts["latent_shape"])})
+        except TypeError as error:
+            raise Damaged(f"sampling: {error}") from None
+        _check([sampling.class_counts], [[natural]], "sampling.class_counts")
+        if sampling.text != {}:
+            _check(sampling.text, _TEXT, "sampling.text")
+        channels = sampling.latent_shape[0]
+        if not len(sampling.mean_C) == len(sampling.std_C) == channels:
+            raise Damaged(f"sampling.mean_C and std_C are not of {channels} channels")
+        return sampling
+
     @property
     def text_shape(self) -> TextShape | None:
         return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
@@ -62,6 +112,17 @@ class Progress:
     skipped: list[int] = field(default_factory=list)
     attempt: int = 0
     recent_losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, facts: Any) -> "Progress":
+        """From parsed JSON; `Damaged` where it says something else."""
+        try:
+            progress = cls(**facts)
+        except TypeError as error:
+            raise Damaged(f"progress: {error}") from None
+        shape = {"samples_seen": natural, "data_fingerprint": str, "skipped": [natural], "attempt": natural}
+        _check(vars(progress), shape | {"recent_losses": [real]}, "progress")
+        return progress
 
 
 class Damaged(Exception):
@@ -111,14 +172,52 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path / MANIFEST_HASH} is not a hash") from None
     if xxhash.xxh64(text).hexdigest() != expected:
         raise Damaged(f"{path / MANIFEST} differs from its hash")
-    manifest: dict[str, Any] = json.loads(text)
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is not an ldt checkpoint; its manifest says format {manifest.get('format')!r}")
-    if manifest["version"] > VERSION:
+    try:
+        manifest: dict[str, Any] = parse_json(text)
+    except ValueError:
+        raise Damaged(f"{path / MANIFEST} is not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not an ldt checkpoint; its manifest does not say format {FORMAT!r}")
+    if natural(manifest.get("version")) and manifest["version"] > VERSION:
         raise InputError(
             f"checkpoint {path} has format version {manifest['version']}; this ldt reads up to {VERSION}: upgrade ldt"
         )
+    try:
+        _check(manifest, _SHAPE, "it")
+        _check_ranges(manifest)
+        Sampling.read(manifest["sampling"])
+        Progress.read(manifest["progress"])
+    except Damaged as error:
+        raise Damaged(f"{path / MANIFEST} is not as it should be: {error}") from None
     return manifest
+
+
+def _check(value: Any, shape: Any, name: str) -> None:
+    if wrong := misfit(value, shape, name):
+        raise Damaged(wrong)
+
+
+def _check_ranges(manifest: dict[str, Any]) -> None:
+    """Files lie in the directory, are as large as what they hold, and hold each element of each parameter once."""
+    held: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
+    for file, entry in manifest["files"].items():
+        if Path(file).name != file:
+            raise Damaged(f"file {file!r} lies outside of the checkpoint")
+        for name, where in entry["ranges"].items():
+            if len(where) != 2 or name not in held:
+                raise Damaged(f"{file} holds {name} {where}")
+            held[name].append((where[0], where[1]))
+        elements = sum(count for _, count in entry["ranges"].values())
+        if entry["bytes"] < 4 * len(manifest["tensors"]) * elements:
+            raise Damaged(f"{file} of {entry['bytes']} bytes is too small for {elements} elements")
+    for name, ranges in held.items():
+        end = 0
+        for start, count in sorted(ranges):
+            if start != end:
+                raise Damaged(f"element {min(start, end)} of {name} is held not at all or twice")
+            end += count
+        if end != math.prod(manifest["parameters"][name]):
+            raise Damaged(f"{end} elements of {name} are held, not {math.prod(manifest['parameters'][name])}")
 
 
 def verify_file(path: Path, entry: dict[str, Any]) -> None:

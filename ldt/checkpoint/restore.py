@@ -62,7 +62,7 @@ def restore(path: Path, partition: Partition, averages: Averages) -> Progress:
         for f, average in zip(partition.owned, tensors, strict=True):
             average.copy_(reader.read(kind, f.name, f.start, f.count))
     partition.publish()
-    return Progress(**manifest["progress"])
+    return Progress.read(manifest["progress"])
 
 
 def start_from(path: Path, partition: Partition, averages: Averages) -> None:

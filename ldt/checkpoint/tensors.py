@@ -4,13 +4,14 @@ The manifest says which elements each file holds, so resharding is only a matter
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldt.checkpoint.manifest import Damaged
@@ -48,10 +49,12 @@ class Reader:
     """Slices of a checkpoint's tensors, wherever they are."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self.files = [
-            (entry["ranges"], safe_open(path / name, framework="pt")) for name, entry in manifest["files"].items()
-        ]
+        self.manifest, self.files = manifest, []
+        for name, entry in manifest["files"].items():
+            try:
+                self.files.append((entry["ranges"], safe_open(path / name, framework="pt")))
+            except (SafetensorError, OSError) as error:
+                raise Damaged(f"{path / name} is not readable as safetensors ({error})") from None
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of flattened `kind/name`: float32, 1-D."""
@@ -63,7 +66,7 @@ class Reader:
             low, high = ranges[name][0], sum(ranges[name])
             a, b = max(low, start), min(high, start + count)
             if a < b:
-                out[a - start : b - start] = file.get_slice(f"{kind}/{name}")[a - low : b - low]
+                out[a - start : b - start] = _piece(file, f"{kind}/{name}", high - low)[a - low : b - low]
                 filled += b - a
         if filled != count:
             raise Damaged(f"{kind}/{name} has {filled} of the elements {start} to {start + count}")
@@ -72,4 +75,15 @@ class Reader:
     def full(self, kind: str) -> dict[str, Tensor]:
         """All parameters in their shapes."""
         shapes = self.manifest["parameters"]
-        return {k: self.read(kind, k, 0, int(np.prod(s, dtype=np.int64))).view(s) for k, s in shapes.items()}
+        return {k: self.read(kind, k, 0, math.prod(s)).view(s) for k, s in shapes.items()}
+
+
+def _piece(file: Any, key: str, count: int) -> Any:
+    """A tensor of a file, not yet read; `Damaged` if it isn't `count` numbers in float32."""
+    try:
+        piece = file.get_slice(key)
+    except SafetensorError as error:
+        raise Damaged(f"a file does not hold what the manifest says ({error})") from None
+    if piece.get_dtype() != "F32" or piece.get_shape() != [count]:
+        raise Damaged(f"{key} is {piece.get_dtype()} {piece.get_shape()}, not {count} numbers in float32")
+    return piece

@@ -8,12 +8,12 @@ them, and `label`. (U-ViT's own .npy files are pickles, which are never read; do
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldt.errors import InputError
+from ldt.files import MOST_CLASSES, load_npy
 
 
 class LatentFiles(ABC):
@@ -27,6 +27,8 @@ class LatentFiles(ABC):
         self.labels = np.array([self._label(i) for i in range(len(self.files))], np.int64)
         if self.labels.min() < 0:
             raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
+        if self.labels.max() >= MOST_CLASSES:
+            raise InputError(f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}; mend it")
         names = where / "classes.txt"
         largest = int(self.labels.max())
         self.classes = tuple(names.read_text().splitlines()) if names.exists() else tuple(map(str, range(largest + 1)))
@@ -74,7 +76,8 @@ class DrawFiles(LatentFiles):
             draw = draw[0]
         if draw.ndim != 3 or draw.dtype.kind != "f":
             raise InputError(f"latent {self.name(i)} is {draw.dtype} {draw.shape}, not floats of [1, C, H, W]")
-        mean = draw.astype(np.float32) / np.float32(self._scale)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused with the name of its image
+            mean = draw.astype(np.float32) / np.float32(self._scale)
         return np.stack([mean, np.zeros_like(mean)])
 
     def _label(self, i: int) -> int:
@@ -118,7 +121,7 @@ def open_latents(path: str, scale: float) -> LatentFiles:
 
 def _load(path: Path) -> NDArray[Any]:
     try:
-        return np.load(path, allow_pickle=False)
+        return load_npy(path)
     except ValueError as error:
         if "pickle" in str(error):
             raise InputError(
@@ -126,7 +129,7 @@ def _load(path: Path) -> NDArray[Any]:
                 ".npz of `moments` and `label`"
             ) from None
         raise InputError(f"latent {path} is damaged ({error}); write it again") from None
-    except (OSError, EOFError) as error:
+    except OSError as error:
         raise InputError(f"latent {path} can't be read ({error}); write it again") from None
 
 
@@ -136,7 +139,7 @@ def _member(path: Path, key: str) -> NDArray[Any]:
             return archive[key]
     except KeyError:
         raise InputError(f"latent {path} has no `{key}`; it needs `moments` and `label`") from None
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
         raise InputError(f"latent {path} can't be read ({error}); write it again") from None
 
 

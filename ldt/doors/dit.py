@@ -5,7 +5,6 @@ the model keeps those channels to itself. DiT's latents are an autoencoder's tim
 """
 
 import json
-import pickle
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,8 +110,8 @@ def read(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"weights={path} does not exist; give DiT's .pt file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0][:150]
+    except Exception as error:  # torch raises a dozen types over a damaged file
+        reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0][:150]
         raise InputError(
             f"weights={path} can't be read as plain tensors ({reason}); save it again as a dictionary of tensors alone"
         ) from None

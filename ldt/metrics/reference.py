@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from ldt import log
 from ldt.data.images import open_images, prepare
 from ldt.dist import World, barrier, broadcast, in_block_order
 from ldt.errors import InputError
+from ldt.files import load_npy, misfit, parse_json
 from ldt.metrics.detectors import Detector
 from ldt.metrics.moments import MomentStream
 from ldt.metrics.store import FeatureStore
@@ -62,7 +62,12 @@ class Reference:
                 f"{self.file} has no features beside it, which kernel and precision_recall need; "
                 "give images as evaluate.reference"
             )
-        features: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        try:
+            features: NDArray[np.float32] = load_npy(file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not readable as .npy ({error}); remove it and evaluate again") from None
+        if features.ndim != 2 or features.dtype != np.float32:
+            raise InputError(f"{file} holds {features.dtype} {features.shape}, no features; remove it")
         return features
 
 
@@ -130,16 +135,21 @@ def load(file: Path, detector: Detector) -> Reference:
     try:
         with file.open("rb") as f, np.load(f, allow_pickle=False) as z:
             held = {name: z[name] for name in z.files if name in ("mu", "sigma", "mu_s", "sigma_s", "count", "made_by")}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        made_by = parse_json(str(held["made_by"])) if "made_by" in held else {}
+        if any(held[name].dtype.kind not in "fiu" for name in held if name != "made_by"):
+            raise ValueError("statistics are real numbers")
+        by_name = {
+            name: Statistics(held[f"mu{s}"].astype(np.float64), held[f"sigma{s}"].astype(np.float64))
+            for name, s in SUFFIX.items()
+            if f"mu{s}" in held and f"sigma{s}" in held
+        }
+        count = int(held.get("count", 0))
+    except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
         raise InputError(f"{file} is not readable as .npz ({error}); remove it or get it again") from None
-    by_name = {
-        name: Statistics(held[f"mu{s}"].astype(np.float64), held[f"sigma{s}"].astype(np.float64))
-        for name, s in SUFFIX.items()
-        if f"mu{s}" in held and f"sigma{s}" in held
-    }
     if "features" not in by_name:
         raise InputError(f"{file} holds no reference statistics (mu and sigma); remove it or give another file")
-    made_by = json.loads(str(held["made_by"])) if "made_by" in held else {}
+    if made_by and (wrong := misfit(made_by, {"detector_hash": str, "detector": str, "hash": str}, "made_by")):
+        raise InputError(f"{file} is damaged ({wrong}); remove it or get it again")
     if made_by and made_by["detector_hash"] != detector.hash:
         raise InputError(
             f"{file} holds statistics of another detector ({made_by['detector']}) than evaluate.detector="
@@ -147,15 +157,15 @@ def load(file: Path, detector: Detector) -> Reference:
         )
     for name, statistics in by_name.items():
         _check(file, name, statistics, detector)
-    digest = made_by.get("hash") or hashlib.sha256(file.read_bytes()).hexdigest()
-    return Reference(by_name, int(held.get("count", 0)), digest, file)
+    digest = made_by["hash"] if made_by else hashlib.sha256(file.read_bytes()).hexdigest()
+    return Reference(by_name, count, digest, file)
 
 
 def _check(file: Path, name: str, statistics: Statistics, detector: Detector) -> None:
-    width = detector.outputs.get(name, len(statistics.mean_D))
+    width = detector.outputs.get(name, statistics.mean_D.size)
     if statistics.mean_D.shape != (width,) or statistics.covariance_DD.shape != (width, width):
         raise InputError(
-            f"{file} holds {name} of width {len(statistics.mean_D)}, but the detector {detector.name} has {width}; "
+            f"{file} holds {name} of width {statistics.mean_D.size}, but the detector {detector.name} has {width}; "
             "it was made by another detector"
         )
     if not (np.isfinite(statistics.mean_D).all() and np.isfinite(statistics.covariance_DD).all()):

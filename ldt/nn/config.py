@@ -7,6 +7,8 @@ from ldt.errors import InputError
 from ldt.nn.attention import KERNELS
 from ldt.options import choice, section
 
+DEEPEST, WIDEST = 1024, 1 << 17  # nobody has trained larger ones, and a slip of the keyboard would fill the memory
+
 
 @dataclass
 class UNetConfig:
@@ -29,6 +31,8 @@ class UNetConfig:
                 raise InputError(f"model.unet.{key}={getattr(self, key)} must be at least 1")
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"model.unet.multipliers={self.multipliers} must be one or more positive numbers")
+        if self.blocks * len(self.multipliers) > DEEPEST:
+            raise InputError(f"model.unet.blocks={self.blocks} at {len(self.multipliers)} levels are too many")
         if self.channels % self.head_channels:
             raise InputError(
                 f"model.unet.head_channels={self.head_channels} does not divide model.unet.channels={self.channels}"
@@ -80,6 +84,9 @@ class ModelConfig:
         for key in ("width", "depth", "heads", "patch"):
             if getattr(self, key) < 1:
                 raise InputError(f"model.{key}={getattr(self, key)} must be at least 1")
+        for key, most in (("width", WIDEST), ("depth", DEEPEST), ("mlp_ratio", WIDEST)):
+            if getattr(self, key) > most:
+                raise InputError(f"model.{key}={getattr(self, key)} must be at most {most}")
         if self.width % self.heads:
             raise InputError(f"model.heads={self.heads} does not divide model.width={self.width}")
         if self.positions == "rope" and self.width // self.heads % 4:

@@ -65,9 +65,9 @@ class History:
         if self.checkpoint is None:
             return math.nan
         try:
-            sampling = Sampling(**self.checkpoint.manifest["sampling"])
+            sampling = Sampling.read(self.checkpoint.manifest["sampling"])
             model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
-        except (KeyError, TypeError, InputError):
+        except InputError:
             return math.nan
         return 3.0 * flops(model, sampling.latent_shape, sampling.text_shape)
 

@@ -12,6 +12,7 @@ from ldt.data.shards.layout import Index, Layout, Samples
 from ldt.data.shards.statistics import Sums
 from ldt.data.shards.unit import Sidecar
 from ldt.errors import InputError
+from ldt.files import MOST_CLASSES
 
 BLOCK = 1024  # samples whose float32 copies are in memory at a time
 
@@ -45,6 +46,8 @@ def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
         raise InputError(f"shard {path} holds no samples; remove it")
     if index.label_n.min() < 0:
         raise InputError(f"shard {path} has a negative label; labels are class numbers from 0")
+    if index.label_n.max() >= MOST_CLASSES:
+        raise InputError(f"shard {path} has the label {index.label_n.max()}; labels are class numbers from 0")
     offsets = [index.moments_n] + ([index.flipped_n] if index.flipped_n is not None else [])
     stored, sums = [], []
     for start_n in offsets:

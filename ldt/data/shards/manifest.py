@@ -17,13 +17,29 @@ from numpy.typing import NDArray
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
-from ldt.files import write_atomic
+from ldt.files import load_npy, misfit, natural, real, write_atomic
 from ldt.nn.condition import TextShape
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
 HEAD, TABLE = "manifest.json", "shards.npy"
 VALIDATION = "validation"
+_SHAPE = {
+    "format": str,
+    "latent_shape": lambda v: isinstance(v, list) and len(v) == 3 and all(natural(n) and 0 < n < 1 << 16 for n in v),
+    "dtype": str,
+    "flips": bool,
+    "classes": [str],
+    "class_counts": [natural],
+    "mean_C": [real],
+    "std_C": [real],
+    "autoencoder": str,
+    "autoencoder_hash": str,
+    "image_size": natural,
+    "image_channels": natural,
+    "recipe": dict,
+}
+_TEXT = {"encoder": str, "hash": str, "length": natural, "width": natural, "vocabulary": natural, "examples": list}
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
 
 
@@ -126,6 +142,8 @@ class Manifest:
 
     @classmethod
     def _from_head(cls, head: dict[str, Any], directory: str | Path) -> "Manifest":
+        if wrong := misfit(head, _SHAPE, "its head"):
+            raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
         table = _load_table(directory, head["table_xxh64"])
         if head["format"] not in ("tar", "mds") or head["dtype"] not in STORED:
             raise InputError(
@@ -150,6 +168,12 @@ class Manifest:
             captions=head.get("captions", False),
             text=head.get("text", {}),
         )
+        if manifest.text != {} and (wrong := misfit(manifest.text, _TEXT, "its text")):
+            raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
+        if not len(manifest.mean_C) == len(manifest.std_C) == manifest.latent_shape[0]:
+            raise InputError(
+                f"{place(directory, HEAD)} is damaged: mean_C and std_C are not of its channels; encode again"
+            )
         if head["fingerprint"] != manifest.fingerprint:
             raise InputError(
                 f"{place(directory, HEAD)} does not belong to the table beside it; encode or index the data again"
@@ -214,7 +238,17 @@ def _load_table(directory: str | Path, xxh64: str) -> NDArray[np.void]:
         raise InputError(f"{path} is missing; encode or index the data again") from None
     if xxhash.xxh64_hexdigest(content) != xxh64:
         raise InputError(f"{path} is damaged: its hash is not the one in {HEAD}; encode or index the data again")
-    table: NDArray[np.void] = np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        table: NDArray[np.void] = load_npy(io.BytesIO(content))
+        fields = dict(_NUMBERS) | {"name": table.dtype["name"].str}
+        if table.ndim != 1 or {n: table.dtype[n].str for n in table.dtype.names or ()} != fields:
+            raise ValueError(f"its rows are {table.dtype}")
+        if table.dtype["name"].kind != "S" or min(table["bytes"].min(initial=0), table["samples"].min(initial=0)) < 0:
+            raise ValueError("it holds negative numbers or names that are no text")
+        for name in table["name"].tolist():
+            name.decode()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a table of shards ({error}); encode or index the data again") from None
     for name in np.unique(np.char.rpartition(table["name"], b"/")[:, 0]).tolist() if len(table) else []:
         if name.startswith(b"/") or b".." in name.split(b"/"):
             raise InputError(f"{path} names shards outside of its directory ({name.decode()}); encode the data again")
@@ -232,7 +266,7 @@ def _explain_absence(address: str | Path) -> str:
         return f"data path {address} has no {HEAD}; upload the whole output directory of `ldt encode`"
     directory = Path(address)
     if not directory.exists():
-        return f"data path {directory} does not exist; make it with `ldt encode`"
+        return f"data path {directory} does not exist; make it with `ldt encode CONFIG output={directory}`"
     if (directory / "encode.json").exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):

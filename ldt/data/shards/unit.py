@@ -5,8 +5,10 @@ is written; any process may do any unit, and doing one twice changes nothing.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -14,9 +16,17 @@ import xxhash
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.statistics import Sums
-from ldt.files import write_atomic
+from ldt.files import misfit, natural, parse_json, real, write_atomic
 
 PACK = {"tar": tar.pack, "mds": mds.pack}
+
+
+def _hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+_SHAPE = dict.fromkeys(("bytes", "samples", "elements"), natural) | {"name": str, "xxh64": _hash, "content": _hash}
+_SHAPE |= {"class_counts": [natural], "first_C": [real], "second_C": [real]}
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,10 @@ def write_unit(
 def read_sidecar(directory: Path, name: str) -> Sidecar | None:
     """The sidecar of a finished unit, or None where the unit has to be done."""
     try:
-        sidecar = Sidecar(**json.loads(sidecar_path(directory, name).read_bytes()))
+        facts = parse_json(sidecar_path(directory, name).read_bytes())
+        if misfit(facts, _SHAPE):
+            return None
+        sidecar = Sidecar(**facts)
         size = (directory / name).stat().st_size
     except (FileNotFoundError, ValueError, TypeError):
         return None

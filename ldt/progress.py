@@ -1,0 +1,123 @@
+"""How far a piece of work is, for whoever watches: one line that renews itself on a terminal, else a line now and then.
+
+All numbers are of the last half minute, so that the line is calm. Log lines go above it.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self, TextIO
+
+WINDOW = 30.0  # seconds that speeds and losses are averaged over
+RENEW = 0.5  # seconds between two looks of the line on a terminal
+PLAIN = 60.0  # seconds between two lines elsewhere
+
+_shown: "list[ProgressLine]" = []  # those that have a line on the terminal; the last one's is visible
+
+
+class ProgressLine:
+    """`update` after each piece of work. `show` false: silent."""
+
+    def __init__(self, total: int, unit: str, what: str, done: int = 0, show: bool = True) -> None:
+        self._total, self._unit, self._what, self._show = total, unit, what, show
+        self._stream: TextIO = sys.stderr
+        self._terminal = show and self._stream.isatty()
+        self._done, self._waited, self._losses, self._steps = done, 0.0, 0.0, 0
+        self._drawn = time.monotonic()
+        self._past = deque([(self._drawn, done, 0.0, 0.0, 0)])
+
+    def update(self, done: int = 1, loss: float | None = None, waited: float = 0.0) -> None:
+        """So much more is done. loss: of a training step; waited: seconds of it that went into waiting for data."""
+        self._done, self._waited = self._done + done, self._waited + waited
+        if loss is not None and loss == loss:
+            self._losses, self._steps = self._losses + loss, self._steps + 1
+        now = time.monotonic()
+        self._past.append((now, self._done, self._waited, self._losses, self._steps))
+        while len(self._past) > 2 and self._past[1][0] < now - WINDOW:
+            self._past.popleft()
+        if self._show and now - self._drawn >= (RENEW if self._terminal else PLAIN):
+            self._drawn = now
+            if self._terminal:
+                self.draw()
+            else:
+                print(self.line(), file=self._stream, flush=True)
+
+    def line(self) -> str:
+        """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  loss 1.354  data wait 2%  12 min to go`."""
+        then, now = self._past[0], self._past[-1]
+        seconds, steps = max(now[0] - then[0], 1e-9), now[4] - then[4]
+        rate = (now[1] - then[1]) / seconds
+        parts = [f"{self._what}  {self._done:,} of {self._total:,} {self._unit}"]
+        parts[0] += f" ({self._done / self._total:.0%})" if self._total else ""
+        parts.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
+        if steps:
+            parts.append(f"loss {(now[3] - then[3]) / steps:.4f}")
+            parts.append(f"data wait {(now[2] - then[2]) / seconds:.0%}")
+        if rate > 0 and self._done < self._total:
+            parts.append(f"{duration((self._total - self._done) / rate)} to go")
+        return "  ".join(parts)
+
+    def draw(self) -> None:
+        """Renew the line on the terminal."""
+        width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
+        self._stream.write(f"\r\x1b[K{self.line()[: width - 1]}")
+        self._stream.flush()
+
+    def erase(self) -> None:
+        """Make room on the terminal for other words."""
+        self._stream.write("\r\x1b[K")
+
+    def __enter__(self) -> Self:
+        if self._terminal:
+            _shown.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._terminal:
+            _shown.remove(self)
+            self.draw()
+            self._stream.write("\n")
+
+
+class Handler(logging.StreamHandler):
+    """Log lines above the line of progress, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _shown:
+            _shown[-1].erase()
+        super().emit(record)
+        if _shown:
+            _shown[-1].draw()
+
+
+def short(number: float) -> str:
+    """With three digits and a unit: 74.0 k, 330 M, 5.57 G."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or unit == "T":
+            break
+        number /= 1000
+    digits = max(2 - len(f"{abs(number):.0f}") + 1, 0) if unit else 0
+    return f"{number:.{digits}f} {unit}"
+
+
+def counted(number: int, one: str, more: str) -> str:
+    """Such as 1 class, 1,000 classes."""
+    return f"{number:,} {one if number == 1 else more}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = int(max(seconds, 0)) // 60
+    if minutes < 2:
+        return f"{max(seconds, 0):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

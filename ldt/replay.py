@@ -1,0 +1,43 @@
+"""Send a run's metrics.jsonl and evaluations.jsonl to Weights & Biases or TensorBoard afterwards.
+
+Always as a run of its own, named `<run> replay`, so that a training that still goes on is left alone. What a mirror
+missed (it was off, offline, or on another machine) is in the files.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldt import log
+from ldt.config import to_dict
+from ldt.errors import InputError
+from ldt.files import natural
+from ldt.options import choice, required
+
+
+@dataclass
+class Config:
+    """`run`: a run directory; `to`: wandb (offline without a key), or tensorboard (into RUN/tensorboard-replay)."""
+
+    run: str = required()
+    to: str = choice("wandb", "tensorboard")
+
+
+def run(config: Config) -> int:
+    """Replay; says where it is."""
+    run_dir = Path(config.run)
+    lines = [r for name in ("metrics.jsonl", "evaluations.jsonl") for r in log.read_jsonl(run_dir / name)]
+    lines = sorted((r for r in lines if natural(r.get("samples_seen"))), key=lambda r: r["samples_seen"])
+    if not lines:
+        raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training")
+    where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
+    if config.to == "tensorboard":
+        shutil.rmtree(where, ignore_errors=True)
+        tracker: log.Tracker = log.TensorBoard(where)
+    else:
+        tracker = log.Wandb(run_dir, to_dict(config), "replay")
+    with log.Tracking(tracker) as tracking:
+        for line in lines:
+            tracking.log(line)
+    print(f"{len(lines)} lines replayed to {config.to}: {where}")
+    return 0

@@ -1,0 +1,158 @@
+"""What the documentation says is so: its commands parse, its links lead somewhere, its messages occur in the source.
+
+That the commands of the README's tour and demo also run, with these very launchers, is tests/test_demo.py's and
+tests/test_deepspeed.py's business; here each is taken as far as it goes without doing anything.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldt import launch
+from ldt.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = ("", "bash", "sh")
+PROGRAMS = ("ldt", "torchrun", "deepspeed", "srun", "sbatch", "python", "make")
+STANDS_FOR = {
+    "CONFIG": "configs/debug.yaml",
+    "CONFIG.yaml": "configs/debug.yaml",
+    "COMMAND": "train",
+    "RUN": "runs/debug",
+    "CHECKPOINT": "runs/debug",
+    "PATH": "runs/debug",
+    "JOB": "1",
+    "A": "runs/a",
+    "B": "runs/b",
+    "C": "runs/c",
+}
+
+
+def blocks(page: Path) -> list[str]:
+    """The shell blocks of a page."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    return [text for language, text in found if language in SHELL and re.match(rf"({'|'.join(PROGRAMS)}) ", text)]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command): the lines of shell blocks, and inline code that begins like a command with arguments."""
+    out = []
+    for page in PAGES:
+        lines = [line for block in blocks(page) for line in block.splitlines()]
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        lines += re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`\n]+)`", prose)
+        for line in lines:
+            for part in line.split(" && "):
+                if part.strip().split(" ")[0] in PROGRAMS:
+                    out.append((page.name, part.strip()))
+    return sorted(set(out))
+
+
+def words_of(command: str) -> list[str]:
+    """Its words without comment, optional parts and ellipses, placeholders filled in."""
+    command = re.sub(r"\s{2,}\S.*$", "", re.sub(r"\[[^\]]*\.\.\.\]", "", command))  # text after two spaces explains
+    words = [w for w in shlex.split(command, comments=True) if w not in ("…", "...")]
+    stands_for = STANDS_FOR | (
+        {"CONFIG": "configs/encode/fashion_mnist.yaml"} if words[:2] == ["ldt", "encode"] else {}
+    )
+    return [stands_for.get(word, word) for word in words]
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) > 50
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_are_shell(page: Path) -> None:
+    for block in blocks(page):
+        checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+        assert checked.returncode == 0, f"{block}\n{checked.stderr}"
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda x: x)
+def test_a_command_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    """As far as `--dry-run`: known program, flags and keys, and every file that is named is there."""
+    monkeypatch.chdir(ROOT)
+    words = words_of(command)
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{word}:", makefile, re.M) for word in words[1:]), command
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), command
+        if words[1] == "tools/submit.py":
+            assert launch.submit([*words[2:], "--dry-run"])
+    elif words[0] == "sbatch":
+        for script in (w for w in words if w.startswith("slurm/")):
+            assert (ROOT / script).is_file(), command
+            dry_run([Path(script).stem, *words[words.index(script) + 1 :]])
+    elif "ldt" in words:
+        dry_run(words[words.index("ldt") + 1 :])
+
+
+def dry_run(words: list[str]) -> None:
+    if words[:1] == ["COMMAND"] or set(words) & {"--help", "--version"}:
+        words = ["train", "--help"]
+    assert words and words[0] in COMMANDS, words
+    if len(words) > 1:  # `ldt train` alone is only a name
+        assert main([*words, "--dry-run"]) == 0, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not anchor or anchor in slugs, f"{page.name}: {target}"
+
+
+def said_by_the_source() -> list[str]:
+    """Every string of the package, what is filled in shown as …"""
+    out = []
+    for path in (ROOT / "ldt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values]
+                out.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                out.append(re.sub(r"%[sd]|%\.\df", "…", node.value))
+    return out
+
+
+def quoted_messages() -> list[tuple[str, str]]:
+    """The first column of every table whose head is `message`."""
+    out = []
+    for page in PAGES:
+        for table in re.findall(r"^\| message \|.*\n(?:\|.*\n)+", page.read_text(), re.M):
+            out += [(page.name, m) for m in re.findall(r"^\| `([^`]+)` \|", table, re.M)]
+    return out
+
+
+def test_quoted_messages_are_what_the_source_says() -> None:
+    source, quoted = said_by_the_source(), quoted_messages()
+    assert len(quoted) > 20
+    for page, message in quoted:
+        pieces = [re.escape(piece) for piece in message.split("…")]
+        pattern = re.compile(".*?…".join(pieces) if len(pieces) > 1 else pieces[0])
+        assert any(pattern.search(text) for text in source), f"{page}: no code says {message!r}"
+
+
+def test_the_lines_of_the_library_page_run() -> None:
+    """docs/api.md's example is Python that parses, with names that exist; what they do is tested in test_api.py."""
+    import ldt
+
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "api.md").read_text(), re.M | re.S)
+    used = {n.attr for n in ast.walk(ast.parse(example)) if isinstance(n, ast.Attribute)}
+    assert used == {"load", "sample", "encode", "decode", "evaluate"}
+    assert all(hasattr(ldt.Model, name) for name in used - {"load"})
+    assert sys.modules["ldt.api"].load is ldt.load
