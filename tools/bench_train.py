@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldt import config as configs
 from ldt import ema as averaging
+from ldt import memory
 from ldt.data.draws import Batch
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
 from ldt.engine import parameter_groups
 from ldt.nn.build import build
 from ldt.nn.sizes import flops
 from ldt.owner import owned
-from ldt.probes import peak_memory
 from ldt.train import Config, Trainer
 
 SAMPLES = 4096  # of made-up data
@@ -86,9 +86,10 @@ def bench(arguments: argparse.Namespace, more: list[str], world: World, scratch:
             make_data(scratch / "data", arguments.latent, arguments.classes)
         barrier()
     with owned(scratch / "run", world) as owner:
+        before = forget_peak(world.device)
         trainer = Trainer(config, world, owner)
         with trainer.writer, trainer.loader:
-            yield Bench(trainer)
+            yield Bench(trainer, before)
 
 
 def make_data(directory: Path, latent: str, classes: int) -> None:
@@ -105,13 +106,13 @@ class Bench:
     """The trainer's own steps, timed."""
 
     trainer: Trainer
+    memory_before: int
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
 
     def __post_init__(self) -> None:
         self.steps = self.trainer.loader.steps()
         self.device = self.trainer.world.device
-        self.parameters = self.trainer.parameters
 
     def turn(self, steps: int, counts: bool) -> None:
         """Some steps; the seconds of one, of the slowest rank."""
@@ -151,9 +152,20 @@ class Bench:
             "step_seconds": seconds,
             "matrix_peak_flops": peak,
             "mfu": cost * self.images_per_second() / trainer.world.size / peak,
-            "peak_memory": peak_memory(self.device),
+            "memory": peak_memory_since(self.device) - self.memory_before,
+            "planned_memory": self.planned_memory(),
         }
         return out | {f"{name}, of the step": statistics.median(self.phases[name]) / seconds for name in PHASES}
+
+    def planned_memory(self) -> int:
+        """What `ldt plan` says of it."""
+        trainer, engine = self.trainer, self.trainer.config.engine
+        sampling, ranks, averages = trainer.sampling, trainer.world.size, len(trainer.profiles)
+        state = memory.state_bytes(trainer.parameters, engine.zero_stage, engine.precision, ranks, averages)
+        classes, text = len(sampling.classes), sampling.text_shape
+        kept = memory.activations(trainer.config.model, sampling.latent_shape, classes, text, engine.precision)
+        recomputed = kept.blocks if trainer.config.model.activation_checkpointing else 0
+        return state.peak + kept.of(trainer.loader.share.size, recomputed)
 
 
 class Phases:
@@ -225,6 +237,25 @@ class Plain:
 
     def images_per_second(self) -> float:
         return self.trainer.batch / statistics.median(self.seconds)
+
+
+def forget_peak(device: torch.device) -> int:
+    """Start to look for the peak anew; the bytes that are held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_memory_since(device: torch.device) -> int:
+    """The most bytes held since `forget_peak`: on the GPU, or resident."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def matrix_peak(device: torch.device, precision: str) -> float:
