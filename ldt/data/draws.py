@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt import rng
-from ldt.data.shards import LatentShards, Manifest
+from ldt.data.shards import Manifest, Shards
 from ldt.rng import Purpose
 
 Ints = NDArray[np.int64]
@@ -70,7 +70,7 @@ class Batch:
 
 
 def fill(
-    batch: Batch, shards: LatentShards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, drop: float,
+    batch: Batch, shards: Shards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, drop: float,
     flip: bool, condition_on: str = "class",
 ) -> None:  # fmt: skip
     """Write the samples of `key_n` into the first rows of a CPU batch.

@@ -19,8 +19,9 @@ import torch
 
 from ldt.data.ahead import ahead
 from ldt.data.draws import Batch, digest, fill
+from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
-from ldt.data.shards import LatentShards
+from ldt.data.shards import MixedShards, Shards
 from ldt.errors import InputError
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
@@ -66,7 +67,7 @@ class Share:
 class _Buffer:
     """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
 
-    def __init__(self, share: Share, shards: LatentShards, device: torch.device, text: bool) -> None:
+    def __init__(self, share: Share, shards: Shards, device: torch.device, text: bool) -> None:
         self._share, self._device = share, device
         cuda = device.type == "cuda"
         self.host = Batch.padding(share.rows, shards.manifest, pin=cuda, text=text)
@@ -104,7 +105,7 @@ class _Loader:
     def __init__(
         self,
         share: Share,
-        shards: LatentShards,
+        shards: Shards,
         device: torch.device | str,
         threads: int,
         ahead: int,
@@ -159,7 +160,7 @@ class Loader(_Loader):
 
     def __init__(
         self,
-        shards: LatentShards,
+        shards: Shards,
         *,
         batch: int,
         seed: int,
@@ -174,7 +175,7 @@ class Loader(_Loader):
         threads: int = 2,
         ahead: int = 4,
     ) -> None:
-        self.order = Order(shards.manifest.counts, seed, batch, streams, window)
+        self.order = _order_of(shards, seed, batch, streams, window)
         self.batch, self.seed, self.label_drop = batch, seed, label_drop
         self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
@@ -231,6 +232,13 @@ class Loader(_Loader):
         buffer.digest = digest(buffer.host, self._start_of_shard[shard_n] + sample_n)
 
 
+def _order_of(shards: Shards, seed: int, batch: int, streams: int, window: int) -> Order | MixedOrder:
+    if isinstance(shards, MixedShards):
+        counts_S = [s.manifest.counts for s in shards.sources.values()]
+        return MixedOrder(counts_S, list(shards.parts.values()), seed, batch, streams, window)
+    return Order(shards.manifest.counts, seed, batch, streams, window)
+
+
 class ValidationLoader(_Loader):
     """The held-out samples, each once, with the same draws every time: no flips, no dropped labels.
 
@@ -239,7 +247,7 @@ class ValidationLoader(_Loader):
 
     def __init__(
         self,
-        shards: LatentShards,
+        shards: Shards,
         *,
         seed: int,
         micro_batch: int,

@@ -205,16 +205,22 @@ def _remember(kept: OrderedDict[int, T], key: int, value: T, limit: int) -> None
         kept.popitem(last=False)
 
 
-def open_shards(path: str | Path, cache_dir: str | None = None, cache_gb: float = 100.0) -> LatentShards:
+def open_shards(
+    path: str | Path,
+    cache_dir: str | None = None,
+    cache_gb: float = 100.0,
+    load: Callable[[str | Path], Manifest] = Manifest.load,
+) -> LatentShards:
     """Open an output directory of `ldt encode` (or its `validation` split), local or at an fsspec address.
 
-    Remote shards are kept in `cache_dir` on this node, at most `cache_gb` (10⁹ bytes) of them.
+    Remote shards are kept in `cache_dir` on this node, at most `cache_gb` (10⁹ bytes) of them. load: reads the
+    manifest; a rank may get it from another one instead.
     """
     if not is_remote(path):
-        return LatentShards(Path(path), Manifest.load(path))
+        return LatentShards(Path(path), load(path))
     address = str(path).rstrip("/")
     if not cache_dir:
         raise InputError(f"data.path={address} is remote; give a directory of this node as data.cache_dir")
     if not cache_gb > 0:
         raise InputError(f"data.cache_gb={cache_gb} must be more than 0")
-    return LatentShards(address, Manifest.load(address), Cache(Remote(address), cache_dir, int(cache_gb * 1e9)))
+    return LatentShards(address, load(address), Cache(Remote(address), cache_dir, int(cache_gb * 1e9)))
