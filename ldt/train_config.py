@@ -1,6 +1,7 @@
 """The keys of a training run."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from ldt.diffusion.objectives import ObjectiveConfig
@@ -130,5 +131,7 @@ class Config:
                 f"data.path={path} and data.sources ({', '.join(sources)}) are both given; leave one of them out"
             )
         for name, source in sources.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise InputError(f"data.sources has the name {name!r}; use letters, digits, - and _")
             if not 0 < source.weight < math.inf:
                 raise InputError(f"data.sources.{name}.weight={source.weight} must be a number above 0")
