@@ -110,8 +110,9 @@ class LatentShards:
         self, shard: int, file: _File, offset_n: NDArray[np.int64], out_nb: NDArray[np.uint8], rows: NDArray[np.int64]
     ) -> None:
         """Read equally long pieces of a shard into rows of `out_nb`."""
+        size, out = out_nb.shape[1], out_nb.reshape(-1).data
         for row, at in zip(rows.tolist(), offset_n.tolist(), strict=True):
-            if os.preadv(file.fd, [out_nb[row].data], at) != out_nb.shape[1]:
+            if os.preadv(file.fd, [out[row * size : (row + 1) * size]], at) != size:
                 raise InputError(f"shard {self._name(shard)} was cut short while being read; restore or re-encode it")
 
     def check(self, shard: int) -> Index:
