@@ -24,7 +24,7 @@ from ldt.dist import free_port
 from ldt.errors import InputError
 
 CLASSES = ["ant", "bee", "cat"]
-UNFINISHED_END = "ldt.encode._Encoder._finish"
+UNFINISHED_END = "ldt.encode.Encoder._finish"
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,7 @@ def _load_table(directory: str | Path, xxh64: str) -> NDArray[np.void]:
     if b"/" in names.tobytes() or b".." in names.tobytes():
         for name in names.tolist():
             if name.startswith(b"/") or b".." in name.split(b"/"):
-                raise InputError(f"{path} names shards outside of its directory ({name.decode()}); encode the data again")
+                raise InputError(f"{path} names shards outside of its directory ({name.decode()}); encode it again")
     return table
 
 
