@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images a second of the forward pass alone and of encoding, medians over turns, and of their ratios."""
-    forward, whole, count = [], [], arguments.images
+    forward, whole, count = [], [], arguments.images  # (wall, CPU) seconds an image
     with process_group() as world, tempfile.TemporaryDirectory() as directory:
         _write_images(Path(directory) / "images", count, arguments.size)
         for turn in range(arguments.turns + 1):
@@ -44,30 +45,35 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 validation_fraction=0,
             )
             encoder = Encoder(config, world)
-            forward.append(_forward(encoder, count, arguments.batch))
-            start = time.perf_counter()
-            encoder.run()
-            whole.append(count / (time.perf_counter() - start))
+            forward.append(_seconds(lambda e=encoder: _forward(e, count, arguments.batch), count))  # type: ignore[misc]
+            whole.append(_seconds(encoder.run, count))
     forward, whole = forward[1:], whole[1:]  # the first turn warms up
-    ratios = [b / a for a, b in zip(forward, whole, strict=True)]
+    ratios = [a / b for (a, _), (b, _) in zip(forward, whole, strict=True)]
     return {
-        "autoencoder alone, images/s": median(forward),
-        "encode, images/s": median(whole),
+        "autoencoder alone, images/s": 1 / median(wall for wall, _ in forward),
+        "encode, images/s": 1 / median(wall for wall, _ in whole),
+        "autoencoder alone, CPU us an image": 1e6 * median(cpu for _, cpu in forward),
+        "encode, CPU us an image": 1e6 * median(cpu for _, cpu in whole),
         "ratio": median(ratios),
         "ratio, lowest": min(ratios),
         "ratio, highest": max(ratios),
     }
 
 
-def _forward(encoder: Encoder, count: int, batch: int) -> float:
-    """Images a second of the encoder's network on one batch again and again, results on the CPU."""
+def _forward(encoder: Encoder, count: int, batch: int) -> None:
+    """The encoder's network on one batch again and again, until it has seen so many images; results on the CPU."""
     autoencoder = encoder.plan.autoencoder
     size, channels = encoder.plan.image_size, autoencoder.image_channels
     pixels = torch.randint(0, 256, (batch, size, size, channels), dtype=torch.uint8)
-    start = time.perf_counter()
-    for _ in range(count // batch):
-        [moments.cpu() for moments in autoencoder.encode(pixels)]
-    return count // batch * batch / (time.perf_counter() - start)
+    for start in range(0, count, batch):
+        [moments.cpu() for moments in autoencoder.encode(pixels[: count - start])]
+
+
+def _seconds(action: Callable[[], Any], count: int) -> tuple[float, float]:
+    """Wall and CPU time an image."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 
 def _write_images(directory: Path, count: int, size: int) -> None:
