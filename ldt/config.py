@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -37,7 +37,7 @@ def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str
         if "${" in str(value):  # OmegaConf would fill in environment variables, and they would be saved with the run
             raise InputError(f"{key} in {where} holds ${{…}}, which is not filled in; write the value itself")
         try:
-            OmegaConf.update(merged, key, value)
+            merged.merge_with(_nested(key, value))  # makes sections with names of the user's too
         except OmegaConfBaseException as error:
             raise InputError(_explain(error, key, schema, where)) from None
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:  # of keys like `a[` and ``
@@ -89,6 +89,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """The inverse of `flatten` for one key."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
@@ -132,7 +140,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) -> str:
-    known = list(_keys(schema))
+    known = list(_keys(schema, like=key))
     if not key.isprintable():
         return f"unknown key {key!r} in {where}; known keys: {', '.join(k for k in known if '.' not in k)}"
     if key in known:
@@ -146,13 +154,19 @@ def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) 
     return f"unknown key {key} in {where}; {hint}"
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, sections included."""
+def _keys(schema: type, prefix: str = "", like: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, sections included; of sections with names of the user's, the one in `like`."""
+    hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        yield prefix + field.name
-        factory = field.default_factory
+        key, factory = prefix + field.name, field.default_factory
+        yield key
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
-            yield from _keys(factory, f"{prefix}{field.name}.")
+            yield from _keys(factory, f"{key}.", like)
+        named = next((t for t in get_args(hints[field.name]) if dataclasses.is_dataclass(t)), None)
+        if isinstance(named, type) and like.startswith(f"{key}."):
+            name = like.removeprefix(f"{key}.").partition(".")[0]
+            yield f"{key}.{name}"
+            yield from _keys(named, f"{key}.{name}.", like)
 
 
 def _check_choices(config: Any, prefix: str = "") -> None:

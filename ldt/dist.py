@@ -245,6 +245,27 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def on_rank_zero(world: World, action: Callable[[], T]) -> T:
+    """Rank 0 acts; every rank gets the result or raises the same InputError (collective)."""
+    outcome: tuple[Any, str] = (None, "")
+    if world.rank == 0:
+        try:
+            outcome = action(), ""
+        except InputError as error:
+            outcome = None, str(error)
+    result, message = broadcast(outcome)
+    if message:
+        raise InputError(message)
+    return result
+
+
+def raise_first(message: str) -> None:
+    """Every rank waits for all others, then all raise the first rank's error, if any (collective)."""
+    messages = [m for m in all_gather(message) if m]
+    if messages:
+        raise InputError(messages[0])
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place; returns the tensor."""
     if not _alone():

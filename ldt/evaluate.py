@@ -173,6 +173,10 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
     if path.endswith(".npz"):
         return load_reference(Path(path), detector)
     if not _is_images(path):
+        if not path and loaded.config["data"].get("sources"):
+            raise InputError(
+                "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
+            )
         shards = Path(path or loaded.config["data"]["path"])
         recipe = read_head(shards)["recipe"]
         if "images.path" not in recipe:

@@ -6,6 +6,7 @@ Exit codes: 0 whole, 1 damaged (what is wrong is printed), 2 not one of ours.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,10 +60,19 @@ def _inspect_checkpoint(path: Path) -> int:
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "written by": f"{written['world_size']} ranks at ZeRO stage {written['zero_stage']}, ldt {written['ldt']}",
     }
+    facts |= _data_of(manifest["config"].get("data", {}))
     for name, value in facts.items():
         print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
     print(f"whole: {path}")
     return WHOLE
+
+
+def _data_of(data: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint was trained on, as its config tells: paths, and shares of several sources."""
+    sources = data.get("sources") or {}
+    whole = sum(source["weight"] for source in sources.values())
+    shares = {f"source {name}": f"{100 * s['weight'] / whole:.2f} % {s['path']}" for name, s in sorted(sources.items())}
+    return shares or {"data": data.get("path", "")}
 
 
 def _inspect_shards(config: Config) -> int:

@@ -47,6 +47,7 @@ class Config(train_config.Config):
     classes: int = 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("nodes", "gpus", "classes"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be at least 1")
@@ -109,7 +110,7 @@ def measure(config: Config) -> Model:
 
 def data_shape(config: Config) -> tuple[tuple[int, int, int], int, TextShape | None]:
     """Latent shape, classes and captions: of the data if they are there, else as the config says."""
-    path = Path(config.data.path)
+    path = Path(config.data.path or next(source.path for source in config.data.sources.values()))  # they are alike
     if (path / "manifest.json").exists():
         manifest = Manifest.load(path)
         return manifest.latent_shape, len(manifest.classes), manifest.text_shape

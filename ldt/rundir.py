@@ -30,7 +30,7 @@ from ldt.progress import counted
 PLACEMENT = (
     "run_dir",
     "data.path",
-    "data.cache_dir",
+    "data.cache_",
     "data.threads",
     "model.attention",
     "model.activation_checkpointing",
@@ -47,6 +47,8 @@ PLACEMENT = (
 )
 """Keys that may change at every restart; all others define the run."""
 
+_SOURCE_PATH = re.compile(r"data\.sources\..*\.path")  # as data.path
+
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 RUNNING = "running"
 SECRET = re.compile("key|token|secret|password|credential", re.I)
@@ -57,7 +59,7 @@ WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "s
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The flattened keys of a config that define its run."""
-    return {k: v for k, v in flatten(config).items() if not k.startswith(PLACEMENT)}
+    return {k: v for k, v in flatten(config).items() if not k.startswith(PLACEMENT) and not _SOURCE_PATH.fullmatch(k)}
 
 
 def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path, accepted: Collection[str] = ()) -> None:

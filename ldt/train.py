@@ -35,7 +35,7 @@ from ldt.config import from_dict, to_dict, to_yaml
 from ldt.data.draws import Batch, digest_text
 from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.loader import Step as LoadedStep
-from ldt.data.shards import Manifest, open_shards, open_validation
+from ldt.data.shards import Manifest
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
 from ldt.engine import Engine, Step, learning_rate
@@ -53,6 +53,7 @@ from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.sample import ImageModel, load_autoencoder, load_text
 from ldt.stop import StopRequests
 from ldt.train_config import Config
+from ldt.train_data import describe_data, open_data, open_held_out, other_data
 from ldt.watchdog import Watchdog
 
 __all__ = ["Config", "Trainer", "attempt", "run"]
@@ -99,7 +100,7 @@ class Trainer:
     def __init__(self, config: Config, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
-        self.shards = open_shards(config.data.path, config.data.cache_dir or None, config.data.cache_gb)
+        self.shards = open_data(config.data, world)
         self.sampling = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
         self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
@@ -303,14 +304,8 @@ class Trainer:
         )
         if not config.log.validation_every_samples:
             return loader, None
-        held_out = open_validation(config.data.path)
-        if held_out is None:
-            raise InputError(
-                f"data.path={config.data.path} has no held-out split for log.validation_every_samples; "
-                "encode with validation_fraction, or set log.validation_every_samples=0"
-            )
         validation = ValidationLoader(
-            open_shards(held_out, config.data.cache_dir or None, config.data.cache_gb),
+            open_held_out(config.data, world),
             seed=config.seed,
             micro_batch=loader.share.size,
             rank=world.rank,
@@ -334,10 +329,7 @@ class Trainer:
             rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
             progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
-            raise InputError(
-                f"data.path={self.config.data.path} holds other data (fingerprint {fingerprint[:12]}) than those that "
-                f"{found} was trained on ({progress.data_fingerprint[:12]}); restore them, or choose another run_dir"
-            )
+            raise InputError(other_data(self.config.data, progress.data_fingerprint, fingerprint, str(found)))
         if self.world.rank == 0:
             cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
             if found or cut:
@@ -363,6 +355,8 @@ class Trainer:
             counted(len(self.sampling.classes), "class", "classes"),
             "×".join(map(str, self.sampling.latent_shape)),
         )
+        for line in describe_data(self.shards, self.batch):
+            logger.info("%s", line)
         if self.sampling.text and not config.model.told_text:
             logger.info("the data's captions are not used: model.condition_on=class")
         logger.info(

@@ -1,5 +1,7 @@
 """The keys of a training run."""
 
+import math
+import re
 from dataclasses import dataclass, field
 
 from ldt.diffusion.objectives import ObjectiveConfig
@@ -12,13 +14,23 @@ from ldt.options import required, section
 
 
 @dataclass
+class SourceConfig:
+    """One of several data sets: its `path`, and its `weight` beside those of the others."""
+
+    path: str = required()
+    weight: float = 1.0
+
+
+@dataclass
 class DataConfig:
     """`path` holds shards and a manifest (`ldt encode`); `streams` and `window` shape the shuffle (docs/data.md).
 
+    `sources`, instead of `path`: several such directories by name, mixed by their weights.
     A remote `path` (`s3://…`) is read through `cache_dir` on each node, of at most `cache_gb` (10⁹ bytes).
     """
 
-    path: str = required()
+    path: str = ""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     cache_dir: str = ""
     cache_gb: float = 100.0
     streams: int = 16
@@ -107,3 +119,19 @@ class Config:
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     log: LogConfig = section(LogConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        path, sources = self.data.path, self.data.sources
+        if not path and not sources:
+            raise InputError(
+                "data.path is not set; give it in the config or as data.path=VALUE, or give several data.sources"
+            )
+        if path and sources:
+            raise InputError(
+                f"data.path={path} and data.sources ({', '.join(sources)}) are both given; leave one of them out"
+            )
+        for name, source in sources.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise InputError(f"data.sources has the name {name!r}; use letters, digits, - and _")
+            if not 0 < source.weight < math.inf:
+                raise InputError(f"data.sources.{name}.weight={source.weight} must be a number above 0")

@@ -15,6 +15,7 @@ TRAIN = ["train", "configs/imagenet256/dit_s2.yaml", *TINY, "--steps", "1", "--t
 COMMANDS = {
     "checkpoint": (["checkpoint", "{tmp}", "--width", "64", "--depth", "1", "--batch", "1", "--repeat", "1"], 1),
     "data": (["data", "--samples", "512", "--shard-samples", "128", "--batch", "32"], 1),
+    "encode": (["encode", "--images", "8", "--batch", "4", "--turns", "1"], 1),
     "evaluate": (["evaluate", "{run}", "--blocks", "1", "--repeat", "1"], 1),
     "train": ([*TRAIN, "--compare", "plain"], 2),
     "train, compared": ([*TRAIN, "engine.precision=fp32", "--compare", "engine.zero_stage=0 train.micro_batch=1"], 1),

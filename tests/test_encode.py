@@ -24,6 +24,7 @@ from ldt.dist import free_port
 from ldt.errors import InputError
 
 CLASSES = ["ant", "bee", "cat"]
+UNFINISHED_END = "ldt.encode.Encoder._finish"
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +145,32 @@ def test_two_processes_after_an_interruption_write_the_same_files(encode, tmp_pa
     assert [p.returncode for p in processes] == [0, 0]
     assert said[0].endswith(f"{out}\n") and said[1] == ""
     assert files(out) == expected
+
+
+@pytest.mark.parametrize("format", ["tar", "mds"])
+def test_what_is_damaged_before_the_end_is_done_again(encode, tmp_path, monkeypatch, format):
+    """Stopped before its manifest; then a shard is gone, one cut, a sidecar gone, one damaged, two swapped."""
+    assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
+    out = tmp_path / "two"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UNFINISHED_END, stop)
+        encode(out, format=format, shard_samples=2)
+    shards = sorted(out.glob(f"shard-*.{format}"))
+    sidecars = [p.with_name(f"{p.name}.json") for p in shards]
+    assert len(shards) == 9 and all(p.exists() for p in sidecars)
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    sidecars[2].unlink()
+    sidecars[3].write_bytes(sidecars[3].read_bytes().replace(b"1", b"2"))
+    four, five = sidecars[4].read_bytes(), sidecars[5].read_bytes()
+    sidecars[4].write_bytes(five)
+    sidecars[5].write_bytes(four)
+    assert encode(out, format=format, shard_samples=2) == 0
+    assert files(out) == files(tmp_path / "one")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_again_is_complete_and_other_settings_are_refused(encode, tmp_path, capsys):

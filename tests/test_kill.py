@@ -2,10 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,16 +12,28 @@ import pytest
 from shard_data import write_shards
 
 from ldt.data.loader import Loader
-from ldt.data.shards import open_shards
+from ldt.data.shards import MixedShards, open_shards
 
 COUNTS = [7, 12, 1, 10]  # epochs end within batches of 8
 SETTINGS = {"batch": 8, "seed": 5, "streams": 3, "window": 6}
 STEPS = 60  # 16 epochs
+PROCESSES = multiprocessing.get_context("forkserver")  # has imported torch once and for all
 
 
-def main(path: str, log: str, rank: int, ranks: int, start: int) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    PROCESSES.set_forkserver_preload(["ldt.data.loader"])
+
+
+def open_data(path: Path):
+    if path.name != "mixed":
+        return open_shards(path)
+    return MixedShards({name: open_shards(path / name) for name in ("tar", "mds")}, {"tar": 0.45, "mds": 0.55})
+
+
+def main(path: Path, log: Path, rank: int, ranks: int, start: int) -> None:
     """One rank: append each step's real samples to a file of its own, as a training step would have used them."""
-    with Loader(open_shards(path), rank=rank, ranks=ranks, **SETTINGS) as loader, Path(log).open("a") as f:
+    with Loader(open_data(path), rank=rank, ranks=ranks, **SETTINGS) as loader, log.open("a") as f:
         for step in itertools.islice(loader.steps(start), STEPS - start // 8):
             rows = [
                 [int(i), float(v.double().sum()), int(label)]
@@ -36,10 +47,10 @@ def main(path: str, log: str, rank: int, ranks: int, start: int) -> None:
 
 
 def start_ranks(path, logs, ranks, start):
-    return [
-        subprocess.Popen([sys.executable, __file__, path, logs / f"{r}", str(r), str(ranks), str(start)])
-        for r in range(ranks)
-    ]
+    started = [PROCESSES.Process(target=main, args=(path, logs / f"{r}", r, ranks, start)) for r in range(ranks)]
+    for p in started:
+        p.start()
+    return started
 
 
 def steps_of(log: Path) -> dict[int, list]:
@@ -47,36 +58,39 @@ def steps_of(log: Path) -> dict[int, list]:
     return dict(json.loads(line) for line in lines)
 
 
-@pytest.mark.parametrize("format", ["tar", "mds"])
-def test_a_killed_rank_loses_and_repeats_nothing(tmp_path, format):
-    write_shards(tmp_path / "data", COUNTS, format)
+@pytest.mark.parametrize("kind", ["tar", "mds", "mixed"])
+def test_a_killed_rank_loses_and_repeats_nothing(tmp_path, kind):
+    data = tmp_path / kind
+    if kind == "mixed":
+        write_shards(data / "tar", COUNTS, "tar")
+        write_shards(data / "mds", COUNTS[::-1], "mds")
+    else:
+        write_shards(data, COUNTS, kind)
     (tmp_path / "whole").mkdir()
-    main(str(tmp_path / "data"), str(tmp_path / "whole" / "0"), 0, 1, 0)
+    main(data, tmp_path / "whole" / "0", 0, 1, 0)
     expected = [row for rows in steps_of(tmp_path / "whole" / "0").values() for row in rows]
     assert [row[0] for row in expected] == list(range(STEPS * 8))
-    chance, kept, position = random.Random(format), [], 0
+    chance, kept, position = random.Random(kind), [], 0
     for attempt, ranks in enumerate((2, 3, 2, 1)):
         logs = tmp_path / f"attempt{attempt}"
         logs.mkdir()
-        processes = start_ranks(tmp_path / "data", logs, ranks, position)
+        processes = start_ranks(data, logs, ranks, position)
         if ranks > 1:  # at a random step, of a random rank; the others go when their peer is lost
             victim = chance.randrange(ranks)
             goal = chance.randint(3, 12)
             deadline = time.monotonic() + 60
             while len(steps_of(logs / str(victim))) < goal and time.monotonic() < deadline:
                 time.sleep(0.005)
-            processes[victim].send_signal(signal.SIGKILL)
+            processes[victim].kill()
             for p in processes:
                 p.kill()
-        codes = [p.wait(timeout=60) for p in processes]
-        assert codes == ([0] if ranks == 1 else codes)
+        for p in processes:
+            p.join(60)
+        codes = [p.exitcode for p in processes]
+        assert codes == [0] if ranks == 1 else codes[victim] == -signal.SIGKILL
         done = [steps_of(logs / str(r)) for r in range(ranks)]
         while all(position in d for d in done):  # a step counts when every rank has done it
             kept += [row for d in done for row in d[position]]
             position += 8
     assert position == STEPS * 8
     assert kept == expected
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

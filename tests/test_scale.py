@@ -3,7 +3,7 @@
 import tracemalloc
 
 import numpy as np
-from simulate_data import simulate
+from simulate_data import simulate, start
 
 from ldt.data.order import Order
 
@@ -19,6 +19,13 @@ def test_memory_of_a_rank_stays_small_at_any_position():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6, f"{peak / 1e6:.1f} MB"
+
+
+def test_no_part_of_a_ranks_start_takes_more():
+    cost = start(shards=SHARDS, shard_samples=EACH, batch=4096)
+    manifest = cost["rank 0: manifest from disk, MB"]
+    assert manifest < 20 and cost["other ranks: manifest from rank 0, MB"] < 10
+    assert all(value < 10 for name, value in cost.items() if name.endswith("MB") and "order" in name), cost
 
 
 def test_4096_ranks_share_a_batch_without_overlap():

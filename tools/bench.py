@@ -18,6 +18,7 @@ from ldt.checkpoint import versions
 
 BENCHMARKS = {
     "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
+    "encode": "encoding images against the autoencoder alone",
     "data": "the loader against a memmap gather, beside other readers",
     "train": "the training step: images a second, time by phase, use of the machine's matrix products",
     "evaluate": "images a second of an evaluation against its raw sampler and detector",

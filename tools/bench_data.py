@@ -14,7 +14,7 @@ import torch
 
 from ldt import rng as rng_of_ldt
 from ldt.data.draws import Batch, digest, fill
-from ldt.data.loader import Loader
+from ldt.data.loader import Loader, Places, Share
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
 
@@ -74,10 +74,11 @@ def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
     elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
     key_n = np.arange(batch)
-    shard_n, sample_n = order.locate(key_n)
+    places, steps = Places(order, Share.of(batch, 0, 1, 0)), itertools.count()
+    shard_n, sample_n = places.of(0)
     fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False)
     parts: dict[str, Callable[[], Any]] = {
-        "locate": lambda: order.locate(key_n),
+        "locate": lambda: places.of(batch * next(steps)),
         "read": lambda: shards.read(shard_n, sample_n),
         "one normal draw of two": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, key_n, elements),
         "digest": lambda: digest(rows, sample_n),

@@ -36,13 +36,14 @@ def write_shards(
     latent_shape: tuple[int, int, int] = (4, 2, 2),
     spoiled: dict[int, float] | None = None,
     classes: Sequence[str] = CLASSES,
+    seed: int = 0,
 ) -> list[Samples]:
     """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value."""
     layout = Layout(latent_shape, dtype, flips)
     directory.mkdir(parents=True, exist_ok=True)
     rows, written, first = [], [], 0
     for i, count in enumerate(counts):
-        samples = make_samples(count, layout, seed=i, classes=len(classes))
+        samples = make_samples(count, layout, seed=seed + i, classes=len(classes))
         for sample, value in (spoiled or {}).items():
             if first <= sample < first + count:
                 samples.moments_n2CHW[sample - first] = value

@@ -1,16 +1,25 @@
 """What a choice of data.streams and data.window costs and gives, without any data: `python tools/simulate_data.py`.
 
 Drives the real order of thousands of ranks over thousands of shards and reports, for each choice, shard downloads of a
-node whose cache holds a share of the data, and how many classes a global batch of class-sorted data has.
+node whose cache holds a share of the data, and how many classes a global batch of class-sorted data has. With --start
+instead what it costs one rank to start, and to resume in the middle of an epoch, with so many shards.
 """
 
 import argparse
+import pickle
+import tempfile
+import time
+import tracemalloc
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
+from ldt.data.shards.manifest import Manifest, make_table
 
 
 def simulate(
@@ -57,13 +66,59 @@ def simulate(
     }
 
 
+def start(*, shards: int, shard_samples: int, batch: int, streams: int = 64, window: int = 65536) -> dict[str, float]:
+    """Milliseconds (the best of 5) and peak megabytes of each part of a rank's start, rank 17 of 1024."""
+    rows = [(f"shard-{i:08d}.tar", 4096, shard_samples, i * 7919, i * 104729) for i in range(shards)]
+    ones = np.ones(4)
+    classes, shape = [str(i) for i in range(1000)], (4, 32, 32)
+    manifest = Manifest("tar", shape, "fp16", False, classes, [shards] * 1000, 0 * ones, ones, "vae", "0" * 16, 256, 3,
+                        make_table(rows))  # fmt: skip
+    slots, counts = np.arange(17 * batch // 1024, 18 * batch // 1024), manifest.counts
+    middle = shards * shard_samples // 2 // batch * batch
+    halves = [counts[: shards // 2], counts[shards // 2 :]]
+
+    def mixed() -> MixedOrder:
+        return MixedOrder(halves, [1, 3], 0, batch, streams, window)
+
+    with tempfile.TemporaryDirectory() as directory:
+        manifest.save(Path(directory))
+        sent = pickle.dumps(manifest)  # as broadcast does
+        parts: dict[str, Callable[[], Any]] = {
+            "rank 0: manifest from disk": lambda: Manifest.load(directory),
+            "other ranks: manifest from rank 0": lambda: pickle.loads(sent),
+            "order, start": lambda: Order(counts, 0, batch, streams, window).locate(slots),
+            "order, mid-epoch": lambda: Order(counts, 0, batch, streams, window).locate(middle + slots),
+            "order of two sources, mid-epoch": lambda: mixed().locate(middle + slots),
+        }
+        return {name: value for part, action in parts.items() for name, value in _cost(part, action).items()}
+
+
+def _cost(part: str, action: Callable[[], Any]) -> dict[str, float]:
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begun)
+    tracemalloc.start()
+    kept = action()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del kept
+    return {f"{part}, ms": 1e3 * min(times), f"{part}, MB": peak / 1e6}
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("shards", 10_000), ("shard_samples", 1000), ("classes", 1000), ("batch", 4096),
                           ("nodes", 512), ("cache", 200), ("steps", 500)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--start", action="store_true")
     arguments: dict[str, Any] = vars(parser.parse_args())
+    if arguments.pop("start"):
+        for name, value in start(**{k: arguments[k] for k in ("shards", "shard_samples", "batch")}).items():
+            print(f"{name:44} {value:.1f}")
+        return
     print("| streams | window | downloads a node | times necessary | classes in a batch | if random |")
     print("|---|---|---|---|---|---|")
     for streams in (16, 64, 512):

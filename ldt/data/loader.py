@@ -6,6 +6,7 @@ on W. Every rank makes the same number of equal micro-batches; a rank short of s
 
 import contextlib
 import itertools
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +20,13 @@ import torch
 
 from ldt.data.ahead import ahead
 from ldt.data.draws import Batch, digest, fill
-from ldt.data.order import Order
-from ldt.data.shards import LatentShards
+from ldt.data.mixture import MixedOrder
+from ldt.data.order import Ints, Order
+from ldt.data.shards import MixedShards, Shards
 from ldt.errors import InputError
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
+LOCATED_TOGETHER = 4096  # samples
 VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training sample
 
 
@@ -66,7 +69,7 @@ class Share:
 class _Buffer:
     """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
 
-    def __init__(self, share: Share, shards: LatentShards, device: torch.device, text: bool) -> None:
+    def __init__(self, share: Share, shards: Shards, device: torch.device, text: bool) -> None:
         self._share, self._device = share, device
         cuda = device.type == "cuda"
         self.host = Batch.padding(share.rows, shards.manifest, pin=cuda, text=text)
@@ -104,7 +107,7 @@ class _Loader:
     def __init__(
         self,
         share: Share,
-        shards: LatentShards,
+        shards: Shards,
         device: torch.device | str,
         threads: int,
         ahead: int,
@@ -148,6 +151,30 @@ class _Loader:
         self.close()
 
 
+class Places:
+    """Where a rank's samples lie, found for several steps at once: much of the cost is a call's, not a sample's."""
+
+    def __init__(self, order: Order | MixedOrder, share: Share) -> None:
+        self._order, self._slots = order, np.arange(share.start, share.stop)
+        self._steps = min(64, max(1, LOCATED_TOGETHER // max(1, len(self._slots))))
+        self._kept: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, first: int) -> tuple[Ints, Ints]:
+        """(shard, sample in shard) of the rank's samples of the step at global index `first`. Thread-safe."""
+        block, row = divmod(first // self._order.batch, self._steps)
+        with self._lock:
+            if block not in self._kept:
+                step_n = block * self._steps + np.arange(self._steps)
+                index_n = (step_n[:, None] * self._order.batch + self._slots).ravel()
+                self._kept[block] = self._order.locate(index_n)
+                if len(self._kept) > 4 + 2 * PREFETCH_STEPS // self._steps:
+                    self._kept.popitem(last=False)
+            shard_n, sample_n = self._kept[block]
+        rows = slice(row * len(self._slots), (row + 1) * len(self._slots))
+        return shard_n[rows], sample_n[rows]
+
+
 class Loader(_Loader):
     """Endless training steps.
 
@@ -159,7 +186,7 @@ class Loader(_Loader):
 
     def __init__(
         self,
-        shards: LatentShards,
+        shards: Shards,
         *,
         batch: int,
         seed: int,
@@ -174,12 +201,14 @@ class Loader(_Loader):
         threads: int = 2,
         ahead: int = 4,
     ) -> None:
-        self.order = Order(shards.manifest.counts, seed, batch, streams, window)
+        self.order = _order_of(shards, seed, batch, streams, window)
         self.batch, self.seed, self.label_drop = batch, seed, label_drop
         self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
         self._asked: OrderedDict[int, None] = OrderedDict()
-        super().__init__(Share.of(batch, rank, ranks, micro_batch), shards, device, threads, ahead, condition_on)
+        share = Share.of(batch, rank, ranks, micro_batch)
+        self._places = Places(self.order, share)
+        super().__init__(share, shards, device, threads, ahead, condition_on)
 
     @property
     def micro_batches(self) -> int:
@@ -213,7 +242,7 @@ class Loader(_Loader):
     def _prefetch(self, first: int) -> None:
         """Ask for the shards of the step at `first`, once each while they are likely to be in use."""
         assert self._downloads is not None
-        shard_n, _ = self.order.locate(first + np.arange(self.share.start, self.share.stop))
+        shard_n, _ = self._places.of(first)
         for shard in np.unique(shard_n).tolist():
             if shard not in self._asked:
                 self._downloads.submit(self.shards.fetch, shard)  # an error comes again when the shard is read
@@ -224,11 +253,18 @@ class Loader(_Loader):
 
     def _fill(self, first: int, buffer: _Buffer) -> None:
         index_n = first + np.arange(self.share.start, self.share.stop)
-        shard_n, sample_n = self.order.locate(index_n)
+        shard_n, sample_n = self._places.of(first)
         flip = self.shards.manifest.flips
         drop, told = self.label_drop, self.condition_on
         fill(buffer.host, self.shards, index_n, shard_n, sample_n, self.seed, drop, flip, told)
         buffer.digest = digest(buffer.host, self._start_of_shard[shard_n] + sample_n)
+
+
+def _order_of(shards: Shards, seed: int, batch: int, streams: int, window: int) -> Order | MixedOrder:
+    if isinstance(shards, MixedShards):
+        counts_S = [s.manifest.counts for s in shards.sources.values()]
+        return MixedOrder(counts_S, list(shards.parts.values()), seed, batch, streams, window)
+    return Order(shards.manifest.counts, seed, batch, streams, window)
 
 
 class ValidationLoader(_Loader):
@@ -239,7 +275,7 @@ class ValidationLoader(_Loader):
 
     def __init__(
         self,
-        shards: LatentShards,
+        shards: Shards,
         *,
         seed: int,
         micro_batch: int,

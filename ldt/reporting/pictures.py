@@ -117,8 +117,8 @@ def split_grid(picture: Image.Image, size: int) -> list[list[Pixels]]:
 def open_real(run: History) -> RealImages:
     """The real images behind a run; `Unavailable` says why not."""
     path = (run.config.get("data") or {}).get("path") if isinstance(run.config.get("data"), dict) else None
-    if not isinstance(path, str):
-        raise Unavailable("the run's config names no data")
+    if not isinstance(path, str) or not path:
+        raise Unavailable("the run's config names no data, or several sources")
     try:
         head = read_head(Path(path))
         recipe = head.get("recipe") or {}

@@ -63,7 +63,8 @@ def model_words(run: History) -> str:
 
 def data_words(run: History) -> str:
     """One sentence about the data."""
-    path = section(run, "data").get("path", "?")
+    data = section(run, "data")
+    path = data.get("path") or " and ".join(s["path"] for s in data.get("sources", {}).values()) or "?"
     if not run.checkpoint:
         return f"Data: {path}."
     sampling = run.checkpoint.manifest.get("sampling", {})

@@ -2,5 +2,6 @@
 
 from ldt.data.shards.manifest import Manifest, open_validation
 from ldt.data.shards.reader import LatentShards, Records, open_shards
+from ldt.data.shards.sources import MixedShards, Shards
 
-__all__ = ["LatentShards", "Manifest", "Records", "open_shards", "open_validation"]
+__all__ = ["LatentShards", "Manifest", "MixedShards", "Records", "Shards", "open_shards", "open_validation"]

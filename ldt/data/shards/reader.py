@@ -110,8 +110,9 @@ class LatentShards:
         self, shard: int, file: _File, offset_n: NDArray[np.int64], out_nb: NDArray[np.uint8], rows: NDArray[np.int64]
     ) -> None:
         """Read equally long pieces of a shard into rows of `out_nb`."""
+        size, out = out_nb.shape[1], out_nb.reshape(-1).data
         for row, at in zip(rows.tolist(), offset_n.tolist(), strict=True):
-            if os.preadv(file.fd, [out_nb[row].data], at) != out_nb.shape[1]:
+            if os.preadv(file.fd, [out[row * size : (row + 1) * size]], at) != size:
                 raise InputError(f"shard {self._name(shard)} was cut short while being read; restore or re-encode it")
 
     def check(self, shard: int) -> Index:
@@ -205,16 +206,22 @@ def _remember(kept: OrderedDict[int, T], key: int, value: T, limit: int) -> None
         kept.popitem(last=False)
 
 
-def open_shards(path: str | Path, cache_dir: str | None = None, cache_gb: float = 100.0) -> LatentShards:
+def open_shards(
+    path: str | Path,
+    cache_dir: str | None = None,
+    cache_gb: float = 100.0,
+    load: Callable[[str | Path], Manifest] = Manifest.load,
+) -> LatentShards:
     """Open an output directory of `ldt encode` (or its `validation` split), local or at an fsspec address.
 
-    Remote shards are kept in `cache_dir` on this node, at most `cache_gb` (10⁹ bytes) of them.
+    Remote shards are kept in `cache_dir` on this node, at most `cache_gb` (10⁹ bytes) of them. load: reads the
+    manifest; a rank may get it from another one instead.
     """
     if not is_remote(path):
-        return LatentShards(Path(path), Manifest.load(path))
+        return LatentShards(Path(path), load(path))
     address = str(path).rstrip("/")
     if not cache_dir:
         raise InputError(f"data.path={address} is remote; give a directory of this node as data.cache_dir")
     if not cache_gb > 0:
         raise InputError(f"data.cache_gb={cache_gb} must be more than 0")
-    return LatentShards(address, Manifest.load(address), Cache(Remote(address), cache_dir, int(cache_gb * 1e9)))
+    return LatentShards(address, load(address), Cache(Remote(address), cache_dir, int(cache_gb * 1e9)))

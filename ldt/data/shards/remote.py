@@ -9,7 +9,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import queue
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from ldt.files import UNFINISHED
 ATTEMPTS = 5
 FIRST_WAIT = 0.2  # seconds before the second attempt; doubles, with jitter
 CHUNK = 1 << 22
+STALLED = 60.0  # seconds without an answer after which a request or a piece of a file counts as failed
 ABANDONED = 3600  # seconds after which an untouched partial download is a dead process's
 
 T = TypeVar("T")
@@ -46,16 +49,47 @@ class Remote:
 
     def read(self, name: str) -> bytes:
         """A whole file; FileNotFoundError where there is none."""
-        return persist(lambda: bytes(self._fs.cat_file(f"{self._root}/{name}")), f"{self.url}/{name}")
+        return persist(lambda: within(STALLED, lambda: bytes(self._fs.cat_file(self._at(name)))), self._say(name))
 
     def exists(self, name: str) -> bool:
-        return persist(lambda: bool(self._fs.exists(f"{self._root}/{name}")), f"{self.url}/{name}")
+        return persist(lambda: within(STALLED, lambda: bool(self._fs.exists(self._at(name)))), self._say(name))
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
-        with self._fs.open(f"{self._root}/{name}", "rb") as f:
-            while chunk := f.read(CHUNK):
-                yield chunk
+        """A file's content, piece by piece; TimeoutError where one does not come."""
+        file = within(STALLED, lambda: self._fs.open(self._at(name), "rb"))
+        while chunk := within(STALLED, lambda: file.read(CHUNK)):
+            yield chunk
+        file.close()  # only at its end: closing may wait for what does not come
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _say(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What the action returns or raises; TimeoutError if that takes longer.
+
+    Not all of fsspec's back-ends have timeouts. A thread that never comes back is left alone: it is a daemon, which no
+    exit waits for.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((action(), None))
+        except BaseException as error:  # raised again where it is waited for
+            answers.put((None, error))
+
+    threading.Thread(target=work, name="ldt-remote", daemon=True).start()
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def persist(action: Callable[[], T], what: str) -> T:

@@ -45,8 +45,9 @@ class Sums:
             raise InputError(
                 f"latent channel {int(std.argmin())} is constant over the whole data; check the autoencoder"
             )
-        return _digits(mean), _digits(std)
+        return seven_digits(mean), seven_digits(std)
 
 
-def _digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def seven_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rounded, so that what follows does not depend on the CPU."""
     return np.array([float(f"{v:.7g}") for v in values.tolist()])

@@ -1,7 +1,7 @@
 """A unit of encoding: one output shard, written whole and then vouched for by a sidecar.
 
-A unit is done iff its sidecar is there and the shard beside it has the size it tells. Sidecars live until the manifest
-is written; any process may do any unit, and doing one twice changes nothing.
+A unit is done iff its sidecar is there, undamaged, and the shard beside it has the size it tells. Sidecars live until
+the manifest is written; any process may do any unit, and doing one twice changes nothing.
 """
 
 import json
@@ -18,6 +18,7 @@ from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.statistics import Sums
 from ldt.files import misfit, natural, parse_json, real, write_atomic
 
+HASH = "sidecar_xxh64"
 PACK = {"tar": tar.pack, "mds": mds.pack}
 
 
@@ -80,17 +81,22 @@ def write_unit(
         second_C=sums.second_C.tolist(),
         elements=sums.elements,
     )
-    write_atomic(sidecar_path(directory, name), json.dumps(asdict(sidecar)).encode())
+    facts = asdict(sidecar)
+    write_atomic(sidecar_path(directory, name), json.dumps(facts | {HASH: _facts_hash(facts)}).encode())
 
 
 def read_sidecar(directory: Path, name: str) -> Sidecar | None:
     """The sidecar of a finished unit, or None where the unit has to be done."""
     try:
         facts = parse_json(sidecar_path(directory, name).read_bytes())
-        if misfit(facts, _SHAPE):
+        if not isinstance(facts, dict) or facts.pop(HASH, "") != _facts_hash(facts) or misfit(facts, _SHAPE):
             return None
         sidecar = Sidecar(**facts)
         size = (directory / name).stat().st_size
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return sidecar if sidecar.name == name and sidecar.bytes == size else None
+
+
+def _facts_hash(facts: dict[str, Any]) -> str:
+    return xxhash.xxh64_hexdigest(json.dumps(facts, sort_keys=True).encode())

@@ -8,6 +8,7 @@ import functools
 import io
 import tarfile
 import threading
+import tokenize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ def _header(content: NDArray[np.uint8], start: int, size: int, what: str) -> tup
     with _PARSING:
         try:
             return _parsed(content[start : start + min(size, length)].tobytes())
-        except (ValueError, SyntaxError, TypeError) as error:
+        except (ValueError, SyntaxError, TypeError, tokenize.TokenError) as error:
             raise InputError(f"{what} is not a readable .npy array ({error}); write it again") from None
         except _Unfit:
             raise InputError(f"{what} is in Fortran order or holds objects; write it in C order") from None

@@ -1,0 +1,73 @@
+"""The keys of `ldt encode`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ldt.config import choice, required, section
+from ldt.errors import InputError
+
+
+@dataclass
+class ImagesConfig:
+    """`path`: a directory with one sub-directory a class, a .tar of the same, or embedded:fashion_mnist.
+
+    `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
+    """
+
+    path: str = ""
+    size: int = 0
+    fit: str = choice("crop", "pad")
+
+
+@dataclass
+class TextConfig:
+    """`encoder`: bytes, or a text encoder of transformers' by name or path; empty stores no captions. The caption of
+    `x.png` is the text of `x.txt` beside it, at most `length` tokens of it."""
+
+    encoder: str = ""
+    length: int = 64
+
+
+@dataclass
+class Config:
+    """What to encode and how to store it.
+
+    `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share
+    of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
+    `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
+    `latents`: instead of images, a tree of .npy or .npz latents of this autoencoder; `latents_scale`: what the draws in
+    .npy were multiplied with.
+    """
+
+    images: ImagesConfig = section(ImagesConfig)
+    latents: str = ""
+    latents_scale: float = 0.18215
+    text: TextConfig = section(TextConfig)
+    autoencoder: str = required()
+    output: str = ""
+    index: str = ""
+    format: str = choice("tar", "mds")
+    dtype: str = choice("fp16", "bf16", "fp32")
+    flips: bool = False
+    shard_samples: int = 4096
+    validation_fraction: float = 0.02
+    seed: int = 0
+    batch: int = 64
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        needed: dict[str, Any] = {"output": self.output}
+        if not self.latents:
+            needed |= {"images.path": self.images.path, "images.size": self.images.size}
+        if self.latents and (self.images.path or self.flips):
+            raise InputError("latents= takes the place of images.path, and flips=true needs images; give one of them")
+        if self.latents_scale <= 0:
+            raise InputError(f"latents_scale={self.latents_scale} must be positive, such as 0.18215")
+        for name, value in needed.items():
+            if not value and not self.index:
+                raise InputError(f"{name} is not set; give it in the config or as {name}=VALUE")
+        for name in ("shard_samples", "batch", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise InputError(f"validation_fraction={self.validation_fraction} must be between 0 and 0.5")

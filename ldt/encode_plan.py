@@ -1,0 +1,135 @@
+"""What there is to encode: the sources, the networks, and the output shards that are to come of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldt.autoencoder import Autoencoder
+from ldt.data.images import ImageSource, open_images, prepare
+from ldt.data.latent_files import LatentFiles, open_latents
+from ldt.data.shards.layout import Layout
+from ldt.data.shards.manifest import VALIDATION
+from ldt.data.split import Split
+from ldt.encode_config import Config
+from ldt.errors import InputError
+from ldt.text import describe, load_text_encoder
+
+EXAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples [start, stop) of one split, which become one shard."""
+
+    part: str  # "" for training, else a sub-directory of the output
+    number: int
+    start: int
+    stop: int
+
+
+class Plan:
+    """The images or latents, the networks that they go through, and which sample becomes which place of which shard."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.autoencoder = Autoencoder.load(config.autoencoder).to(device)
+        self.images: ImageSource | LatentFiles
+        if config.latents:
+            self.images = open_latents(config.latents, config.latents_scale)
+            shape = self.images.latent_shape
+            if shape[0] != self.autoencoder.latent_channels:
+                raise InputError(
+                    f"latents={config.latents} have {shape[0]} channels, autoencoder={config.autoencoder} makes "
+                    f"{self.autoencoder.latent_channels}; give the autoencoder that they come from"
+                )
+            self.image_size = shape[1] * self.autoencoder.downsample
+        else:
+            self.images, self.image_size = open_images(config.images.path), config.images.size
+            down = self.autoencoder.downsample
+            if self.image_size < 1 or self.image_size % down:
+                raise InputError(
+                    f"images.size={self.image_size} must be a multiple of {down}, the autoencoder's downsampling"
+                )
+            shape = (self.autoencoder.latent_channels, self.image_size // down, self.image_size // down)
+        encoder = config.text.encoder
+        self.text = load_text_encoder(encoder, config.text.length, device) if encoder else None
+        text_shape = self.text.shape if self.text else None
+        self.layout = Layout(shape, config.dtype, config.flips, self.text is not None, text_shape)
+        self.split = Split(len(self.images), config.validation_fraction, config.seed)
+        if self.split.training_samples == 0:
+            source = config.latents or config.images.path
+            raise InputError(f"{source} leaves no training images; lower validation_fraction")
+        if self.text and not any(self.images.caption(i) for i in range(len(self.images))):
+            raise InputError(
+                f"{config.latents or config.images.path} has no captions for text.encoder={config.text.encoder}; put "
+                "x.txt beside x.png, or leave text.encoder empty"
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what the files hold."""
+        config = self.config
+        latents = {"latents": config.latents, "latents_scale": config.latents_scale} if config.latents else {}
+        text = {"text": describe(self.text)} if self.text else {}
+        return {
+            **latents,
+            **text,
+            "images.path": config.images.path,
+            "images.size": config.images.size,
+            "images.fit": config.images.fit,
+            "number of images": len(self.images),
+            "classes": list(self.images.classes),
+            "autoencoder's hash": self.autoencoder.hash,
+            "format": config.format,
+            "dtype": config.dtype,
+            "flips": config.flips,
+            "shard_samples": config.shard_samples,
+            "validation_fraction": config.validation_fraction,
+            "seed": config.seed,
+            "batch": config.batch,  # the last bits of a latent depend on how many are in its batch
+        }
+
+    def units(self) -> list[Unit]:
+        """All units, the held-out ones last."""
+        size, out = self.config.shard_samples, []
+        for part, samples in (("", self.split.training_samples), (VALIDATION, self.split.validation_samples)):
+            starts = range(0, samples, size)
+            out += [Unit(part, k, start, min(start + size, samples)) for k, start in enumerate(starts)]
+        return out
+
+    def image_numbers(self, unit: Unit, start: int, stop: int) -> list[int]:
+        """Which images are samples [start, stop) of the unit's split."""
+        place = self.split.validation if unit.part else self.split.training
+        return place(np.arange(start, stop)).tolist()
+
+    def load(self, batch: tuple[Unit, int, int]) -> tuple[NDArray[Any], list[int], list[str]]:
+        """Prepared images uint8 [B, H, W, C], or moments, labels and captions of one batch."""
+        numbers = self.image_numbers(*batch)
+        captions = [self.images.caption(i) for i in numbers] if self.text else []
+        return np.stack([self.content(i) for i in numbers]), [self.images.label(i) for i in numbers], captions
+
+    def content(self, number: int) -> NDArray[Any]:
+        """One prepared image, or the moments of one latent."""
+        if isinstance(self.images, LatentFiles):
+            return self.images.checked_moments(number)
+        wanted = self.config.images
+        image = self.images.image(number)
+        try:
+            return prepare(image, wanted.size, self.autoencoder.image_channels, wanted.fit)
+        except InputError as error:
+            raise InputError(f"image {self.images.name(number)}: {error}") from None
+
+    def moments(self, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, 2, C, H, W] of the images and, with flips, of their mirror images; moments stay as they are."""
+        if self.config.latents:
+            return (image_BHWC,)
+        views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
+        return tuple(torch.stack(self.autoencoder.encode(view), 1).cpu() for view in views)
+
+    def examples(self) -> list[tuple[int, str]]:
+        """Label and beginning of the caption of some training images, evenly spaced: what samples are drawn of."""
+        total = self.split.training_samples
+        numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
+        return [(self.images.label(i), self.images.caption(i)[:200]) for i in numbers]
