@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ldt import ema as averaging
-from ldt.checkpoint import Content, Progress, Retention, Writer, listed, restore, verify
+from ldt.checkpoint import Content, Progress, Retention, Sampling, Writer, listed, restore, verify
+from ldt.config import to_dict
 from ldt.diffusion.objectives import Objective, ObjectiveConfig
 from ldt.dist import World, all_gather, all_reduce_sum, barrier, process_group
 from ldt.engine import Engine, EngineConfig, OptimizerConfig
@@ -49,7 +50,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, world: World) -> None:
         self.arguments, self.world, self.root = arguments, world, arguments.directory / "bench-checkpoint"
-        model = ModelConfig(width=arguments.width, depth=arguments.depth, heads=arguments.width // 64)
+        self.model = model = ModelConfig(width=arguments.width, depth=arguments.depth, heads=arguments.width // 64)
         denoiser = build(model, LATENT, CLASSES, seed=0)
         self.parameters = parameter_count(denoiser)
         config = EngineConfig(arguments.zero_stage, arguments.precision)
@@ -135,7 +136,13 @@ class Bench:
 
     def begin(self, samples_seen: int) -> None:
         kinds = dict(zip(["master", *MOMENTS, *self.averages], self.state(), strict=True))
-        facts = {"progress": asdict(Progress(samples_seen, "bench")), "sampling": {}, "config": {}, "averages": {}}
+        sampling = Sampling(LATENT, [], [0.0] * LATENT[0], [1.0] * LATENT[0], "", "", 0, 0)
+        facts = {
+            "progress": asdict(Progress(samples_seen, "bench")),
+            "sampling": asdict(sampling),
+            "config": {"model": to_dict(self.model), "objective": to_dict(ObjectiveConfig())},
+            "averages": {},
+        }
         self.writer.begin([Content(self.root, kinds, Retention(1))], facts)
 
     def save(self, samples_seen: int) -> None:
