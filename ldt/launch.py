@@ -60,6 +60,10 @@ class Config:
         for key in ("nodes", "tasks", "cpus_per_task", "minutes", "evaluation_tasks"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.gpus and not self.gpus.isdecimal():
+            raise InputError(
+                f"gpus={self.gpus} must be a number of GPUs a node, 0 for none; their kind goes into slurm="
+            )
         if self.cluster == "local" and self.nodes > 1:
             raise InputError(f"cluster=local is this machine: nodes={self.nodes} must be 1; use tasks=")
 
@@ -222,7 +226,7 @@ def _executor(config: Config, tasks: int, nodes: int, name: str) -> submitit.Aut
     executor = submitit.AutoExecutor(folder=config.logs, cluster="local" if config.cluster == "local" else "slurm")
     parameters: dict[str, Any] = {"name": name, "timeout_min": config.minutes, "tasks_per_node": tasks, "nodes": nodes}
     parameters["cpus_per_task"] = config.cpus_per_task
-    gpus = int(config.gpus) if config.gpus else 0
+    gpus = int(config.gpus or tasks)
     if config.cluster != "local":
         if gpus:
             parameters["gpus_per_node"] = gpus

@@ -156,3 +156,13 @@ def test_the_lines_of_the_library_page_run() -> None:
     assert used == {"load", "sample", "encode", "decode", "evaluate"}
     assert all(hasattr(ldt.Model, name) for name in used - {"load"})
     assert sys.modules["ldt.api"].load is ldt.load
+
+
+def test_the_plan_that_is_shown_is_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "imagenet.md").read_text()
+    ((command, shown),) = re.findall(r"^```bash\n(ldt plan .*)\n```\n\n```text\n(.*?)\n```", page, re.M | re.S)
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip() == shown

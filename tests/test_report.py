@@ -357,7 +357,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     for arguments, text in (
         ([tmp_path / "nothing"], "does not exist"),
         ([tmp_path / "empty"], "is not a run"),
-        ([], "nothing to report on"),
+        ([], "usage: ldt report RUN"),
         ([tmp_path / "empty", "output=page.pdf"], "must end in .html"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
