@@ -244,20 +244,26 @@ def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
         assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
 
 
-@pytest.mark.parametrize(("format", "goal"), [("tar", 1), ("mds", 4)])  # shards that are there at the kill
-def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format, goal):
-    assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
-    expected, out = files(tmp_path / "one"), tmp_path / "two"
+def start_ranks(arguments: list[str], ranks: int) -> list[subprocess.Popen]:
     port = str(free_port())
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "ldt", *encode.arguments(out, format=format, shard_samples=2)],
-            env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "ldt", *arguments],
+            env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r),
+                              "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                              "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
-        for r in range(2)
+        for r in range(ranks)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "goal", "ranks"), [("tar", 1, 1), ("mds", 4, 3)])  # goal: shards there at the kill
+def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format, goal, ranks):
+    assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
+    expected, out = files(tmp_path / "one"), tmp_path / "two"
+    arguments = encode.arguments(out, format=format, shard_samples=2)
+    processes = start_ranks(arguments, 2)
     deadline = time.monotonic() + 60
     while len(list(out.glob(f"shard-*.{format}"))) < goal and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -265,7 +271,10 @@ def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format
     for p in processes:
         p.kill()
         p.wait(timeout=60)
-    assert encode(out, format=format, shard_samples=2) == 0
+    if ranks == 1:
+        assert encode(out, format=format, shard_samples=2) == 0
+    else:
+        assert [p.wait(timeout=120) for p in start_ranks(arguments, ranks)] == [0] * ranks
     assert files(out) == expected
 
 

@@ -33,7 +33,7 @@ from ldt.data.images import open_images, prepare
 from ldt.data.latent_files import open_latents
 from ldt.data.shards.adopt import examine, read_layout
 from ldt.data.shards.manifest import Manifest, head_hash
-from ldt.data.shards.unit import HASH, Sidecar, _facts_hash, read_sidecar
+from ldt.data.shards.unit import HASH, Sidecar, read_sidecar, sidecar_hash
 from ldt.doors import dit
 from ldt.errors import InputError
 from ldt.evaluate import _read_result, derive_jsonl
@@ -297,10 +297,10 @@ def test_sidecars_of_an_unfinished_encoding(tmp_path: Path) -> None:
     facts = {"name": shard.name, "bytes": 1, "samples": 1, "xxh64": "0" * 16, "content": "0" * 16, "elements": 8}
     facts |= {"class_counts": [1], "first_C": [0.5], "second_C": [1.0]}
 
-    def seal(changed: Any) -> str:
-        return json.dumps(changed | {HASH: _facts_hash(changed)} if isinstance(changed, dict) else changed)
+    def sealed(facts: Any) -> Any:
+        return facts | {HASH: sidecar_hash(facts)} if isinstance(facts, dict) else facts
 
-    sidecar.write_text(seal(facts))
+    sidecar.write_text(json.dumps(sealed(facts)))
     assert read_sidecar(tmp_path, shard.name) is not None
 
     def look() -> None:
@@ -308,7 +308,7 @@ def test_sidecars_of_an_unfinished_encoding(tmp_path: Path) -> None:
         assert found is None or (isinstance(found, Sidecar) and found.row and found.sums)
 
     survives(sidecar, byte_damage(sidecar.read_bytes(), CASES), look)
-    survives(sidecar, map(seal, json_damage(facts, 2 * CASES)), look)
+    survives(sidecar, as_text(map(sealed, json_damage(facts, 2 * CASES))), look)
 
 
 def read_images(path: Path) -> None:

@@ -107,7 +107,7 @@ def fill(
 
 
 def digest(batch: Batch, ordinal_n: Ints) -> int:
-    """Sum over the real rows of an xxh3 of all that the network could see of each, modulo 2⁶⁴, as a signed int64.
+    """Sum over the real rows of an xxh64 of all that the network could see of each, modulo 2⁶⁴, as a signed int64.
 
     ordinal_n: each sample's place in the data set. Flip and posterior draw enter through the latent they made.
     """
@@ -119,7 +119,7 @@ def digest(batch: Batch, ordinal_n: Ints) -> int:
     rows = [_rows_of(array) for array in (small, *(tensor.numpy()[:n] for tensor in large))]
     total = 0
     for row in zip(*rows, strict=True):
-        h = xxhash.xxh3_64()
+        h = xxhash.xxh64()
         for content in row:
             h.update(content)
         total += h.intdigest()

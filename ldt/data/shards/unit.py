@@ -82,14 +82,14 @@ def write_unit(
         elements=sums.elements,
     )
     facts = asdict(sidecar)
-    write_atomic(sidecar_path(directory, name), json.dumps(facts | {HASH: _facts_hash(facts)}).encode())
+    write_atomic(sidecar_path(directory, name), json.dumps(facts | {HASH: sidecar_hash(facts)}).encode())
 
 
 def read_sidecar(directory: Path, name: str) -> Sidecar | None:
     """The sidecar of a finished unit, or None where the unit has to be done."""
     try:
         facts = parse_json(sidecar_path(directory, name).read_bytes())
-        if not isinstance(facts, dict) or facts.pop(HASH, "") != _facts_hash(facts) or misfit(facts, _SHAPE):
+        if not isinstance(facts, dict) or facts.pop(HASH, "") != sidecar_hash(facts) or misfit(facts, _SHAPE):
             return None
         sidecar = Sidecar(**facts)
         size = (directory / name).stat().st_size
@@ -98,5 +98,6 @@ def read_sidecar(directory: Path, name: str) -> Sidecar | None:
     return sidecar if sidecar.name == name and sidecar.bytes == size else None
 
 
-def _facts_hash(facts: dict[str, Any]) -> str:
+def sidecar_hash(facts: dict[str, Any]) -> str:
+    """Of what a sidecar says, without the hash itself."""
     return xxhash.xxh64_hexdigest(json.dumps(facts, sort_keys=True).encode())
