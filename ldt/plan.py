@@ -229,9 +229,9 @@ def warnings(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
     every = config.checkpoint.every_samples / rate
     if every and every < 10 * save:
         yield f"a checkpoint every {every:.0f} s, and writing one takes {save:.0f} s: raise checkpoint.every_samples"
-    lower = [s for s in stages(config) if s < chosen.stage and fits(config, place(config, model, chosen.nodes, s))]
+    lower = [s for s in stages(config) if s < 3 and fits(config, place(config, model, chosen.nodes, s))]
     if chosen.stage == 3 and lower:
-        yield f"engine.zero_stage=3 without need: ZeRO-{lower[0]} fits and sends less"
+        yield f"engine.zero_stage=3 without need: ZeRO-{lower[-1]} fits too, and gathers no weights while it computes"
 
 
 def fits(config: Config, at: Placement) -> bool:
@@ -239,13 +239,14 @@ def fits(config: Config, at: Placement) -> bool:
 
 
 def recommendation(config: Config, model: Model) -> str:
-    """The lowest stage that fits, and the most nodes that still work at 80 % of one node's speed a GPU."""
+    """The fastest stage that fits, and the most nodes that still work at 80 % of one node's speed a GPU."""
     options = [1 << k for k in range(11) if (1 << k) * config.gpus <= config.train.global_batch]
     good: list[Placement] = []
     for nodes in options:
         fitting = [at for stage in stages(config) if fits(config, at := place(config, model, nodes, stage))]
-        if fitting and (not good or fitting[0].step * nodes <= good[0].step * good[0].nodes / 0.8):
-            good.append(fitting[0])
+        fastest = min(fitting, key=lambda at: at.step, default=None)
+        if fastest and (not good or fastest.step * nodes <= good[0].step * good[0].nodes / 0.8):
+            good.append(fastest)
     if not good:
         return f"nothing fits {config.device}: use train.micro_batch=auto, a smaller model or a larger device"
     best = good[-1]
