@@ -145,7 +145,8 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     assert "neither slurm, local, a file" in refused("cluster=mars")
     assert "there is no sbatch on this machine" in refused(env=slurm.env | {"PATH": "/nowhere"})
     told = slurm.sh(*command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
-    assert len(told) == 2 and f"run_dir={tmp_path}/run/seed=1" in told[0]
+    assert len(told) == 3 and told[2].startswith("to slurm, nodes=1")
+    assert f"run_dir={tmp_path}/run/seed=1" in told[0] and f"run_dir={tmp_path}/run/seed=2" in told[1]
     assert not slurm.sh("squeue", "-h")
     told = slurm.sh(*command, "--dry-run", "cluster=example")
     assert told.startswith("would submit: ldt train"), "a site's file"

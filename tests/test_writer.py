@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldt.checkpoint import Content, Progress, Reader, Retention, Writer, listed, load_denoiser, read_manifest, verify
+from ldt.checkpoint import (
+    Content,
+    Progress,
+    Reader,
+    Retention,
+    Sampling,
+    Writer,
+    listed,
+    load_denoiser,
+    read_manifest,
+    verify,
+)
 from ldt.checkpoint.writer import remove_leftovers, remove_old
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.engine import Engine, EngineConfig, OptimizerConfig
@@ -16,7 +27,8 @@ from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
-FACTS = {"sampling": {}, "config": {}}
+SAMPLING = Sampling((4, 2, 2), ["a", "b", "c"], [0.0] * 4, [1.0] * 4, "", "", 0, 0)
+FACTS = {"sampling": asdict(SAMPLING), "config": {"model": {}, "objective": {}}}
 
 
 def make_engine(world: World) -> Engine:
