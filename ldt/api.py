@@ -27,14 +27,20 @@ BATCH = 50  # images that go through the autoencoder at once
 
 
 def load(
-    path: str | Path, *, weights: str = "ema", precision: str = "fp32", device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    precision: str = "fp32",
+    compile: bool = False,
+    device: str | torch.device | None = None,
 ) -> "Model":
     """The newest checkpoint of a run, a checkpoint, or an exported model, ready for use.
 
-    `weights`: ema or master; `precision`: fp32 or bf16; `device`: empty for the GPU where there is one.
+    `weights`: ema or master; `precision`: fp32 or bf16; `compile`: the denoiser's blocks with torch.compile; `device`:
+    empty for the GPU where there is one.
     """
     where = torch.device(device) if device is not None else discover().device
-    return Model(load_denoiser(path, weights, where), precision, where)
+    return Model(load_denoiser(path, weights, where), precision, where, compile)
 
 
 class Model:
@@ -43,9 +49,9 @@ class Model:
     Image i is a function of the checkpoint, the settings and (seed, i), the same as `ldt sample` draws.
     """
 
-    def __init__(self, loaded: Loaded, precision: str, device: torch.device) -> None:
+    def __init__(self, loaded: Loaded, precision: str, device: torch.device, compiled: bool = False) -> None:
         self._loaded, self._precision = loaded, precision
-        self._images = image_model(loaded, precision, device)
+        self._images = image_model(loaded, precision, device, compiled)
         self._mean_C11, self._std_C11 = (
             np.array(values, np.float32)[:, None, None] for values in (loaded.sampling.mean_C, loaded.sampling.std_C)
         )
@@ -75,6 +81,9 @@ class Model:
         self, images: int = 16, *, classes: Sequence[str] = (), prompts: Sequence[str] = (), **settings: Any
     ) -> NDArray[np.uint8]:
         """New images, uint8 [N, H, W, C]. settings: seed, sampler, steps, guidance and other keys of `ldt sample`."""
+        for key in ("weights", "precision", "compile"):
+            if key in settings:
+                raise InputError(f"{key}= is decided when the model is loaded; give it to ldt.load")
         keys = {"run": str(self.path), "images": images, "classes": list(classes), "prompts": list(prompts)}
         config = from_dict(SampleConfig, keys | {"precision": self._precision} | settings, "the arguments")
         blocks, _ = draw(self._images, self._loaded.config, config)

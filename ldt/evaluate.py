@@ -110,8 +110,8 @@ class Config:
             raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
 
 
-NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file", "model")
-"""Keys that say where things are, not what is computed."""
+NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file", "model", "compile")
+"""Keys that say where things are and how they are computed, not what."""
 
 
 def run(config: Config) -> int:
@@ -237,7 +237,7 @@ def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, st
     The network always sees whole blocks: what a last one has too many is dropped. While it makes the next block, a
     thread looks at the last one.
     """
-    model = image_model(loaded, config.precision, world.device)
+    model = image_model(loaded, config.precision, world.device, config.compile)
     blocks = -(-config.images // config.block)
 
     def detect(k: int, image_BHWC: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.diffusion.samplers import SamplerConfig, sample
 from ldt.dist import World, broadcast, in_block_order, process_group
 from ldt.errors import InputError
+from ldt.nn.build import compile_blocks
 from ldt.nn.condition import Condition
 from ldt.options import choice, required
 from ldt.pictures import WRITERS
@@ -40,6 +41,7 @@ class DrawConfig(SamplerConfig):
     """What decides image i besides the checkpoint.
 
     `labels`: class i mod classes; or drawn by (seed, i), each class as likely as in the training data, or all equally.
+    `compile`: the denoiser's blocks with torch.compile, for large ones on a GPU; it changes the last bits.
     """
 
     seed: int = 0
@@ -47,6 +49,7 @@ class DrawConfig(SamplerConfig):
     block: int = 50
     weights: str = choice("ema", "master")
     precision: str = choice("fp32", "bf16")
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,10 +103,12 @@ class ImageModel:
         return [(int(label), caption) for label, caption in self.sampling.text["examples"]] or [(0, "")]
 
 
-def image_model(loaded: Loaded, precision: str, device: torch.device) -> ImageModel:
+def image_model(loaded: Loaded, precision: str, device: torch.device, compiled: bool = False) -> ImageModel:
     """The image model of a loaded checkpoint; under `bf16` the denoiser's weights are rounded, as in training."""
     autoencoder = load_autoencoder(loaded.sampling, device)
     denoiser = loaded.denoiser.bfloat16() if precision == "bf16" else loaded.denoiser
+    if compiled:
+        compile_blocks(denoiser)
     told_text = loaded.config["model"].get("condition_on", "class") != "class"
     text = load_text(loaded.sampling, told_text, device)
     return ImageModel(denoiser, loaded.objective, loaded.sampling, autoencoder, device, text)
@@ -194,7 +199,7 @@ def run(config: Config) -> int:
     """Draw the images on all ranks; rank 0 writes them."""
     with process_group() as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
-        model = image_model(loaded, config.precision, world.device)
+        model = image_model(loaded, config.precision, world.device, config.compile)
         output = _output(config, loaded, world)
         blocks, labels = draw(model, loaded.config, config, world)
         with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:

@@ -11,12 +11,15 @@ from run_data import shared_run
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model={width: 32, depth: 2, heads: 2}", "train.global_batch=4", "--latent", "4x4x4", "--classes", "3"]
-TRAIN = ["train", "configs/imagenet256/dit_s2.yaml", *TINY, "--steps", "1", "--turns", "1", "--warmup", "1"]
+SAMPLING = ["evaluate.sampler=heun", "evaluate.steps=2", "evaluate.guidance=2", "evaluate.block=2"]
+DIT = "configs/imagenet256/dit_s2.yaml"
+TRAIN = ["train", DIT, *TINY, "--steps", "1", "--turns", "1", "--warmup", "1"]
 COMMANDS = {
     "checkpoint": (["checkpoint", "{tmp}", "--width", "64", "--depth", "1", "--batch", "1", "--repeat", "1"], 1),
     "data": (["data", "--samples", "512", "--shard-samples", "128", "--batch", "32"], 1),
     "encode": (["encode", "--images", "8", "--batch", "4", "--turns", "1"], 1),
     "evaluate": (["evaluate", "{run}", "--blocks", "1", "--repeat", "1"], 1),
+    "sample": (["sample", DIT, *TINY, *SAMPLING, "--turns", "1"], 1),
     "train": ([*TRAIN, "--compare", "plain"], 2),
     "train, compared": ([*TRAIN, "engine.precision=fp32", "--compare", "engine.zero_stage=0 train.micro_batch=1"], 1),
 }

@@ -87,6 +87,16 @@ def test_bf16_is_near_fp32(run_dir: Path, model: ImageModel) -> None:
     assert 0 < (exact - rounded).abs().mean() < 4
 
 
+def test_compiled_sampling_differs_by_rounding_alone(run_dir: Path, model: ImageModel) -> None:
+    config = DrawConfig(**FAST, guidance=2.0, guidance_high=0.8)  # batches of two sizes
+    compiled = image_model(load_denoiser(run_dir), "fp32", CPU, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    images = sample_images(compiled, range(8), config)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 0 < frames["ok"] == frames["total"], "the blocks were not compiled whole"
+    assert (images.int() - sample_images(model, range(8), config).int()).abs().max() <= 1
+
+
 def test_npz_has_adms_layout(run_dir: Path, model: ImageModel, tmp_path: Path) -> None:
     output = tmp_path / "out" / "samples.npz"
     assert run(Config(run=str(run_dir), images=19, format="npz", output=str(output), **FAST)) == 0

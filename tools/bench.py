@@ -21,6 +21,7 @@ BENCHMARKS = {
     "encode": "encoding images against the autoencoder alone",
     "data": "the loader against a memmap gather, beside other readers",
     "train": "the training step: images a second, time by phase, use of the machine's matrix products",
+    "sample": "latents a second with guidance, eager and compiled",
     "evaluate": "images a second of an evaluation against its raw sampler and detector",
 }
 

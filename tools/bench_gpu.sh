@@ -1,43 +1,42 @@
 #!/usr/bin/env bash
-# The training step on one GPU, as a table: model, batch, attention kernel, compile, activation checkpointing.
+# The training step and sampling on one GPU, as a table: model, batch, attention kernel, compile, activation
+# checkpointing.
 #
 #   bash tools/bench_gpu.sh DIRECTORY [key=value ...]
 #
-# Every line is a `bench.py train` whose JSON goes into DIRECTORY; a line that fails (out of memory) is noted and passed
-# over. Keys given here hold for all lines: with a tiny model and batch the script can be checked without a GPU.
+# Every line is a `bench.py` whose JSON goes into DIRECTORY; a line that fails (out of memory, no such kernel) is noted
+# and passed over. Keys given here hold for all lines: with a tiny model and batch the script can be checked without a
+# GPU, and STEPS makes it short.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 directory=${1:?where to put the results}
 shift
+everywhere=("$@")
+read -ra steps <<<"${STEPS:---steps 20 --turns 3 --warmup 5}"
 mkdir -p "$directory"
 
-declare -A models=(
-  [b2]="{width: 768, depth: 12, heads: 12, patch: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false, mlp: gelu}"
-  [l2]="{width: 1024, depth: 24, heads: 16, patch: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false, mlp: gelu}"
-)
-
 line() {
-  local name=$1 config=$2
-  shift 2
+  local name=$1 config=$3
   echo "== $name"
-  # shellcheck disable=SC2086  # the settings of all lines are words
-  python tools/bench.py train "configs/imagenet256/$config.yaml" "$@" "${everywhere[@]}" $STEPS --json "$directory/$name.json" ||
-    echo "$name failed" | tee -a "$directory/failed.txt"
+  python tools/bench.py "$2" "configs/imagenet256/$config.yaml" "${@:4}" "${everywhere[@]}" --json "$directory/$name.json" ||
+    echo "$name" >>"$directory/failed.txt"
 }
 
-everywhere=("$@")
-STEPS=${STEPS:-"--steps 20 --turns 3 --warmup 5"}
+train() {
+  line "$1" train "${@:2}" "${steps[@]}"
+}
 
 for batch in 32 64 128 256; do
-  line "xl2-$batch" dit_xl2 train.global_batch=$batch engine.compile=true
+  train "xl2-$batch" dit_xl2 engine.compile=true train.global_batch=$batch
 done
-line xl2-eager dit_xl2 train.global_batch=64
-line xl2-plain dit_xl2 train.global_batch=64 engine.compile=true --compare plain
-line xl2-sdpa dit_xl2 train.global_batch=64 engine.compile=true model.attention=sdpa
-line xl2-flash dit_xl2 train.global_batch=64 engine.compile=true model.attention=flash
-line xl2-recomputed dit_xl2 train.global_batch=256 engine.compile=true model.activation_checkpointing=true
-line s2 dit_s2 train.global_batch=256 engine.compile=true
-for size in b2 l2; do
-  line $size dit_s2 train.global_batch=128 engine.compile=true "model=${models[$size]}"
-done
-line unet unet_ldm8 train.global_batch=64
+train xl2-eager dit_xl2 train.global_batch=64
+train xl2-plain dit_xl2 train.global_batch=64 engine.compile=true --compare plain
+train xl2-sdpa dit_xl2 train.global_batch=64 engine.compile=true model.attention=sdpa
+train xl2-flash dit_xl2 train.global_batch=64 engine.compile=true model.attention=flash
+train xl2-recomputed dit_xl2 train.global_batch=256 engine.compile=true model.activation_checkpointing=true
+train s2 dit_s2 train.global_batch=256 engine.compile=true
+train b2 dit_s2 train.global_batch=128 engine.compile=true model.width=768 model.heads=12
+train l2 dit_s2 train.global_batch=128 engine.compile=true model.width=1024 model.depth=24 model.heads=16
+train unet unet_ldm8 train.global_batch=64
+line sample-xl2 sample dit_xl2 evaluate.sampler=ddim evaluate.steps=50 evaluate.guidance=1.5 evaluate.block=64 \
+  evaluate.precision=bf16
