@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldt.errors import InputError
@@ -123,13 +124,10 @@ def _saved_bytes(
         storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
         return tensor
 
-    before = torch.get_default_dtype()
     with FakeTensorMode():
-        torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
-        try:
-            model = build(config, latent_shape, classes, seed=0, text=text)
-        finally:
-            torch.set_default_dtype(before)
+        model = build(config, latent_shape, classes, seed=0, text=text)
+        if precision == "bf16":
+            _to_bfloat16(model)
         checkpoint_blocks(model, recomputed_blocks)
         words = None
         if text is not None and config.told_text:
@@ -140,6 +138,15 @@ def _saved_bytes(
             _loss = model(torch.zeros(1, *latent_shape), torch.zeros(1), condition).square().mean()
         own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+def _to_bfloat16(model: nn.Module) -> None:
+    """As `model.bfloat16()`, which tensors without content can't do."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(p.detach().bfloat16(), p.requires_grad))
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, b.bfloat16() if b.is_floating_point() else b)
 
 
 def available(device: torch.device, local_ranks: int) -> int:

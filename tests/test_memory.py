@@ -20,7 +20,7 @@ SHAPE = (4, 8, 8)
 TRANSFORMER = ModelConfig(width=64, depth=4, heads=2)
 MODELS = {
     "transformer": TRANSFORMER,
-    "adaln": dataclasses.replace(TRANSFORMER, conditioning="adaln_zero"),
+    "adaln": dataclasses.replace(TRANSFORMER, conditioning="adaln_zero", positions="sincos"),
     "text": dataclasses.replace(TRANSFORMER, condition_on="class_and_text"),
     "skips": dataclasses.replace(TRANSFORMER, long_skips=True),
     "unet": load(
@@ -30,9 +30,11 @@ MODELS = {
 TEXT = TextShape(6, vocabulary=257)
 
 
-def counted(config, samples, recomputed):
+def counted(config, samples, recomputed, precision):
     """Bytes of distinct storages that a real forward pass saves."""
     model = build(config, SHAPE, 3, seed=0, text=TEXT)
+    if precision == "bf16":
+        model.bfloat16()
     checkpoint_blocks(model, recomputed)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved = {}
@@ -48,14 +50,17 @@ def counted(config, samples, recomputed):
     return sum(s.nbytes() for pointer, s in saved.items() if pointer not in own)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_are_what_a_real_pass_saves(name):
-    cost = memory.activations(MODELS[name], SHAPE, 3, TEXT, "fp32")
+def test_activations_are_what_a_real_pass_saves(name, precision):
+    cost = memory.activations(MODELS[name], SHAPE, 3, TEXT, precision)
     for samples in (1, 5):
-        assert cost.kept * samples == pytest.approx(counted(MODELS[name], samples, 0), rel=0.02)
-        assert cost.recomputed * samples == pytest.approx(counted(MODELS[name], samples, cost.blocks), rel=0.02)
+        assert cost.kept * samples == pytest.approx(counted(MODELS[name], samples, 0, precision), rel=0.02)
+        assert cost.recomputed * samples == pytest.approx(
+            counted(MODELS[name], samples, cost.blocks, precision), rel=0.02
+        )
     if name != "unet":
-        half = counted(MODELS[name], 3, 2)
+        half = counted(MODELS[name], 3, 2, precision)
         assert cost.of(3, 2) - 3 * (cost.kept - cost.recomputed) // 4 == pytest.approx(half, rel=0.04)
 
 
