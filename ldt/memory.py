@@ -80,6 +80,12 @@ class Activations:
             "what the state leaves of the memory); lower train.micro_batch, allow more, or use more ranks"
         )
 
+    def fit(self, micro_batch: int | str, share: int, budget: float, at_least: int = 0) -> tuple[int, int]:
+        """The samples of a micro-batch (`train.micro_batch`, of a rank's share), and the blocks to recompute."""
+        auto = micro_batch == "auto"
+        samples = self.largest(share, budget, at_least) if auto else min(int(micro_batch) or share, share)
+        return samples, self.blocks_to_recompute(samples, budget, at_least)
+
     def largest(self, samples: int, budget: float, at_least: int = 0) -> int:
         """The largest micro-batch up to `samples` that fits; more blocks are recomputed only if one sample needs it."""
         each = self.of(1, at_least) if self.of(1, at_least) <= budget else self.of(1, self.blocks)

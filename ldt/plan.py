@@ -4,6 +4,7 @@
 of docs/plan.md, with one constant, EFFICIENCY; BENCHMARKS.md compares them with published and with measured runs.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,10 @@ def _micro_batches(config: Config, model: Model, ranks: int, state: memory.State
     batch, micro_batch, cost = config.train.global_batch, config.train.micro_batch, model.activations
     share = -(-batch // ranks)
     least = cost.blocks if config.model.activation_checkpointing else 0
-    limit = 1e9 * config.engine.activation_memory_gb
-    room = limit or max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
-    samples = cost.largest(share, room, least) if micro_batch == "auto" else min(int(micro_batch) or share, share)
-    recomputed = cost.blocks_to_recompute(samples, limit, least) if limit else least
-    if micro_batch == "auto" and not limit:
-        recomputed = cost.blocks_to_recompute(samples, room, least)
+    budget = 1e9 * config.engine.activation_memory_gb or math.inf
+    if micro_batch == "auto" and math.isinf(budget):
+        budget = max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
+    samples, recomputed = cost.fit(micro_batch, share, budget, least)
     return Share.of(batch, 0, ranks, samples), recomputed
 
 

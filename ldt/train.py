@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldt import ema as averaging
-from ldt import log, memory, rundir
+from ldt import log, rundir
 from ldt.bad_steps import REMEDY, BadSteps
 from ldt.checkpoint import (
     Content,
     Progress,
     Retention,
-    Sampling,
     Writer,
     newest_whole,
     read_manifest,
@@ -33,27 +32,25 @@ from ldt.checkpoint import (
 from ldt.checkpoint.writer import remove_leftovers
 from ldt.config import from_dict, to_dict, to_yaml
 from ldt.data.draws import Batch, digest_text
-from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.loader import Step as LoadedStep
-from ldt.data.shards import Manifest
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, all_gather, barrier, broadcast, process_group
+from ldt.dist import World, barrier, broadcast, process_group
 from ldt.engine import Engine, Step, learning_rate
 from ldt.errors import InputError, RunError
 from ldt.nn.attention import choose_kernel
-from ldt.nn.build import build, checkpoint_blocks, parameter_count
+from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
-from ldt.nn.sizes import flops
 from ldt.owner import Owner, owned
 from ldt.partition import MOMENTS
 from ldt.preflight import check_room, check_shared, compare_ranks
 from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
-from ldt.progress import ProgressLine, counted, short
+from ldt.progress import ProgressLine, counted
 from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.sample import ImageModel, load_autoencoder, load_text
 from ldt.stop import StopRequests
 from ldt.train_config import Config
-from ldt.train_data import describe_data, open_data, open_held_out, other_data
+from ldt.train_data import open_data, other_data
+from ldt.train_start import describe, fit_into_memory, make_loaders, sampling_of
 from ldt.watchdog import Watchdog
 
 __all__ = ["Config", "Trainer", "attempt", "run"]
@@ -110,7 +107,7 @@ class Trainer:
         denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
         self.profiles = averaging.profiles(config.ema)
-        self.micro_batch = self._fit_into_memory(denoiser)
+        micro_batch = fit_into_memory(denoiser, config, self.sampling, len(self.profiles), world)
         number = 0
         if world.rank == 0:
             number = rundir.prepare(self.run_dir, to_yaml(config), world.size)
@@ -118,7 +115,7 @@ class Trainer:
                 remove_leftovers(root)
         self.attempt = broadcast(number)
         check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
-        self.loader, self.validation = self._make_loaders()
+        self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
         self.averages = {name: [m.clone() for m in self._masters()] for name in self.profiles}
         self.writer = Writer(self.engine.partition, world, owner.check)
@@ -131,7 +128,9 @@ class Trainer:
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
         config, total, request = self.config, self.total, ""
-        self._say_what_runs()
+        share, seen = self.loader.share, self.progress.samples_seen
+        for line in describe(config, self.shards, self.parameters, self.kernel, share, seen, self.world):
+            logger.info("%s", line)
         was_done = self.progress.samples_seen >= total
         bar = log.progress(total, "img", "train", self.progress.samples_seen, self.world.rank == 0)
         watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
@@ -264,57 +263,6 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- start and resumption
 
-    def _fit_into_memory(self, denoiser: nn.Module) -> int:
-        """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed."""
-        config, world, share = self.config, self.world, -(-self.batch // self.world.size)
-        engine, micro_batch = config.engine, config.train.micro_batch
-        if micro_batch != "auto" and not engine.activation_memory_gb:
-            return int(micro_batch)
-        shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
-        cost = memory.activations(config.model, shape, classes, text, engine.precision)
-        budget = 1e9 * engine.activation_memory_gb
-        if not budget:
-            averages = len(self.profiles)
-            state = memory.state_bytes(self.parameters, engine.zero_stage, engine.precision, world.size, averages)
-            room = memory.available(world.device, world.local_size) - state.peak
-            budget = memory.ROOM * min(all_gather(room))  # the same on all ranks
-        least = cost.blocks if config.model.activation_checkpointing else 0
-        samples = min(int(micro_batch) or share, share) if micro_batch != "auto" else cost.largest(share, budget, least)
-        blocks = cost.blocks_to_recompute(samples, budget, least)
-        checkpoint_blocks(denoiser, blocks)
-        held = cost.of(samples, blocks) / 1e9
-        logger.info("micro-batch %d keeps %.3g GB; recomputed blocks: %d of %d", samples, held, blocks, cost.blocks)
-        return samples
-
-    def _make_loaders(self) -> tuple[Loader, ValidationLoader | None]:
-        config, world = self.config, self.world
-        loader = Loader(
-            self.shards,
-            batch=self.batch,
-            seed=config.seed,
-            streams=config.data.streams,
-            window=config.data.window,
-            rank=world.rank,
-            ranks=world.size,
-            micro_batch=self.micro_batch,
-            label_drop=config.objective.condition_drop,
-            condition_on=config.model.condition_on,
-            device=world.device,
-            threads=config.data.threads,
-        )
-        if not config.log.validation_every_samples:
-            return loader, None
-        validation = ValidationLoader(
-            open_held_out(config.data, world),
-            seed=config.seed,
-            micro_batch=loader.share.size,
-            rank=world.rank,
-            ranks=world.size,
-            condition_on=config.model.condition_on,
-            device=world.device,
-        )
-        return loader, validation
-
     def _restore(self) -> Progress:
         """Go on from the newest whole checkpoint of the run directory, or start."""
         fingerprint = self.shards.manifest.fingerprint
@@ -339,38 +287,6 @@ class Trainer:
         barrier()
         progress.attempt = self.attempt
         return progress
-
-    def _say_what_runs(self) -> None:
-        share, config = self.loader.share, self.config
-        logger.info(
-            "model: %s, %s parameters, %sFLOP an image and forward pass, attention by %s",
-            "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})",
-            short(self.parameters),
-            short(flops(config.model, self.sampling.latent_shape, self.sampling.text_shape)),
-            self.kernel,
-        )
-        logger.info(
-            "data: %s samples in %s, latents %s",
-            f"{self.shards.manifest.samples:,}",
-            counted(len(self.sampling.classes), "class", "classes"),
-            "×".join(map(str, self.sampling.latent_shape)),
-        )
-        for line in describe_data(self.shards, self.batch):
-            logger.info("%s", line)
-        if self.sampling.text and not config.model.told_text:
-            logger.info("the data's captions are not used: model.condition_on=class")
-        logger.info(
-            "run: %s on %s, ZeRO-%d, %s; global batch %d in %s of up to %d a process; %s of %s samples to go",
-            counted(self.world.size, "process", "processes"),
-            self.world.device.type,
-            config.engine.zero_stage,
-            config.engine.precision,
-            self.batch,
-            counted(share.count, "micro-batch", "micro-batches"),
-            share.size,
-            f"{max(config.train.total_samples - self.progress.samples_seen, 0):,}",
-            f"{config.train.total_samples:,}",
-        )
 
     # -------------------------------------------------------------------------------------------- what the loop writes
 
@@ -436,19 +352,3 @@ class Trainer:
 def due(every: int, before: int, after: int, last: bool = False) -> bool:
     """Whether a multiple of `every` lies in (before, after], or it is the last step; never if `every` is 0."""
     return every > 0 and (last or after // every > before // every)
-
-
-def sampling_of(manifest: Manifest) -> Sampling:
-    """What a checkpoint must know of the data to make images without them."""
-    return Sampling(
-        latent_shape=manifest.latent_shape,
-        classes=list(manifest.classes),
-        mean_C=manifest.mean_C.tolist(),
-        std_C=manifest.std_C.tolist(),
-        autoencoder=manifest.autoencoder,
-        autoencoder_hash=manifest.autoencoder_hash,
-        image_size=manifest.image_size,
-        image_channels=manifest.image_channels,
-        class_counts=list(manifest.class_counts),
-        text=manifest.text,
-    )

@@ -1,4 +1,4 @@
-"""The demo, shortened: the very commands of `make demo`, on 200 of its images and with a model that learns little.
+"""The demo and the README's tour, shortened: the very commands, on 200 images and with a model that learns little.
 
 Real launchers, real processes: encode → deepspeed on 2 processes → evaluate with torchrun on 2 → report.
 """
@@ -83,3 +83,36 @@ def test_the_demo_runs(tmp):
     tracked = [path.parent.name.rpartition("-")[2] for path in (tmp / "run").rglob("*.wandb")]
     assert len(set(tracked)) == 2, "one wandb run of the training, one of the evaluation"
     assert list((tmp / "run" / "tensorboard").glob("events.*"))
+
+
+TINY = ["model={width: 48, depth: 2, heads: 2}", "evaluate={images: 40, steps: 2, cache_dir: cache}"]
+SHORTER = {"train": ["data.window=64", "log.every_samples=320", *TINY], "sample": ["steps=2"], "evaluate": TINY[1:]}
+
+
+def tour_commands() -> list[str]:
+    """The lines of the tour that need no cluster and nothing from elsewhere; the first one encodes."""
+    tour = (ROOT / "README.md").read_text().partition("## Ten minutes")[2].partition("**Your own images**")[0]
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", tour, re.M | re.S))
+    inline = re.findall(r"`(ldt replay [^`]+)`", tour)
+    return [line for line in [*blocks.splitlines(), *inline] if line.split()[0] in ("ldt", "deepspeed", "torchrun")]
+
+
+def test_the_tour_runs(tmp, tmp_path):
+    """Its lines one after another as they stand, with small models; the elastic run goes on with the same digests."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ran = []
+    for command in tour_commands():
+        words = shlex.split(command)
+        program = next(w for w in words if w in (*SHORT, "sample", "export", "replay"))
+        short = [s.format(tmp=tmp) for s in SHORT["encode"][:1]] if program == "encode" else SHORTER.get(program, [])
+        done = subprocess.run([*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        ran.append(program)
+    assert ran == ["encode", *["train"] * 4, "sample", "evaluate", "report", "export", "replay"]
+    runs = tmp_path / "runs"
+    for made in ("debug/grid.png", "debug/evaluations.jsonl", "debug/report.html", "debug/model/model.safetensors"):
+        assert (runs / made).is_file(), made
+    assert list((runs / "debug").rglob("events.*"))
+    lines = [r for r in read_jsonl(runs / "elastic" / "metrics.jsonl") if "loss" in r]
+    assert [r["world_size"] for r in lines][:: len(lines) - 1] == [1, 2] and lines[-1]["samples_seen"] == 9600

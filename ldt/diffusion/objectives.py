@@ -42,7 +42,7 @@ class ObjectiveConfig:
     """`loss` names the space of the squared error; `same` compares what the network predicts.
 
     `timesteps` are drawn in t; the discrete schedules (ddpm, scaled_linear, ldm) round them up to their next step.
-    `logit_mean` m above 0 trains more where there is more noise: it shifts the times by e^m, as `shift` does in sampling.
+    `logit_mean` m above 0 trains more where there is more noise; it shifts the times by e^m, as `shift` when sampling.
     `weighting` min_snr is Hang et al. 2303.09556: the error of the clean latent counts min(SNR, `min_snr_gamma`).
     """
 

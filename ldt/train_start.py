@@ -1,0 +1,112 @@
+"""What a training run settles before its first step: its micro-batch, its loaders, and what it says of itself."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ldt import log, memory
+from ldt.checkpoint import Sampling
+from ldt.data.loader import Loader, Share, ValidationLoader
+from ldt.data.shards import Manifest, Shards
+from ldt.dist import World, all_gather
+from ldt.nn.build import checkpoint_blocks, parameter_count
+from ldt.nn.sizes import flops
+from ldt.progress import counted, short
+from ldt.train_config import Config
+from ldt.train_data import describe_data, open_held_out
+
+logger = log.get_logger(__name__)
+
+
+def fit_into_memory(denoiser: nn.Module, config: Config, sampling: Sampling, averages: int, world: World) -> int:
+    """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed.
+
+    averages: how many of the weights are kept.
+    """
+    engine, micro_batch = config.engine, config.train.micro_batch
+    budget = 1e9 * engine.activation_memory_gb
+    if micro_batch != "auto" and not budget:
+        return int(micro_batch)
+    classes = len(sampling.classes)
+    cost = memory.activations(config.model, sampling.latent_shape, classes, sampling.text_shape, engine.precision)
+    if not budget:
+        parameters = parameter_count(denoiser)
+        state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages)
+        room = memory.available(world.device, world.local_size) - state.peak
+        budget = memory.ROOM * min(all_gather(room))  # the same on all ranks
+    least = cost.blocks if config.model.activation_checkpointing else 0
+    samples, blocks = cost.fit(micro_batch, -(-config.train.global_batch // world.size), budget, least)
+    checkpoint_blocks(denoiser, blocks)
+    held = cost.of(samples, blocks) / 1e9
+    logger.info("micro-batch %d keeps %.3g GB; recomputed blocks: %d of %d", samples, held, blocks, cost.blocks)
+    return samples
+
+
+def make_loaders(
+    config: Config, shards: Shards, micro_batch: int, world: World
+) -> tuple[Loader, ValidationLoader | None]:
+    """The loader of the training data and, if there is validation, that of the held-out split."""
+    loader = Loader(
+        shards,
+        batch=config.train.global_batch,
+        seed=config.seed,
+        streams=config.data.streams,
+        window=config.data.window,
+        rank=world.rank,
+        ranks=world.size,
+        micro_batch=micro_batch,
+        label_drop=config.objective.condition_drop,
+        condition_on=config.model.condition_on,
+        device=world.device,
+        threads=config.data.threads,
+    )
+    if not config.log.validation_every_samples:
+        return loader, None
+    validation = ValidationLoader(
+        open_held_out(config.data, world),
+        seed=config.seed,
+        micro_batch=loader.share.size,
+        rank=world.rank,
+        ranks=world.size,
+        condition_on=config.model.condition_on,
+        device=world.device,
+    )
+    return loader, validation
+
+
+def describe(
+    config: Config, shards: Shards, parameters: int, kernel: str, share: Share, samples_seen: int, world: World
+) -> Iterator[str]:
+    """The lines that a run begins with."""
+    sampling = sampling_of(shards.manifest)
+    kind = "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})"
+    cost = short(flops(config.model, sampling.latent_shape, sampling.text_shape))
+    yield f"model: {kind}, {short(parameters)} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
+    classes, shape = counted(len(sampling.classes), "class", "classes"), "×".join(map(str, sampling.latent_shape))
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape}"
+    yield from describe_data(shards, config.train.global_batch)
+    if sampling.text and not config.model.told_text:
+        yield "the data's captions are not used: model.condition_on=class"
+    total = config.train.total_samples
+    yield (
+        f"run: {counted(world.size, 'process', 'processes')} on {world.device.type}, ZeRO-{config.engine.zero_stage}, "
+        f"{config.engine.precision}; global batch {config.train.global_batch} in "
+        f"{counted(share.count, 'micro-batch', 'micro-batches')} of up to {share.size} a process; "
+        f"{max(total - samples_seen, 0):,} of {total:,} samples to go"
+    )
+
+
+def sampling_of(manifest: Manifest) -> Sampling:
+    """What a checkpoint must know of the data to make images without them."""
+    return Sampling(
+        latent_shape=manifest.latent_shape,
+        classes=list(manifest.classes),
+        mean_C=manifest.mean_C.tolist(),
+        std_C=manifest.std_C.tolist(),
+        autoencoder=manifest.autoencoder,
+        autoencoder_hash=manifest.autoencoder_hash,
+        image_size=manifest.image_size,
+        image_channels=manifest.image_channels,
+        class_counts=list(manifest.class_counts),
+        text=manifest.text,
+    )
