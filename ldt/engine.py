@@ -9,7 +9,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ldt.dist import World, all_reduce_sum
 from ldt.errors import InputError
 from ldt.memory import BUCKET
-from ldt.nn.build import compile_blocks, parameter_count
+from ldt.muon import Muon
+from ldt.nn.build import compile_blocks, matrices_of, parameter_count
 from ldt.nn.transformer import Block
 from ldt.options import choice
 from ldt.partition import Partition
@@ -62,7 +63,10 @@ class EngineConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 1711.05101). Warm-up and decay are counted in samples."""
+    """AdamW (Loshchilov and Hutter 1711.05101). Warm-up and decay are counted in samples.
+
+    `muon_lr`: above 0 the matrices in a Transformer's blocks are Muon's, with this rate where AdamW's is `lr`.
+    """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -72,12 +76,15 @@ class OptimizerConfig:
     warmup_samples: int = 0
     decay: str = choice("constant", "cosine", "linear")
     final_lr: float = 0.0
+    muon_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer.lr={self.lr} must be positive")
         if self.clip < 0:
             raise InputError(f"optimizer.clip={self.clip} must be positive, or 0 for no clipping")
+        if self.muon_lr < 0:
+            raise InputError(f"optimizer.muon_lr={self.muon_lr} must be positive, such as 0.03, or 0 for AdamW alone")
         if self.warmup_samples < 0:
             raise InputError(f"optimizer.warmup_samples={self.warmup_samples} can't be negative")
 
@@ -96,12 +103,26 @@ class Step(NamedTuple):
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can let a step go by: DeepSpeed calls it deep inside of its own step, at every stage alike."""
+    """AdamW that can let a step go by, and leave matrices to Muon.
+
+    DeepSpeed calls it deep inside of its own step, at every stage alike: at 0 for all groups, else for one at a time.
+    """
 
     skip = False
+    muon: Muon
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)
+        if self.skip:
+            return
+        matrices = [(group, group["params"]) for group in self.param_groups if group["muon"]]
+        for group, owners in matrices:
+            if owners:
+                lr = group["lr"]
+                self.muon.step(owners, self.state, lr * group["muon"], lr * group["weight_decay"])
+            group["params"] = []
+        super().step(closure)
+        for group, owners in matrices:
+            group["params"] = owners
 
 
 class Engine:
@@ -122,8 +143,9 @@ class Engine:
             torch.use_deterministic_algorithms(True)
         elif world.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
+        matrices = matrices_of(denoiser) if optimizer.muon_lr else {}
         self._adam = _AdamW(
-            parameter_groups(denoiser, optimizer.weight_decay),
+            parameter_groups(denoiser, optimizer, matrices),
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -138,6 +160,8 @@ class Engine:
             )
         self.module: nn.Module = self.deepspeed
         self.partition = Partition(self.deepspeed, config.zero_stage)
+        if matrices:
+            self._adam.muon = Muon(self.partition, matrices, world)
         self.partition.materialise_moments(0)
         self.mark: Callable[[str], None] = lambda phase: None  # told when a phase of the step ends, by benchmarks
 
@@ -204,12 +228,16 @@ def learning_rate(config: OptimizerConfig, samples_seen: int, total_samples: int
     return config.final_lr + (config.lr - config.final_lr) * left
 
 
-def parameter_groups(denoiser: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norms) do not."""
-    trainable = [p for p in denoiser.parameters() if p.requires_grad]
+def parameter_groups(
+    denoiser: nn.Module, optimizer: OptimizerConfig, matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Matrices decay, and some are Muon's; vectors (biases, norms) do not. muon: its learning rate by AdamW's."""
+    named = [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
+    decay, muon = optimizer.weight_decay, optimizer.muon_lr / optimizer.lr
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in matrices], "weight_decay": decay, "muon": muon},
+        {"params": [p for name, p in named if p.ndim >= 2 and name not in matrices], "weight_decay": decay, "muon": 0},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "muon": 0},
     ]
     return [g for g in groups if g["params"]]
 

@@ -97,25 +97,27 @@ def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ran
 
 @pytest.fixture(scope="module")
 def fifty(pool, data, tmp_path_factory):
-    """The losses and digests of 50 uninterrupted steps in either precision."""
+    """The losses and digests of 50 uninterrupted steps of each kind."""
     logs = {}
-    for precision in ("fp32", "bf16"):
+    for kind, settings in KINDS.items():
         run_dir = tmp_path_factory.mktemp("fifty")
-        settings = [f"run_dir={run_dir}", f"data.path={data}", f"train.total_samples={50 * BATCH}"]
-        logs[precision] = pool(1).run(train_case, settings=[*settings, f"engine.precision={precision}"])
+        settings = [f"run_dir={run_dir}", f"data.path={data}", f"train.total_samples={50 * BATCH}", *settings]
+        logs[kind] = pool(1).run(train_case, settings=settings)
     return logs
 
 
-@pytest.mark.parametrize(("precision", "digits"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_resumed_on_other_ranks_and_stages_is_the_same_run(pool, data, fifty, tmp_path, precision, digits):
+KINDS = {"fp32": ["engine.precision=fp32"], "bf16": ["engine.precision=bf16"], "muon": ["optimizer.muon_lr=0.02"]}
+
+
+@pytest.mark.parametrize(("kind", "digits"), [("fp32", 1e-5), ("bf16", 1e-2), ("muon", 1e-5)])
+def test_resumed_on_other_ranks_and_stages_is_the_same_run(pool, data, fifty, tmp_path, kind, digits):
     """4 → 2 → 3 → 1 ranks at stages 1 → 3 → 2 → 0 (1 in bf16), each from the last one's checkpoint, over 50 steps."""
-    last_stage = 0 if precision == "fp32" else 1
+    last_stage = 1 if kind == "bf16" else 0
     for ranks, stage, total in ((4, 1, 104), (2, 3, 200), (3, 2, 304), (1, last_stage, 400)):
         settings = [f"run_dir={tmp_path}/run", f"data.path={data}", f"train.total_samples={total}"]
-        settings += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-        log = pool(ranks).run(train_case, settings=settings)
-    assert [r["digest"] for r in log] == [r["digest"] for r in fifty[precision]]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty[precision]], rel=digits)
+        log = pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}", *KINDS[kind]])
+    assert [r["digest"] for r in log] == [r["digest"] for r in fifty[kind]]
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty[kind]], rel=digits)
     assert [r["world_size"] for r in log] == [4] * 13 + [2] * 12 + [3] * 13 + [1] * 12
 
 

@@ -200,7 +200,7 @@ class Plain:
         classes = len(sampling.classes)
         model = build(config.model, sampling.latent_shape, classes, config.seed, sampling.text_shape).to(self.device)
         self.adam = torch.optim.AdamW(
-            parameter_groups(model, config.optimizer.weight_decay), config.optimizer.lr, config.optimizer.betas
+            parameter_groups(model, config.optimizer), config.optimizer.lr, config.optimizer.betas
         )
         self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
         self.average = [p.clone() for p in self.weights]

@@ -8,7 +8,7 @@ from torch import nn
 from ldt.errors import InputError
 from ldt.nn.condition import TextShape
 from ldt.nn.config import ModelConfig
-from ldt.nn.transformer import Transformer
+from ldt.nn.transformer import Attention, Modulation, SwiGLU, Transformer
 from ldt.nn.unet import UNet
 
 
@@ -35,6 +35,19 @@ def build(
 def parameter_count(model: nn.Module) -> int:
     """Trainable parameters, also where ZeRO-3 has partitioned them."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def matrices_of(denoiser: nn.Module) -> dict[str, int]:
+    """The weight matrices in a Transformer's blocks by name, and how many are stacked in each (3 in qkv)."""
+    if not isinstance(denoiser, Transformer):
+        raise InputError("optimizer.muon_lr is for the matrices of a transformer; with model.name=unet leave it at 0")
+    out = {}
+    for name, module in denoiser.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, nn.Linear) and not isinstance(module, Modulation):
+            inside = denoiser.get_submodule(name.rpartition(".")[0])
+            halves = 2 if isinstance(inside, SwiGLU) and module is inside.up else 1
+            out[f"{name}.weight"] = 3 if isinstance(inside, Attention) and module is inside.qkv else halves
+    return out
 
 
 def checkpoint_blocks(denoiser: nn.Module, blocks: int) -> None:

@@ -1,0 +1,128 @@
+"""Muon: AdamW's place for whole matrices is taken by momentum whose singular values are all brought near one.
+
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Nesterov's momentum as there.
+
+ZeRO leaves no rank a whole matrix, and every rank making all of them would waste what sharding saves. So the parts of
+the updates are gathered, each rank makes the matrices that are its share, and the results are gathered again: twice
+the matrices' size in float32 is sent in a step more than with AdamW. What is computed depends on no partition
+(promise 1).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldt.dist import World, all_gather
+from ldt.partition import Partition
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+STEPS = 3
+
+
+def orthogonalised(update_RC: Tensor) -> Tensor:
+    """U·p(S)·Vᵀ of an update U·S·Vᵀ: singular values between about 0.6 and 1.2, but for the smallest [R, C].
+
+    Three steps of the quintic iteration x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x, from a Frobenius norm of 1.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x_SL = update_RC.T if update_RC.shape[0] > update_RC.shape[1] else update_RC  # the short side first
+    x_SL = x_SL / (x_SL.norm() + 1e-12)
+    for _ in range(STEPS):
+        gram_SS = x_SL @ x_SL.T
+        x_SL = a * x_SL + (b * gram_SS + c * gram_SS @ gram_SS) @ x_SL
+    return x_SL.T if update_RC.shape[0] > update_RC.shape[1] else x_SL
+
+
+def share_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which rank makes which matrix: the largest first, each to the rank that has least to do."""
+    load = [0] * ranks
+    makers = {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        makers[name] = load.index(min(load))
+        load[makers[name]] += size
+    return makers
+
+
+class Muon:
+    """Steps for the matrices of a partition. stacked: their names, and how many are stacked in each (qkv: 3)."""
+
+    def __init__(self, partition: Partition, stacked: Mapping[str, int], world: World) -> None:
+        self.world, self.stage, self.stacked = world, partition.stage, stacked
+        self.shapes = {name: shape for name, shape in partition.shapes().items() if name in stacked}
+        self.owners = {f.name: f.owner for f in partition.all if f.name in stacked}
+        self.fragments = [f for f in partition.whole() if f.name in stacked]
+        self.places = all_gather({f.name: (f.start, f.count, f.offset) for f in partition.all if f.name in stacked})
+        self.makers = share_out({name: rows * columns for name, (rows, columns) in self.shapes.items()}, world.size)
+
+    @torch.no_grad()
+    def step(self, owners: Sequence[Tensor], state: Mapping[Tensor, Any], lr: float, decay: float) -> None:
+        """One step of the tensors that DeepSpeed lets its optimizer update, all of matrices (collective).
+
+        The weights lose `decay` of themselves and, in most directions, `lr` of length.
+        """
+        ahead = []
+        for owner in owners:
+            momentum, gradient = state[owner]["exp_avg"], owner.grad
+            assert gradient is not None
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            ahead.append(gradient.lerp(momentum, MOMENTUM))
+            owner.mul_(1 - decay)
+        names = [name for name, owner in self.owners.items() if self._is_in(owner, owners)]
+        wholes = self._wholes(names, owners, ahead)
+        updates = self._exchange(names, {name: self._make(name, update_RC) for name, update_RC in wholes.items()})
+        for f in self.fragments:
+            if f.name in updates:
+                f.master.sub_(updates[f.name].view(-1)[f.start : f.start + f.count], alpha=lr)
+
+    def _is_in(self, owner: Tensor | None, owners: Sequence[Tensor]) -> bool:
+        """At stages 1 and 2 all matrices are in one flat group, and of other ranks' there is no owner here."""
+        return self.stage in (1, 2) or any(owner is one for one in owners)
+
+    def _wholes(self, names: list[str], owners: Sequence[Tensor], ahead: list[Tensor]) -> dict[str, Tensor]:
+        """The updates of the matrices that this rank makes, whole."""
+        mine = [name for name in names if self.makers[name] == self.world.rank]
+        if self.stage == 0:
+            by_owner = {id(owner): update for owner, update in zip(owners, ahead, strict=True)}
+            return {name: by_owner[id(self.owners[name])] for name in mine}
+        (update,) = ahead  # of a flat group
+        parts = self._of_all_ranks(update)
+        return {name: self._assemble(name, parts) for name in mine}
+
+    def _assemble(self, name: str, parts: Tensor) -> Tensor:
+        """A whole update from the flat groups of all ranks [ranks, numbers]."""
+        pieces = sorted((*place[name], rank) for rank, place in enumerate(self.places) if place[name][1])
+        flat = torch.cat([parts[rank, offset : offset + count] for _, count, offset, rank in pieces])
+        return flat.view(self.shapes[name])
+
+    def _make(self, name: str, update_RC: Tensor) -> Tensor:
+        """Orthogonalised, and longer where there are more rows than columns, so that the outputs change as much."""
+        parts = update_RC.chunk(self.stacked[name])
+        scale = max(1.0, parts[0].shape[0] / parts[0].shape[1]) ** 0.5
+        return scale * torch.cat([orthogonalised(part_RC) for part_RC in parts])
+
+    def _exchange(self, names: list[str], mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks made, on all ranks."""
+        made = [[name for name in names if self.makers[name] == rank] for rank in range(self.world.size)]
+        sizes = [sum(math.prod(self.shapes[name]) for name in of_rank) for of_rank in made]
+        device = next(owner for owner in self.owners.values() if owner is not None).device
+        own = torch.zeros(max(sizes), device=device)
+        if mine:
+            own[: sizes[self.world.rank]] = torch.cat([mine[name].view(-1) for name in made[self.world.rank]])
+        everyones = self._of_all_ranks(own)
+        updates: dict[str, Tensor] = {}
+        for rank, of_rank in enumerate(made):
+            counts = [math.prod(self.shapes[name]) for name in of_rank]
+            pieces = everyones[rank, : sizes[rank]].split(counts)
+            updates |= {name: x.view(self.shapes[name]) for name, x in zip(of_rank, pieces, strict=True)}
+        return updates
+
+    def _of_all_ranks(self, numbers: Tensor) -> Tensor:
+        """Equally many from each: [ranks, numbers]."""
+        out = numbers.new_empty(self.world.size * numbers.numel())
+        dist.all_gather_into_tensor(out, numbers)
+        return out.view(self.world.size, -1)

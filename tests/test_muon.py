@@ -1,0 +1,120 @@
+"""Muon: the same steps from any partition, and those of torch's own Muon on whole matrices."""
+
+import pytest
+import torch
+from test_engine import BATCH, MODEL, data, distance, gather, loss_B
+
+from ldt.dist import World, all_gather
+from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.errors import InputError
+from ldt.muon import MOMENTUM, NEWTON_SCHULZ, STEPS, orthogonalised, share_out
+from ldt.nn.build import build, matrices_of
+from ldt.nn.config import ModelConfig, UNetConfig
+
+LR, MUON_LR, DECAY, TRAINED = 2e-3, 0.02, 0.1, 8
+OPTIMIZER = OptimizerConfig(lr=LR, muon_lr=MUON_LR, weight_decay=DECAY, clip=0.0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6)])
+def test_only_the_singular_values_change(shape):
+    generator = torch.Generator().manual_seed(1)
+    update = torch.randn(shape, generator=generator)
+    u, s, v = torch.linalg.svd(update.double(), full_matrices=False)
+    s = s / s.norm()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(STEPS):
+        s = a * s + b * s**3 + c * s**5
+    torch.testing.assert_close(orthogonalised(update).double(), u @ torch.diag(s) @ v, rtol=0, atol=1e-5)
+    assert orthogonalised(torch.zeros(shape)).abs().max() == 0
+
+
+def test_the_work_is_shared_out():
+    makers = share_out({"a": 9, "b": 5, "c": 4, "d": 4, "e": 1}, 3)
+    assert makers == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
+
+
+def test_which_matrices_and_how_many_are_in_one():
+    model = build(ModelConfig(width=32, depth=2, heads=2, conditioning="adaln_zero"), (4, 4, 4), 3, seed=0)
+    found = matrices_of(model)
+    assert {name.removeprefix("blocks.0."): n for name, n in found.items() if ".0." in name} == {
+        "attention.qkv.weight": 3,
+        "attention.out.weight": 1,
+        "mlp.up.weight": 2,
+        "mlp.down.weight": 1,
+    }
+    assert all(model.get_parameter(name).shape[0] % n == 0 for name, n in found.items())
+    unet = build(ModelConfig(name="unet", unet=UNetConfig(channels=32, blocks=1)), (4, 8, 8), 3, seed=0)
+    with pytest.raises(InputError, match="model.name=unet leave it at 0"):
+        matrices_of(unet)
+
+
+def reference():
+    """Losses and final weights of one process with torch's Muon, which has no stacked matrices and works in bf16."""
+    model = build(MODEL, (4, 8, 8), 10, seed=0)
+    stacked = matrices_of(model)
+    matrices = {n: p for n, p in model.named_parameters() if n in stacked}
+    parts = {n: [torch.nn.Parameter(x.clone()) for x in p.detach().chunk(stacked[n])] for n, p in matrices.items()}
+    muon = torch.optim.Muon(
+        [x for xs in parts.values() for x in xs], MUON_LR, LR * DECAY / MUON_LR, MOMENTUM, ns_steps=STEPS
+    )
+    rest = [(n, p) for n, p in model.named_parameters() if n not in stacked]
+    groups = [
+        {"params": [p for _, p in rest if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adam, losses = torch.optim.AdamW(groups, LR, OPTIMIZER.betas), []
+    for step in range(TRAINED):
+        loss = loss_B(model, data(step)).mean()
+        model.zero_grad()
+        loss.backward()
+        adam.step()
+        for name, p in matrices.items():
+            for x, gradient in zip(parts[name], p.grad.chunk(stacked[name]), strict=True):
+                x.grad = gradient
+        muon.step()
+        for name, p in matrices.items():
+            p.data.copy_(torch.cat([x.detach() for x in parts[name]]))
+        losses.append(float(loss.detach()))
+    return losses, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def train_case(world: World, stage: int, precision: str):
+    engine = Engine(build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage, precision), OPTIMIZER, world, 1)
+    mine = slice(BATCH * world.rank // world.size, BATCH * (world.rank + 1) // world.size)
+    losses = []
+    for step in range(TRAINED):
+        batch = tuple(x[mine] for x in data(step))
+        losses.append(engine.step([batch], lambda d, b: loss_B(d, b).sum(), LR, BATCH).loss)
+    weights = gather(engine.partition, [f.master for f in engine.partition.owned])
+    replicas = all_gather(
+        [float(p.detach().double().sum()) for p in engine.deepspeed.module.parameters()] if stage < 3 else None
+    )
+    assert all(r == replicas[0] for r in replicas), "replicas differ"
+    return losses, {n: w.tolist() for n, w in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    losses, weights = pool(1).run(train_case, stage=0, precision="fp32")
+    return losses, {n: torch.tensor(w) for n, w in weights.items()}
+
+
+def test_one_process_does_what_torch_does(alone):
+    losses, weights = reference()
+    torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(losses), rtol=0.01, atol=0)
+    start = {n: p.detach() for n, p in build(MODEL, (4, 8, 8), 10, seed=0).named_parameters()}
+    assert distance(alone[1], weights) < 0.03 * distance(start, weights), "up to torch's bf16"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_any_partition_takes_the_same_steps(pool, alone, size, stage):
+    losses, weights = pool(size).run(train_case, stage=stage, precision="fp32")
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone[0]), rtol=1e-5, atol=0)
+    assert distance({n: torch.tensor(w) for n, w in weights.items()}, alone[1]) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_is_near(pool, alone, stage):
+    losses, _ = pool(2).run(train_case, stage=stage, precision="bf16")
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone[0]), rtol=0.03, atol=0)
