@@ -55,6 +55,11 @@ def state_bytes(parameters: int, stage: int, precision: str, ranks: int, average
     return State(persistent, persistent + weights + 2 * bucket)
 
 
+def muon_bytes(parameters: int, ranks: int) -> int:
+    """At work in a step of Muon's, beside what lasts: all updates, raw and made, and this rank's share of both."""
+    return 8 * parameters + 16 * parameters // ranks
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes that one sample leaves for the backward pass: with all blocks' kept, and with none's."""

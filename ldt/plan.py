@@ -126,9 +126,12 @@ def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
     state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, len(ema.profiles(config.ema)))
     share, recomputed = _micro_batches(config, model, ranks, state)
     need = state.peak + model.activations.of(share.size, recomputed)
+    muon = config.optimizer.muon_lr > 0
+    if muon:
+        need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
     again = recomputed / model.activations.blocks  # a forward pass more
     compute = (3 + again) * model.flops * share.rows / (EFFICIENCY * peak(config))
-    traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks)
+    traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
     link = config.network_gb * 1e9 if nodes > 1 else devices.find(config.device).link
     return Placement(nodes, ranks, stage, share, recomputed, state, need, compute, traffic, traffic / link)
 
@@ -145,15 +148,16 @@ def _micro_batches(config: Config, model: Model, ranks: int, state: memory.State
     return Share.of(batch, 0, ranks, samples), recomputed
 
 
-def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int) -> int:
+def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon: bool = False) -> int:
     """Bytes a rank sends in a step by ring algorithms (1910.02054, section 7), as DeepSpeed 0.19 does it.
 
     An all-reduce of the gradients is twice their size; stages 1 and 2 all-reduce and then gather the weights, stage 3
-    scatters gradients and gathers the weights twice.
+    scatters gradients and gathers the weights twice. Muon gathers its updates in float32, twice but for stage 0.
     """
     width = 2 if precision == "bf16" else 4
     gradient = 4 if (precision, stage) == ("bf16", 1) else width
     passes = {0: 2 * gradient, 1: 2 * gradient + width, 2: 2 * gradient + width, 3: gradient + 2 * width}[stage]
+    passes += 4 * (1 if stage == 0 else 2) if muon else 0
     return passes * parameters * (ranks - 1) // ranks
 
 

@@ -22,6 +22,7 @@ MODELS = {
     "transformer": TRANSFORMER,
     "adaln": dataclasses.replace(TRANSFORMER, conditioning="adaln_zero", positions="sincos"),
     "text": dataclasses.replace(TRANSFORMER, condition_on="class_and_text"),
+    "values": dataclasses.replace(TRANSFORMER, value_residual=True),
     "skips": dataclasses.replace(TRANSFORMER, long_skips=True),
     "unet": load(
         Config, None, ["run_dir=x", "data.path=x", "model={name: unet, unet: {channels: 16, head_channels: 8}}"]

@@ -69,6 +69,12 @@ def test_traffic_is_that_of_ring_algorithms(stage, passes):
         assert plan.traffic_bytes(10**9, stage, "bf16", 4) == passes * 2 * 10**9 * 3 // 4
 
 
+@pytest.mark.parametrize(("stage", "times"), [(0, 1), (1, 2), (3, 2)])
+def test_muon_gathers_its_updates(stage, times):
+    plain, muon = (plan.traffic_bytes(10**9, stage, "bf16" if stage else "fp32", 4, m) for m in (False, True))
+    assert muon - plain == times * 4 * 10**9 * 3 // 4
+
+
 def test_it_splits_as_the_trainer_does():
     _, model, at = planned(XL2, "nodes=3", "train.global_batch=250", "train.micro_batch=4")
     assert (at.ranks, at.share.count, at.share.size) == (24, 3, 4)

@@ -41,6 +41,7 @@ VARIANTS = [
     ModelConfig(width=32, depth=2, heads=2, patch=4, qk_norm=False),
     dataclasses.replace(dit("S/2"), width=32, depth=2, heads=2, learned_sigma=False),
     dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2),
+    ModelConfig(width=32, depth=3, heads=2, value_residual=True),
 ]
 
 
@@ -88,7 +89,7 @@ def test_adaln_zero_blocks_start_as_the_identity():
     model = build(VARIANTS[2], SHAPE, CLASSES, seed=0)
     h, c = torch.randn(2, 16, 32), torch.randn(2, 32)
     for block in model.blocks:
-        assert torch.equal(block(h, c, None), h)
+        assert torch.equal(block(h, c, None)[0], h)
 
 
 def test_patches_go_in_and_out_at_the_same_place():
@@ -186,6 +187,29 @@ def test_sincos_positions_are_distinct():
 def test_long_skips_join_the_matching_halves():
     model = build(ModelConfig(width=32, depth=5, heads=2, long_skips=True), SHAPE, CLASSES, seed=0)
     assert [b.skip is not None for b in model.blocks] == [False, False, False, True, True]
+
+
+def test_values_are_mixed_with_the_first_blocks():
+    """With nothing of the first's it is the model without; with nothing of their own, the blocks' own don't matter."""
+    plain = awake(dataclasses.replace(VARIANTS[0], depth=3))
+    mixing = build(dataclasses.replace(VARIANTS[0], depth=3, value_residual=True), SHAPE, CLASSES, seed=0)
+    missing = mixing.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["blocks.1.attention.mix", "blocks.2.attention.mix"]
+
+    def run(own, first):
+        for block in mixing.blocks[1:]:
+            block.attention.mix.data = torch.tensor([own, first])
+        return mixing(*inputs())
+
+    torch.testing.assert_close(run(1.0, 0.0), plain(*inputs()))
+    before = run(0.0, 1.0)
+    assert (before - plain(*inputs())).abs().max() > 1e-3
+    with torch.no_grad():
+        for block in mixing.blocks[1:]:
+            block.attention.qkv.weight[64:] = 7.0
+        assert torch.equal(run(0.0, 1.0), before)
+        mixing.blocks[0].attention.qkv.weight[64:] *= 2
+        assert not torch.equal(run(0.0, 1.0), before)
 
 
 def test_swiglu_has_the_parameters_of_gelu():

@@ -32,6 +32,7 @@ NEEDED = {
     "norm": "layer",
     "mlp": "gelu",
     "qk_norm": False,
+    "value_residual": False,
     "qkv_bias": True,
     "long_skips": False,
     "output_convolution": False,

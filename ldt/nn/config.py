@@ -52,7 +52,8 @@ class ModelConfig:
     a schedule of 1000 steps; `time_frequencies`: of its sinusoids, 10⁴^(−i/128) or, as in diffusers, 10⁴^(−i/127);
     `time_embedding`: through a perceptron, or the bare sinusoids. `learned_sigma`: as many output channels again,
     which nothing here trains or uses: for weights from elsewhere. `activation_checkpointing`: keep only what enters
-    each block and compute the rest again in the backward pass. `unet` belongs to name=unet, which ignores the
+    each block and compute the rest again in the backward pass. `value_residual`: every block's values are mixed with
+    the first one's (Zhou et al. 2410.17897). `unet` belongs to name=unet, which ignores the
     Transformer's keys.
     """
 
@@ -70,6 +71,7 @@ class ModelConfig:
     qkv_bias: bool = True
     mlp: str = choice("swiglu", "gelu", "gelu_erf")
     mlp_ratio: float = 4.0
+    value_residual: bool = False
     time: str = choice("continuous", "steps")
     time_frequencies: str = choice("dit", "diffusers")
     time_embedding: str = choice("mlp", "sinusoids")

@@ -47,7 +47,8 @@ class Transformer(nn.Module):
         self.checkpointed = config.depth if config.activation_checkpointing else 0  # the first so many blocks
         half = config.depth // 2
         self.blocks = nn.ModuleList(
-            Block(config, rotary, skip=config.long_skips and i >= config.depth - half) for i in range(config.depth)
+            Block(config, rotary, first=i == 0, skip=config.long_skips and i >= config.depth - half)
+            for i in range(config.depth)
         )
         self.norm = make_norm(config, config.width, affine=in_context)
         if config.conditioning == "adaln_zero":
@@ -136,27 +137,34 @@ class Transformer(nn.Module):
 
     def _run_blocks(self, h_BND: Tensor, modulation_BD: Tensor | None, mask_BN: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
+        first_BKNE = None  # the first block's values, where the others want them
         for i, block in enumerate(self.blocks):
-            arguments = (h_BND, modulation_BD, skips.pop() if block.skip is not None else None, mask_BN)
+            skip_BND = skips.pop() if block.skip is not None else None
+            arguments = (h_BND, modulation_BD, skip_BND, mask_BN, first_BKNE)
             if i < self.checkpointed and torch.is_grad_enabled():
-                h_BND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                h_BND, value_BKNE = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_BND = block(*arguments)
+                h_BND, value_BKNE = block(*arguments)
+            if i == 0 and self.config.value_residual:
+                first_BKNE = value_BKNE
             if self.config.long_skips and i < self.config.depth // 2:
                 skips.append(h_BND)
         return h_BND
 
 
 class Block(nn.Module):
-    """Pre-norm attention and perceptron, each with a residual; gated and modulated under adaLN-Zero."""
+    """Pre-norm attention and perceptron, each with a residual; gated and modulated under adaLN-Zero.
 
-    def __init__(self, config: ModelConfig, rotary: AxialRotary | None, skip: bool) -> None:
+    Returns the attention's values beside its output.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: AxialRotary | None, first: bool, skip: bool) -> None:
         super().__init__()
         width = config.width
         adaptive = config.conditioning == "adaln_zero"
         self.skip = nn.Linear(2 * width, width) if skip else None
         self.norm1 = make_norm(config, width, affine=not adaptive)
-        self.attention = Attention(config, rotary)
+        self.attention = Attention(config, rotary, mixes=config.value_residual and not first)
         self.norm2 = make_norm(config, width, affine=not adaptive)
         self.mlp = make_mlp(config)
         self.modulation = Modulation(width, 6 * width) if adaptive else None
@@ -167,22 +175,28 @@ class Block(nn.Module):
         modulation_BD: Tensor | None,
         skip_BND: Tensor | None = None,
         mask_BN: Tensor | None = None,
-    ) -> Tensor:
+        first_BKNE: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if self.skip is not None:
             assert skip_BND is not None
             h_BND = self.skip(torch.cat([h_BND, skip_BND], dim=-1))
         if self.modulation is None:
-            h_BND = h_BND + self.attention(self.norm1(h_BND), mask_BN)
-            return h_BND + self.mlp(self.norm2(h_BND))
+            out_BND, value_BKNE = self.attention(self.norm1(h_BND), mask_BN, first_BKNE)
+            h_BND = h_BND + out_BND
+            return h_BND + self.mlp(self.norm2(h_BND)), value_BKNE
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation_BD).chunk(6, dim=-1)
-        h_BND = h_BND + gate1[:, None] * self.attention(modulate(self.norm1(h_BND), shift1, scale1), mask_BN)
-        return h_BND + gate2[:, None] * self.mlp(modulate(self.norm2(h_BND), shift2, scale2))
+        out_BND, value_BKNE = self.attention(modulate(self.norm1(h_BND), shift1, scale1), mask_BN, first_BKNE)
+        h_BND = h_BND + gate1[:, None] * out_BND
+        return h_BND + gate2[:, None] * self.mlp(modulate(self.norm2(h_BND), shift2, scale2)), value_BKNE
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, optionally with normalised queries and keys and with rotary positions."""
+    """Multi-head self-attention, optionally with normalised queries and keys and with rotary positions.
 
-    def __init__(self, config: ModelConfig, rotary: AxialRotary | None) -> None:
+    With `mixes`, its values are mixed with the first block's in learned parts. Returns them beside its output.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: AxialRotary | None, mixes: bool) -> None:
         super().__init__()
         self.heads = config.heads
         self.kernel = config.attention
@@ -192,15 +206,21 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.rotary = rotary
+        self.mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes else None
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, mask_BN: Tensor | None = None, first_BKNE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         q_BKNE, k_BKNE, v_BKNE = rearrange(self.qkv(x_BND), "b n (s k e) -> s b k n e", s=3, k=self.heads)
         q_BKNE, k_BKNE = self.q_norm(q_BKNE), self.k_norm(k_BKNE)
         if self.rotary is not None:
             q_BKNE, k_BKNE = self.rotary(q_BKNE), self.rotary(k_BKNE)
+        if self.mix is not None:
+            assert first_BKNE is not None
+            v_BKNE = self.mix[0] * v_BKNE + self.mix[1] * first_BKNE
         kernel = choose_kernel(self.kernel, x_BND.device, v_BKNE.dtype)
         out_BKNE = attend(q_BKNE, k_BKNE, v_BKNE, kernel, mask_BN)
-        return self.out(rearrange(out_BKNE, "b k n e -> b n (k e)"))
+        return self.out(rearrange(out_BKNE, "b k n e -> b n (k e)")), v_BKNE
 
 
 class GELU(nn.Module):
