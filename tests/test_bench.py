@@ -29,6 +29,13 @@ def test_none_is_left_out():
     assert {name.split(",")[0] for name in COMMANDS} == set(BENCHMARKS)
 
 
+def test_mistakes_are_sentences():
+    command = [sys.executable, "tools/bench.py", "train", DIT, "model.attention=flash", "engine.precision=fp32", *TINY]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("bench: error: model.attention=flash ")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_and_stores_its_result(name, tmp_path, tmp_path_factory):
     command, processes = COMMANDS[name]

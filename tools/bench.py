@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ldt.checkpoint import versions
+from ldt.errors import InputError
 
 BENCHMARKS = {
     "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
@@ -39,7 +40,11 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # key=value after an option, which argparse doesn't give to the list before it
         arguments.settings += rest
-    result: dict[str, Any] | None = importlib.import_module(f"bench_{arguments.name}").run(arguments)
+    try:
+        result: dict[str, Any] | None = importlib.import_module(f"bench_{arguments.name}").run(arguments)
+    except InputError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
     if result is None:  # not rank 0
         return 0
     for key, value in result.items():
