@@ -72,6 +72,7 @@ class OptimizerConfig:
     warmup_samples: int = 0
     decay: str = choice("constant", "cosine", "linear")
     final_lr: float = 0.0
+    muon_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -99,9 +100,37 @@ class _AdamW(torch.optim.AdamW):
     """AdamW that can let a step go by: DeepSpeed calls it deep inside of its own step, at every stage alike."""
 
     skip = False
+    muon_lr, base_lr = 0.0, 1.0
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)
+        if self.skip:
+            return None
+        held = []
+        if self.muon_lr:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.ndim == 2 and getattr(p, "muon", False):
+                        held.append((p, p.grad))
+                        self.muon(p, self.muon_lr * group["lr"] / self.base_lr)
+                        p.grad = None
+        super().step(closure)
+        for p, grad in held:
+            p.grad = grad
+
+    def muon(self, p: Tensor, lr: float) -> None:
+        """Momentum, then the nearest orthogonal matrix by three Newton-Schulz steps (Jordan et al. 2024)."""
+        momentum = self.state[p]["exp_avg"]
+        momentum.lerp_(p.grad, 0.05)
+        update = p.grad.lerp(momentum, 0.95)
+        for part, out in zip(update.split(p.parts), p.split(p.parts), strict=True):
+            x = part.T if part.shape[0] > part.shape[1] else part
+            x = x / (x.norm() + 1e-7)
+            for _ in range(3):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.T if part.shape[0] > part.shape[1] else x
+            out.add_(x, alpha=-lr * max(1, part.shape[0] / part.shape[1]) ** 0.5)
 
 
 class Engine:
@@ -129,6 +158,12 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
+        self._adam.muon_lr, self._adam.base_lr = optimizer.muon_lr, optimizer.lr
+        if optimizer.muon_lr:
+            for block in denoiser.blocks:
+                for name, p in block.named_parameters():
+                    if p.ndim == 2:
+                        p.muon, p.parts = True, p.shape[0] // (3 if "qkv" in name else 2 if "up" in name else 1)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(

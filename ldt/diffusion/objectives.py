@@ -54,6 +54,7 @@ class ObjectiveConfig:
     weighting: str = choice("constant", "min_snr")
     min_snr_gamma: float = 5.0
     condition_drop: float = 0.1
+    contrastive: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_drop <= 1:
@@ -108,6 +109,9 @@ class Objective:
             y_BCHW = self._combine(self.loss_space, self.predict(y_BCHW, xt_BCHW, t_B), t_B111)
         target_BCHW = self._combine(self.loss_space, Prediction(x0_BCHW, eps_BCHW), t_B111)
         loss_B = (y_BCHW - target_BCHW).square().mean((1, 2, 3))
+        if self.config.contrastive:  # Stoica et al. 2506.05350, partners in the micro-batch
+            other_BCHW = target_BCHW.roll(1, 0)
+            loss_B = loss_B - self.config.contrastive * (y_BCHW - other_BCHW).square().mean((1, 2, 3))
         return loss_B if self.config.weighting == "constant" else self.weight(t_B) * loss_B
 
     def predict(self, y_BCHW: Tensor, xt_BCHW: Tensor, t_B: Tensor) -> Prediction:

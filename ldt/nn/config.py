@@ -76,6 +76,8 @@ class ModelConfig:
     output_convolution: bool = False
     learned_sigma: bool = False
     init: str = choice("dit", "uvit")
+    value_residual: bool = False
+    route: float = 0.0
     attention: str = choice(*KERNELS)
     activation_checkpointing: bool = False
     unet: UNetConfig = section(UNetConfig)

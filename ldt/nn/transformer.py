@@ -136,7 +136,21 @@ class Transformer(nn.Module):
 
     def _run_blocks(self, h_BND: Tensor, modulation_BD: Tensor | None, mask_BN: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
+        if self.config.value_residual:
+            for block in self.blocks:
+                object.__setattr__(block.attention, "first", self.blocks[0].attention)
+        whole_BND = keep_BN1 = None
+        routed = self.config.route > 0 and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
+            if routed and i == 1:  # Krause et al. 2501.04765
+                whole_BND, n = h_BND, h_BND.shape[1] - self.prefix
+                kept = round(n * (1 - self.config.route))
+                pick = torch.rand(len(h_BND), n).argsort(1)[:, :kept].sort(1).values + self.prefix
+                first = torch.arange(self.prefix).expand(len(h_BND), -1)
+                keep_BN1 = torch.cat([first, pick], 1)[..., None].expand(-1, -1, h_BND.shape[-1])
+                h_BND = h_BND.gather(1, keep_BN1)
+            if routed and i == self.config.depth - 1:
+                h_BND = whole_BND.scatter(1, keep_BN1, h_BND)
             arguments = (h_BND, modulation_BD, skips.pop() if block.skip is not None else None, mask_BN)
             if i < self.checkpointed and torch.is_grad_enabled():
                 h_BND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -192,12 +206,20 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.rotary = rotary
+        object.__setattr__(self, "first", None)
+        if config.value_residual:
+            self.mix = nn.Parameter(torch.full((2,), 0.5))
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
         q_BKNE, k_BKNE, v_BKNE = rearrange(self.qkv(x_BND), "b n (s k e) -> s b k n e", s=3, k=self.heads)
         q_BKNE, k_BKNE = self.q_norm(q_BKNE), self.k_norm(k_BKNE)
         if self.rotary is not None:
             q_BKNE, k_BKNE = self.rotary(q_BKNE), self.rotary(k_BKNE)
+        if self.first is self:
+            object.__setattr__(self, "values", v_BKNE)
+            v_BKNE = v_BKNE + 0 * self.mix.sum()
+        elif self.first is not None:
+            v_BKNE = self.mix[0] * v_BKNE + self.mix[1] * self.first.values
         kernel = choose_kernel(self.kernel, x_BND.device, v_BKNE.dtype)
         out_BKNE = attend(q_BKNE, k_BKNE, v_BKNE, kernel, mask_BN)
         return self.out(rearrange(out_BKNE, "b k n e -> b n (k e)"))
