@@ -124,15 +124,17 @@ def _run(name: str, arguments: list[str]) -> int:
     if "--watch" in flags:
         overrides.append("watch=true")
     settings = config.load(program.Config, path, overrides)
+    rank = _rank()
     if "--dry-run" in flags:
-        print(config.to_yaml(settings), end="")
+        if rank == 0:
+            print(config.to_yaml(settings), end="")
         return DONE
-    log.configure(_rank(), quiet="--quiet" in flags)
+    log.configure(rank, quiet="--quiet" in flags)
     return program.run(settings)
 
 
 def _rank() -> int:
-    from ldt.dist import place  # torch is slow to import: not for --help and --dry-run
+    from ldt.dist import place  # torch is slow to import: not for --help
 
     return place().rank
 

@@ -84,7 +84,7 @@ def describe(
     cost = short(flops(config.model, sampling.latent_shape, sampling.text_shape))
     yield f"model: {kind}, {short(parameters)} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = counted(len(sampling.classes), "class", "classes"), "×".join(map(str, sampling.latent_shape))
-    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape}"
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {sampling.image_size} pixels"
     yield from describe_data(shards, config.train.global_batch)
     if sampling.text and not config.model.told_text:
         yield "the data's captions are not used: model.condition_on=class"

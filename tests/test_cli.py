@@ -150,3 +150,13 @@ def test_what_befalls_a_run_is_a_sentence_and_our_mistakes_are_not():
         with pytest.raises(type(ours)) as caught, in_a_sentence():
             raise ours
         assert caught.value is ours
+
+
+def test_under_a_launcher_the_dry_run_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "run_dir=x", "data.path=y", "--dry-run"]) == DONE
+        said.append(capsys.readouterr().out)
+    assert "run_dir: x" in said[0] and said[1] == ""
