@@ -80,13 +80,16 @@ def _from_pretrained(name: str, path: str) -> Any:
         warnings.simplefilter("ignore")  # diffusers warns of its own dependencies while it is imported
         from diffusers import AutoencoderKL
     try:
-        model, loading = AutoencoderKL.from_pretrained(
-            path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The `local_dir_use_symlinks`", UserWarning)  # diffusers to the hub
+            model, loading = AutoencoderKL.from_pretrained(
+                path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
     except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
         reason = " ".join(str(error).split())[:200]
+        looked = "" if Path(path).is_dir() else "; there is no such directory here, so the model hub was asked"
         raise InputError(
-            f"autoencoder {name} can't be loaded as diffusers' AutoencoderKL from safetensors ({reason}); "
+            f"autoencoder {name} can't be loaded as diffusers' AutoencoderKL from safetensors ({reason}){looked}; "
             f"give a hub name, a directory saved by diffusers, or {EMBEDDED}"
         ) from None
     _check_weights(name, model, loading)

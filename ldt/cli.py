@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldt import __version__, config, log, stop
-from ldt.errors import InputError, RunError
+from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.rundir import DONE, FAILED, WRONG_INPUT
 
 
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "train":
         stop.listen()  # a request that comes while torch is being imported counts too
     try:
-        return _run(name, rest)
+        with in_a_sentence():
+            return _run(name, rest)
     except InputError as error:
         print(f"ldt {name}: error: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -123,15 +124,17 @@ def _run(name: str, arguments: list[str]) -> int:
     if "--watch" in flags:
         overrides.append("watch=true")
     settings = config.load(program.Config, path, overrides)
+    rank = _rank()
     if "--dry-run" in flags:
-        print(config.to_yaml(settings), end="")
+        if rank == 0:
+            print(config.to_yaml(settings), end="")
         return DONE
-    log.configure(_rank(), quiet="--quiet" in flags)
+    log.configure(rank, quiet="--quiet" in flags)
     return program.run(settings)
 
 
 def _rank() -> int:
-    from ldt.dist import place  # torch is slow to import: not for --help and --dry-run
+    from ldt.dist import place  # torch is slow to import: not for --help
 
     return place().rank
 

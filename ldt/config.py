@@ -148,9 +148,11 @@ def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) 
     parent = key.rpartition(".")[0]
     while parent and parent not in known:  # the first part that is wrong is the one to name
         key, parent = parent, parent.rpartition(".")[0]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(siblings)}"
+    word = key.rpartition(".")[2]  # `batch` is a part of both global_batch and micro_batch
+    near = [k for k in siblings if word in k.rpartition(".")[2].split("_")]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known keys here: {', '.join(siblings)}"
     return f"unknown key {key} in {where}; {hint}"
 
 

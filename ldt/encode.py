@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ldt import log
 from ldt.data.ahead import ahead
+from ldt.data.images import ImageSource
 from ldt.data.shards import mds
 from ldt.data.shards.layout import Samples
-from ldt.data.shards.manifest import HEAD, VALIDATION, Manifest, make_table, read_head
+from ldt.data.shards.manifest import HEAD, RECIPE, VALIDATION, Manifest, make_table, read_head
 from ldt.data.shards.statistics import Sums
 from ldt.data.shards.unit import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
 from ldt.dist import World, on_rank_zero, process_group, raise_first
@@ -26,12 +27,12 @@ from ldt.encode_plan import Plan, Unit
 from ldt.errors import InputError
 from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.index_shards import index_shards
+from ldt.progress import counted
 from ldt.text import describe
 
 __all__ = ["Config", "run"]
 
 logger = log.get_logger(__name__)
-RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
 
 
 def run(config: Config) -> int:
@@ -55,11 +56,34 @@ class Encoder:
     def run(self) -> None:
         complete = on_rank_zero(self.world, self._claim_output)
         if not complete:
+            if self.world.rank == 0:
+                self._announce()
             mine = self.plan.units()[self.world.rank :: self.world.size]
             raise_first(self._error_of(mine))
             on_rank_zero(self.world, self._finish)
         if self.world.rank == 0:
             self._report(complete)
+
+    def _announce(self) -> None:
+        """What is going to be encoded: a wrong directory should be seen before hours are spent on it."""
+        units, images = self.plan.units(), self.plan.images
+        done = sum(self._sidecar(u) is not None for u in units)
+        logger.info(
+            "%s in %s into %s of %s%s",
+            counted(len(images), "image", "images"),
+            counted(len(images.classes), f"class ({images.classes[0]})", f"classes ({images.classes[0]}, …)"),
+            counted(len(units), "shard", "shards"),
+            "×".join(map(str, self.plan.layout.latent_shape)),
+            f"; {done:,} are there" if done else "",
+        )
+        nested = images.nested() if isinstance(images, ImageSource) else ""
+        if nested:
+            logger.warning(
+                "images lie deeper than the directory of their class, such as %s: they are of class %s; if the "
+                "classes are further down, stop and give the directory right above them as images.path",
+                nested,
+                nested.partition("/")[0],
+            )
 
     def _error_of(self, units: list[Unit]) -> str:
         """Encode; the text of the user's mistake that was found, or nothing."""
@@ -97,7 +121,7 @@ class Encoder:
 
     def _compare(self, other: dict[str, Any]) -> None:
         mine = self.plan.recipe()
-        changed = [f"{k}: {other.get(k)!r} there, {mine.get(k)!r} now" for k in mine if mine[k] != other.get(k)]
+        changed = [f"{k}: {_short(other.get(k))} there, {_short(mine[k])} now" for k in mine if mine[k] != other.get(k)]
         if changed:
             raise InputError(
                 f"output={self.output} was encoded with other settings ({'; '.join(changed)}); "
@@ -229,6 +253,17 @@ class Encoder:
     def _report(self, complete: bool) -> None:
         training, held_out = self.plan.split.training_samples, self.plan.split.validation_samples
         print(f"{training:,} training and {held_out:,} held-out images{' were already' if complete else ''} encoded")
-        example = "text/emoji" if self.plan.text else "fashion_mnist"
-        print(f"next: ldt train configs/{example}.yaml data.path={self.output}")
+        size, classes = self.plan.image_size, len(self.plan.images.classes)
+        example = f"imagenet{size}/ldt_transformer" if size in (256, 512) and classes >= 1000 else "fashion_mnist"
+        example = "text/emoji" if self.plan.text else example
+        print(
+            f"next: ldt inspect {self.output} grid=grid.png; ldt train configs/{example}.yaml data.path={self.output}"
+        )
         print(f"latent shards: {self.output}")
+
+
+def _short(value: Any) -> str:
+    """A setting in a message; a thousand class names are as many as their number says."""
+    if isinstance(value, list) and len(value) > 5:
+        return f"{len(value):,} from {value[0]!r} to {value[-1]!r}"
+    return repr(value)

@@ -1,4 +1,11 @@
-"""The two exceptions that a user should ever see."""
+"""The two exceptions that a user should ever see, and what others mean."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+GONE = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
 
 
 class InputError(ValueError):
@@ -14,3 +21,40 @@ class RunError(RuntimeError):
 
     The message explains it in a sentence; the command line prints it without a traceback and exits with code 1.
     """
+
+
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """What befalls a run that is right, said as a `RunError`: a lost rank, a full disk, no room on the GPU.
+
+    All other errors pass as they are, with their traceback: they are mistakes of ours.
+    """
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except (OSError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if not sentence:
+            raise
+        raise RunError(sentence) from None
+
+
+def _sentence(error: OSError | RuntimeError) -> str:
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return ""
+        where = f" of {error.filename}" if error.filename else ""
+        return f"the disk{where} is full ({error.strerror}); make room and run the same command again"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is slow to import
+        return (
+            "a GPU has no memory left; train.micro_batch=auto or a smaller one, engine.zero_stage=2 and "
+            f"model.activation_checkpointing=true need less ({'. '.join(str(error).split('. ')[:2])})"
+        )
+    gone = GONE.search(str(error))
+    if gone:
+        return (
+            f"another rank is gone ({gone[0]}): what it said stands in its own lines, a kill -9 says nothing; "
+            "run the same command again"
+        )
+    return ""

@@ -1,6 +1,6 @@
 """What a path holds and whether it is whole: a directory of latent shards, a checkpoint, or a run with checkpoints.
 
-Exit codes: 0 whole, 1 damaged (what is wrong is printed), 2 not one of ours.
+Exit codes: 0 whole, 1 damaged or unfinished (what is wrong is printed), 2 not one of ours.
 """
 
 import math
@@ -14,6 +14,7 @@ from ldt import log
 from ldt.autoencoder import Autoencoder
 from ldt.checkpoint import Damaged, verify
 from ldt.data.shards import open_shards
+from ldt.data.shards.manifest import RECIPE
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
 from ldt.errors import InputError
@@ -79,7 +80,7 @@ def _inspect_shards(config: Config) -> int:
     try:
         shards = open_shards(config.path)
     except InputError as error:
-        print(f"damaged: {error}")
+        print(f"{'unfinished' if (Path(config.path) / RECIPE).exists() else 'damaged'}: {error}")
         return DAMAGED
     summary = summarize(shards)
     for name, value in summary.facts.items():

@@ -36,7 +36,7 @@ from ldt.data.loader import Step as LoadedStep
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, barrier, broadcast, process_group
 from ldt.engine import Engine, Step, learning_rate
-from ldt.errors import InputError, RunError
+from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import Condition
@@ -80,7 +80,8 @@ def attempt(config: Config, world: World) -> tuple[int, str, int]:
             rundir.begin(run_dir)
         check_shared(run_dir, world)
         try:
-            code, message, seen = Trainer(config, world, owner).train()
+            with in_a_sentence():
+                code, message, seen = Trainer(config, world, owner).train()
         except BaseException as error:
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ldt import log, memory
@@ -83,7 +84,7 @@ def describe(
     cost = short(flops(config.model, sampling.latent_shape, sampling.text_shape))
     yield f"model: {kind}, {short(parameters)} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = counted(len(sampling.classes), "class", "classes"), "×".join(map(str, sampling.latent_shape))
-    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape}"
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {sampling.image_size} pixels"
     yield from describe_data(shards, config.train.global_batch)
     if sampling.text and not config.model.told_text:
         yield "the data's captions are not used: model.condition_on=class"
@@ -94,6 +95,16 @@ def describe(
         f"{counted(share.count, 'micro-batch', 'micro-batches')} of up to {share.size} a process; "
         f"{max(total - samples_seen, 0):,} of {total:,} samples to go"
     )
+    yield from describe_idle(world, config.train.global_batch)
+
+
+def describe_idle(world: World, batch: int) -> Iterator[str]:
+    """What of the machine stands idle: GPUs without a process, processes without a sample."""
+    gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
+    if gpus > world.size == 1:
+        yield f"1 of this machine's {gpus} GPUs is used; torchrun --nproc_per_node {gpus} -m ldt train … uses all"
+    if batch < world.size:
+        yield f"{world.size - batch} of {world.size} processes have nothing to do: train.global_batch={batch}"
 
 
 def sampling_of(manifest: Manifest) -> Sampling:

@@ -1,10 +1,14 @@
 """The autoencoder: equal to diffusers', reversible on the embedded images, and known by its weights."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_data import make_autoencoder
 from safetensors.torch import load_file, save_file
 
@@ -127,3 +131,18 @@ def test_bad_weights_and_images_are_named(saved, tmp_path):
         Autoencoder.load(str(tmp_path))
     with pytest.raises(InputError, match="1 channels and sides divisible by 4, not 30x32 with 1"):
         Autoencoder.load(str(saved)).encode(torch.zeros(1, 30, 32, 1, dtype=torch.uint8))
+
+
+def test_one_of_your_own_is_trained_on_photographs(tmp_path):
+    """docs/own_data.md's command: images of any size, brought to one; what it saves is loaded as any other."""
+    for i in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40 + i, 30), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.jpg")
+    tool = Path(__file__).parents[1] / "tools" / "train_autoencoder.py"
+    command = [sys.executable, tool, tmp_path / "mine", "--images", tmp_path / "photos", "--channels", "3"]
+    done = subprocess.run([*command, "--size", "16", "--fit", "crop", "--steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mine = Autoencoder.load(str(tmp_path / "mine"))
+    assert mine.encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))[0].shape == (1, 4, 4, 4)
+    padded = subprocess.run([*command, "--size", "16"], capture_output=True, text=True)
+    assert padded.returncode == 2 and "use images.fit=crop" in padded.stderr and "Traceback" not in padded.stderr

@@ -1,15 +1,20 @@
 """The ldt command: help that teaches, arguments, exit codes."""
 
+import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt import cli
+from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.rundir import DONE, WRONG_INPUT
 
 ROOT = Path(__file__).parents[1]
@@ -117,3 +122,41 @@ def test_training_on_bad_input_ends_with_2_and_one_sentence(data, tmp_path, sett
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_lost_rank_is_a_sentence_of_those_that_are_left(data, tmp_path):
+    """And of outcome.json: eight tracebacks of 50 lines each said nothing more."""
+    run_dir = tmp_path / "run"
+    settings = ["train.global_batch=8", "train.total_samples=8000000", "log.every_samples=8", f"data.path={data}"]
+    command = ["-m", "ldt", "train", f"run_dir={run_dir}", TINY, *settings]
+    ranks = start_ranks(2, *command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and ranks[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks[1].kill()
+    error = ranks[0].communicate(timeout=120)[1]
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1, error
+    assert "ldt train: failed: another rank is gone" in error and "Traceback" not in error
+    assert "another rank is gone" in json.loads((run_dir / "outcome.json").read_text())["message"]
+
+
+def test_what_befalls_a_run_is_a_sentence_and_our_mistakes_are_not():
+    with pytest.raises(RunError, match="the disk is full"), in_a_sentence():
+        Path("/dev/full").write_text("x")
+    with pytest.raises(RunError, match=r"train\.micro_batch=auto.*Tried to allocate"), in_a_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 80 GiB.")
+    for ours in (RuntimeError("mat1 and mat2"), FileNotFoundError(2, "No such file"), InputError("x")):
+        with pytest.raises(type(ours)) as caught, in_a_sentence():
+            raise ours
+        assert caught.value is ours
+
+
+def test_under_a_launcher_the_dry_run_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", "run_dir=x", "data.path=y", "--dry-run"]) == DONE
+        said.append(capsys.readouterr().out)
+    assert "run_dir: x" in said[0] and said[1] == ""

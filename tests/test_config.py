@@ -51,6 +51,7 @@ def test_saved_config_loads_again_unchanged(tmp_path):
     ("overrides", "message"),
     [
         (["run_dir=a", "net.widht=3"], "unknown key net.widht in the command line; did you mean net.width"),
+        (["dir=a"], "unknown key dir in the command line; did you mean run_dir?"),
         (["run_dir=a", "nett.width=3"], "unknown key nett in the command line; did you mean net"),
         (["run_dir=a", "zzz=3"], "unknown key zzz in the command line; known keys here: run_dir, net, betas, flag"),
         (["net.width=3"], "run_dir is not set"),

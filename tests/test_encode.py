@@ -191,6 +191,32 @@ def test_again_is_complete_and_other_settings_are_refused(encode, tmp_path, caps
     assert files(out) == before
 
 
+def test_it_says_what_it_is_going_to_encode(encode, images, tmp_path, capsys):
+    """A directory one level too high is a wrong set of classes; an interrupted encoding tells how far it came."""
+    assert encode(tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "23 images in 3 classes (ant, …) into 5 shards of 2×4×4\n" in said.err and "deeper" not in said.err
+    assert f"next: ldt inspect {tmp_path}/out grid=" in said.out
+    high = tmp_path / "high"
+    shutil.copytree(images, high / "train")
+    assert encode(tmp_path / "out2", **{"images.path": high}) == 0
+    said = capsys.readouterr().err
+    assert "23 images in 1 class (train) into" in said
+    assert "such as train/ant/000.png: they are of class train; if the classes are further down, stop" in said
+
+
+def test_a_thousand_classes_are_compared_but_not_listed(encode, tmp_path, capsys):
+    for root, count in (("a", 40), ("b", 39)):
+        for k in range(count):
+            (tmp_path / root / f"n{k:04d}").mkdir(parents=True)
+            Image.new("L", (8, 8), k).save(tmp_path / root / f"n{k:04d}" / "0.png")
+    assert encode(tmp_path / "out", **{"images.path": tmp_path / "a"}) == 0
+    capsys.readouterr()
+    assert encode(tmp_path / "out", **{"images.path": tmp_path / "b"}) == 2
+    error = capsys.readouterr().err
+    assert "classes: 40 from 'n0000' to 'n0039' there, 39 from 'n0000' to 'n0038' now" in error and "n0020" not in error
+
+
 def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, capsys):
     broken = tmp_path / "broken"
     (broken / "ant").mkdir(parents=True)
@@ -222,11 +248,14 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         out = settings.get("output", tmp_path / "out")
         assert encode(**({"output": out} | settings)) == 2, settings
         error = capsys.readouterr().err
-        assert said in error and error.strip().count("\n") == 0, error
+        *before, last = error.strip().split("\n")
+        assert said in last and all(" into " in line for line in before), error  # what is to be encoded, then why not
         assert not (tmp_path / "out" / "manifest.json").exists()
         if (tmp_path / "out").exists():  # what was begun is not mistaken for data
             with pytest.raises(InputError, match="not completely encoded"):
                 open_shards(tmp_path / "out")
+            assert cli.main(["inspect", str(tmp_path / "out")]) == 1
+            assert capsys.readouterr().out.startswith("unfinished: ")
             shutil.rmtree(tmp_path / "out")
     assert (taken / "thesis.tex").read_text() == "x"
 

@@ -147,6 +147,7 @@ def test_an_image_too_large_to_pad_is_refused():
     [
         (lambda d: d / "missing", "missing does not exist"),
         (lambda d: d / "empty", "holds no images"),
+        (lambda d: d / "packed", r"archives such as n01440764\.tar, no images; unpack"),
         (lambda d: d / "file.txt", "neither a directory nor a tar file"),
         (lambda d: "embedded:mnist", "no embedded image set embedded:mnist"),
         (lambda d: d / "mixed", "both in class directories and outside of them, such as stray.png"),
@@ -156,6 +157,8 @@ def test_an_image_too_large_to_pad_is_refused():
 def test_bad_sources_are_named(tmp_path, make, message):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "n01440764.tar").write_bytes(b"")
     for root, name in (("mixed", "class"), ("mixed2", "images")):
         (tmp_path / root / name).mkdir(parents=True)
         picture(0).save(tmp_path / root / name / "a.png")

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldt import preflight
 from ldt.dist import World, all_gather
 from ldt.errors import InputError
 from ldt.preflight import check_room, check_shared, compare_ranks, differences
+from ldt.train_start import describe_idle
 
 SAME = {"host": "n", "ldt": "1", "torch": "2", "device": "cpu", "config": "c", "clock": 1000.0}
 
@@ -72,3 +74,14 @@ def test_a_disk_without_room(tmp_path):
     too_many = shutil.disk_usage(tmp_path).free // 4
     with pytest.raises(InputError, match="GB free, but a checkpoint takes .* GB; make room"):
         check_room(tmp_path, too_many, 5, world)
+
+
+def test_what_stands_idle_is_said(monkeypatch):
+    """A forgotten launcher on a machine of 8 GPUs, and more processes than samples; else nothing."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    alone, all_of_them = (World(0, n, 0, n, torch.device("cuda", 0)) for n in (1, 8))
+    (line,) = describe_idle(alone, 256)
+    assert "1 of this machine's 8 GPUs is used; torchrun --nproc_per_node 8" in line
+    assert list(describe_idle(all_of_them, 8)) == []
+    assert list(describe_idle(all_of_them, 6)) == ["2 of 8 processes have nothing to do: train.global_batch=6"]
+    assert list(describe_idle(World(0, 1, 0, 1, torch.device("cpu")), 8)) == []

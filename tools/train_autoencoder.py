@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python tools/train_autoencoder.py ldt/assets/autoencoder_fashion_mnist --steps 4000
     OMP_NUM_THREADS=1 python tools/train_autoencoder.py models/emoji --images data/emoji --channels 3 --steps 3000
+    OMP_NUM_THREADS=1 python tools/train_autoencoder.py models/mine --images photos --channels 3 --size 64 --fit crop
 
-32 × 32 images → 4 × 8 × 8 latents, diffusers' AutoencoderKL. The loss is L1 + L2 + a small KL term, the
-weights are an average over the last steps. One seed and one thread: the same machine makes the same file again.
+Images of --size pixels → 4 channels of a quarter of it, diffusers' AutoencoderKL. All images are held in memory. The
+loss is L1 + L2 + a small KL term, the weights are an average over the last steps. One seed and one thread: the same
+machine makes the same file again.
 """
 
 import argparse
@@ -18,15 +20,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ldt.data.images import EMBEDDED, open_images, prepare
+from ldt.errors import InputError
 
 HELD_OUT = 500
 KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
 
 
-def images(path: str, channels: int) -> Tensor:
-    """All images, black border to 32 × 32, in [-1, 1]: [B, C, 32, 32]."""
+def images(path: str, channels: int, size: int, fit: str) -> Tensor:
+    """All images, brought to size as `ldt encode` does, in [-1, 1]: [B, C, size, size]."""
     source = open_images(path)
-    image_BHWC = np.stack([prepare(source.image(i), 32, channels, "pad") for i in range(len(source))])
+    image_BHWC = np.stack([prepare(source.image(i), size, channels, fit) for i in range(len(source))])
     return torch.from_numpy(image_BHWC.astype(np.float32)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
@@ -60,13 +63,12 @@ def psnr(model: AutoencoderKL, x_BCHW: Tensor) -> float:
     return float((10 * torch.log10(4 / (y_BCHW - x_BCHW).square().mean((1, 2, 3)))).mean())
 
 
-def main(target: Path, path: str, channels: int, steps: int, batch: int) -> None:
+def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
     torch.set_num_threads(1)
-    everything = images(path, channels)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))
     few = min(HELD_OUT, len(order) // 10)
     held_out, train = everything[order[:few]], everything[order[few:]]
-    model, generator = make_autoencoder(channels), torch.Generator().manual_seed(2)
+    model, generator = make_autoencoder(everything.shape[1]), torch.Generator().manual_seed(2)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
     start = time.time()
@@ -94,7 +96,13 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path)
     parser.add_argument("--images", default=EMBEDDED)
     parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--size", type=int, default=32, help="a multiple of 4")
+    parser.add_argument("--fit", choices=("crop", "pad"), default="pad", help="as images.fit of ldt encode")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
-    main(arguments.target, arguments.images, arguments.channels, arguments.steps, arguments.batch)
+    try:
+        content = images(arguments.images, arguments.channels, arguments.size, arguments.fit)
+    except InputError as error:
+        parser.error(str(error))
+    main(arguments.target, content, arguments.steps, arguments.batch)

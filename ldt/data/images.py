@@ -51,6 +51,10 @@ class ImageSource(ABC):
         """The caption of image i, empty where it has none."""
         return ""
 
+    def nested(self) -> str:
+        """The name of an image that lies deeper than the directory of its class, empty where none does."""
+        return ""
+
 
 def open_images(path: str) -> ImageSource:
     """The images at a path: a directory, a .tar file, or `embedded:fashion_mnist`."""
@@ -75,6 +79,11 @@ class _Files(ImageSource):
         self.where = where
         self.names = sorted(n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES)
         if not self.names:
+            archive = next((n for n in sorted(names) if n.lower().endswith((".tar", ".tar.gz", ".tgz", ".zip"))), "")
+            if archive:
+                raise InputError(
+                    f"{where} holds archives such as {archive}, no images; unpack each as its class directory"
+                )
             raise InputError(f"{where} holds no images ({', '.join(SUFFIXES)}); put them into a sub-directory a class")
         strays = [n for n in self.names if "/" not in n]
         if 0 < len(strays) < len(self.names):
@@ -99,6 +108,9 @@ class _Files(ImageSource):
 
     def name(self, i: int) -> str:
         return f"{self.where}/{self.names[i]}"
+
+    def nested(self) -> str:
+        return next((n for n in self.names if n.count("/") > 1), "")
 
     def image(self, i: int) -> Image.Image:
         return _decode(self._content(i), self.name(i))
@@ -243,7 +255,8 @@ def _decode(content: bytes, name: str) -> Image.Image:
         image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"image {name} is not readable ({' '.join(str(error).split())}); remove or replace it"
+            f"image {name} is not readable ({' '.join(str(error).split())}); replace it, and the same command "
+            "goes on, or remove it and encode into a new output"
         ) from None
     if deep:
         raise InputError(f"image {name} has more than 8 bits a channel; convert it to 8 bits")

@@ -23,6 +23,7 @@ from ldt.nn.condition import TextShape
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
 HEAD, TABLE = "manifest.json", "shards.npy"
+RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
 VALIDATION = "validation"
 _SHAPE = {
     "format": str,
@@ -270,7 +271,7 @@ def _explain_absence(address: str | Path) -> str:
     directory = Path(address)
     if not directory.exists():
         return f"data path {directory} does not exist; make it with `ldt encode CONFIG output={directory}`"
-    if (directory / "encode.json").exists():
+    if (directory / RECIPE).exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):
         return f"{directory} holds shards but no {HEAD}; run `ldt encode index={directory} autoencoder=NAME` once"

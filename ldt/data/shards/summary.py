@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.manifest import Manifest
+from ldt.data.shards.manifest import RECIPE, TABLE, Manifest
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.statistics import Sums
 from ldt.errors import InputError
@@ -74,8 +74,9 @@ def latents_to_show(shards: LatentShards, count: int) -> tuple[NDArray[np.float3
 
 
 def is_shard_directory(path: Path) -> bool:
-    """Whether a path looks like the output of `ldt encode`, damaged or not."""
-    return path.is_dir() and ((path / "shards.npy").exists() or any(path.glob("*.tar")) or any(path.glob("*.mds")))
+    """Whether a path looks like the output of `ldt encode`, damaged, unfinished or whole."""
+    marked = any((path / name).exists() for name in (TABLE, RECIPE))
+    return path.is_dir() and (marked or any(path.glob("*.tar")) or any(path.glob("*.mds")))
 
 
 def _text(values: NDArray[np.float64]) -> str:
