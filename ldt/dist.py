@@ -276,6 +276,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, flat and equally long everywhere: [ranks, numbers]."""
+    if _alone():
+        return tensor.view(1, -1)
+    out = tensor.new_empty(dist.get_world_size() * tensor.numel())
+    dist.all_gather_into_tensor(out, tensor.view(-1))
+    return out.view(-1, tensor.numel())
+
+
 def in_block_order(blocks: int, produce: Callable[[int], T], world: World) -> Iterator[T]:
     """`produce(k)` for every block k, in order, on every rank; rank r makes blocks r, r + size, r + 2·size, …
 

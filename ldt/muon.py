@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ldt.dist import World, all_gather
+from ldt.dist import World, all_gather, all_gather_tensor
 from ldt.partition import Partition
 
 MOMENTUM = 0.95
@@ -90,7 +89,7 @@ class Muon:
             by_owner = {id(owner): update for owner, update in zip(owners, ahead, strict=True)}
             return {name: by_owner[id(self.owners[name])] for name in mine}
         (update,) = ahead  # of a flat group
-        parts = self._of_all_ranks(update)
+        parts = all_gather_tensor(update)
         return {name: self._assemble(name, parts) for name in mine}
 
     def _assemble(self, name: str, parts: Tensor) -> Tensor:
@@ -113,16 +112,10 @@ class Muon:
         own = torch.zeros(max(sizes), device=device)
         if mine:
             own[: sizes[self.world.rank]] = torch.cat([mine[name].view(-1) for name in made[self.world.rank]])
-        everyones = self._of_all_ranks(own)
+        everyones = all_gather_tensor(own)
         updates: dict[str, Tensor] = {}
         for rank, of_rank in enumerate(made):
             counts = [math.prod(self.shapes[name]) for name in of_rank]
             pieces = everyones[rank, : sizes[rank]].split(counts)
             updates |= {name: x.view(self.shapes[name]) for name, x in zip(of_rank, pieces, strict=True)}
         return updates
-
-    def _of_all_ranks(self, numbers: Tensor) -> Tensor:
-        """Equally many from each: [ranks, numbers]."""
-        out = numbers.new_empty(self.world.size * numbers.numel())
-        dist.all_gather_into_tensor(out, numbers)
-        return out.view(self.world.size, -1)
