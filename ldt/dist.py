@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from ldt.errors import InputError
-from ldt.malloc import keep_freed_memory
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -153,8 +152,6 @@ def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
     world = discover()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    else:
-        keep_freed_memory()
     before = dict(os.environ)
     # whatever the launcher was, DeepSpeed and torch look for these
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))

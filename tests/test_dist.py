@@ -118,27 +118,6 @@ def test_a_group_leaves_no_trace_in_the_environment(monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_large_tensors_are_made_of_the_same_pages_at_every_step():
-    """Page faults of a process, counted by the kernel, before and inside of a process group."""
-    program = """
-import resource, torch
-from ldt.dist import process_group
-
-def faults():
-    torch.ones(25_000_000)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(25_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-outside = faults()
-with process_group():
-    print(outside, faults())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    outside, inside = map(int, done.stdout.split())
-    assert inside < outside / 10
-
-
 def test_who_is_missing_is_named_in_bounded_time():
     """Rank 1 of 3 never comes; and rank 0 itself."""
     ranks = start_ranks(3, "-c", MEET, 15, stdout=subprocess.PIPE)
