@@ -48,7 +48,8 @@ def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str
         except OmegaConfBaseException as error:
             raise InputError(_explain(error, key, schema, where)) from None
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:  # of keys like `a[` and ``
-            raise InputError(f"{key} in {where} can't be set to {repr(value)[:60]} ({error}); see --help") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{key} in {where} can't be set to {repr(value)[:60]} ({reason}); see --help") from None
 
 
 def _build(merged: DictConfig, schema: type[Schema]) -> Schema:

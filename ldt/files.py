@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO
@@ -78,7 +79,7 @@ def natural(value: Any) -> bool:
 
 def real(value: Any) -> bool:
     """Whether parsed JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1.8e308
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def misfit(value: Any, shape: Any, name: str = "it") -> str:

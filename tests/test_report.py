@@ -242,6 +242,17 @@ def test_a_grid_is_taken_apart_again() -> None:
         assert np.array_equal(np.stack(row), image_NHWC[label_N == label])
 
 
+def test_a_model_that_paints_white_alone_is_no_failure(run_dir: Path) -> None:
+    with Image.open(run_dir / "samples" / "000000002000.png") as grid:
+        white = Image.new("L", grid.size, 255)
+    write_picture(run_dir / "samples" / "000000002000.png", white)
+    assert "the newest sample grid has rows of nothing but white" in words_of(page_of(run_dir))
+    image_NHWC = np.zeros((6, 8, 8, 1), np.uint8)
+    image_NHWC[0] = 255
+    rows = split_grid(class_grid(image_NHWC, np.array([0, 0, 0, 1, 1, 1])), 8)
+    assert [len(row) for row in rows] == [3, 3], "a white image among others is an image"
+
+
 def test_real_images_stand_in_the_row_of_their_class(run_dir: Path) -> None:
     page_of(run_dir)
     with Image.open(run_dir / "report" / "real.png") as picture:
@@ -352,6 +363,23 @@ def test_broken_files_are_said_and_left_out(run_dir: Path) -> None:
     assert data_of(page)["charts"][1]["series"][0]["y"][-1] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", "[" * 200_000),
+        ("metrics.jsonl", '{"samples_seen": 2100, "loss": 1' + "0" * 400 + "}"),
+        ("config.yaml", "data: {sources: null}"),
+        ("config.yaml", "data: {sources: {a: 3}}"),
+        ("config.yaml", "a: " + "[" * 5000),
+    ],
+    ids=["deep log", "long number", "no sources", "odd sources", "deep config"],
+)
+def test_a_strange_file_does_not_stop_it(run_dir: Path, name: str, line: str) -> None:
+    before = (run_dir / name).read_text() if name.endswith("jsonl") else ""
+    (run_dir / name).write_text(before + line + "\n")
+    page_of(run_dir)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, text in (
@@ -421,7 +449,7 @@ def test_axis_legend_and_pointer(run_dir: Path, tmp_path: Path, browser: Browser
     before = browser.evaluate(paths)
     assert len(before) == 4 and "2K" in browser.evaluate(ticks)
     browser.evaluate("document.querySelector('[data-axis=hours]').click()")
-    assert browser.evaluate(paths) != before and " h" in browser.evaluate(ticks)
+    assert browser.evaluate(paths) != before and "10 min" in browser.evaluate(ticks), "of a run of 20 minutes"
     browser.evaluate("document.querySelector('.legend [data-run=\"1\"]').click()")
     assert len(browser.evaluate(paths)) == 2
     assert browser.evaluate("document.querySelectorAll('[data-chart=\"1\"] .flag').length") == 1
@@ -432,6 +460,42 @@ def test_axis_legend_and_pointer(run_dir: Path, tmp_path: Path, browser: Browser
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
     assert "0.5" in browser.evaluate("document.querySelector('[data-chart=\"2\"] .tip').textContent")
     assert browser.problems == []
+
+
+def flags(browser: Browser) -> list[int]:
+    return browser.evaluate("[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.flag').length)")
+
+
+def test_restarts_stand_where_they_belong_or_not_at_all(run_dir: Path, tmp_path: Path, browser: Browser) -> None:
+    """Neither beyond the end of a chart, nor at 0 where a run's compute is not known, nor of a run that is hidden."""
+    other = Path(shutil.copytree(run_dir, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints")))
+    first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
+    (run_dir / "evaluations.jsonl").write_text(json.dumps(first | {"samples_seen": 500}) + "\n")
+    (other / "evaluations.jsonl").unlink()
+    page_of(run_dir, other)
+    browser.open(run_dir / "report.html")
+    assert flags(browser) == [0, 2, 2, 2, 2, 2], "the only score lies before the restart"
+    browser.evaluate("document.querySelector('[data-axis=compute]').click()")
+    assert flags(browser) == [0, 1, 1, 1, 1, 1], "one run has no checkpoint"
+    browser.evaluate("document.querySelector('[data-axis=samples]').click()")
+    browser.evaluate("document.querySelector('.legend [data-run=\"0\"]').click()")
+    browser.evaluate("document.querySelector('[data-chart=\"2\"]').scrollIntoView()")
+    x, y = browser.evaluate(
+        "(b => [b.x, b.y + 30])(document.querySelector('[data-chart=\"2\"] .restart').getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tip = browser.evaluate("document.querySelector('[data-chart=\"2\"] .tip').textContent")
+    assert tip.count("restart: ") == 1 and "other: attempt 1" in tip
+    assert browser.problems == []
+
+
+def test_a_single_score_has_a_scale_of_its_own_size(run_dir: Path, browser: Browser) -> None:
+    first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
+    (run_dir / "evaluations.jsonl").write_text(json.dumps(first | {"kid": 0.0042}) + "\n")
+    page_of(run_dir)
+    browser.open(run_dir / "report.html")
+    labels = browser.evaluate("[...document.querySelectorAll('[data-chart=\"1\"] svg text')].map(t => t.textContent)")
+    assert "0.0042" in labels and "-0.50" not in labels
 
 
 def test_a_hostile_run_stays_text(run_dir: Path, browser: Browser) -> None:

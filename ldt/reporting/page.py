@@ -128,16 +128,6 @@ def _facts(run: History) -> list[tuple[str, str]]:
     return facts
 
 
-def _pill(run: History) -> Markup:
-    word = str(run.outcome.get("outcome", "unknown"))
-    known = word if word in ("done", "failed", "wrong_input", "stopped", "running") else ""
-    return tag("span", word.replace("_", " "), class_=f"pill {known}".strip())
-
-
-def _swatch(k: int) -> Markup:
-    return tag("span", tag("span", class_="swatch"), class_=f"r{k % 8}")
-
-
 # ------------------------------------------------------------------------------------------------------------ samples
 
 

@@ -3,6 +3,7 @@
 import math
 from datetime import UTC, datetime
 
+from ldt.config import flatten
 from ldt.reporting.history import History, Record, number
 
 
@@ -64,7 +65,7 @@ def model_words(run: History) -> str:
 def data_words(run: History) -> str:
     """One sentence about the data."""
     data = section(run, "data")
-    path = data.get("path") or " and ".join(s["path"] for s in data.get("sources", {}).values()) or "?"
+    path = data.get("path") or " and ".join(str(s) for k, s in flatten(data).items() if k.endswith(".path")) or "?"
     if not run.checkpoint:
         return f"Data: {path}."
     sampling = run.checkpoint.manifest.get("sampling", {})
