@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 from zipfile import BadZipFile
 
 from ldt.errors import InputError
@@ -77,7 +77,7 @@ def natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def real(value: Any) -> bool:
+def real(value: Any) -> TypeGuard[float]:
     """Whether parsed JSON is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
