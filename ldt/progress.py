@@ -4,6 +4,7 @@ All numbers are of the last half minute, so that the line is calm. Log lines go 
 """
 
 import logging
+import math
 import os
 import sys
 import time
@@ -45,25 +46,30 @@ class ProgressLine:
             else:
                 print(self.line(), file=self._stream, flush=True)
 
-    def line(self) -> str:
-        """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  loss 1.354  data wait 2%  12 min to go`."""
+    def line(self, width: float = math.inf) -> str:
+        """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  12 min to go  loss 1.3540  data wait 2%`.
+
+        What does not fit into `width` characters is left out from the end.
+        """
         then, now = self._past[0], self._past[-1]
         seconds, steps = max(now[0] - then[0], 1e-9), now[4] - then[4]
         rate = (now[1] - then[1]) / seconds
         parts = [f"{self._what}  {self._done:,} of {self._total:,} {self._unit}"]
         parts[0] += f" ({self._done / self._total:.0%})" if self._total else ""
         parts.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
+        if rate > 0 and self._done < self._total:
+            parts.append(f"{duration((self._total - self._done) / rate)} to go")
         if steps:
             parts.append(f"loss {(now[3] - then[3]) / steps:.4f}")
             parts.append(f"data wait {(now[2] - then[2]) / seconds:.0%}")
-        if rate > 0 and self._done < self._total:
-            parts.append(f"{duration((self._total - self._done) / rate)} to go")
+        while len("  ".join(parts)) > width and len(parts) > 1:
+            parts.pop()
         return "  ".join(parts)
 
     def draw(self) -> None:
         """Renew the line on the terminal."""
         width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
-        self._stream.write(f"\r\x1b[K{self.line()[: width - 1]}")
+        self._stream.write(f"\r\x1b[K{self.line(width - 1)[: width - 1]}")
         self._stream.flush()
 
     def erase(self) -> None:

@@ -76,7 +76,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypat
         monkeypatch.setattr(progress, "PLAIN", 0.0)
         bar.update(100, loss=2.0, waited=0.0)
     line = capsys.readouterr().err
-    pattern = r"train  400 of 1,000 img \(40%\)  [\d,]+ img/s  loss 1\.5000  data wait 0%  \d+ s to go\n"
+    pattern = r"train  400 of 1,000 img \(40%\)  [\d,]+ img/s  \d+ s to go  loss 1\.5000  data wait 0%\n"
     assert re.fullmatch(pattern, line), line
 
 
@@ -107,9 +107,17 @@ def test_on_a_terminal_one_line_renews_itself_below_the_log():
     assert child.wait() == 0
     screen = [line.split("\r")[-1].rpartition("\x1b[K")[2] for line in content.decode().split("\r\n")]
     assert screen[:4] == [f"word {i}" for i in range(4)]
-    assert screen[4].startswith("train  4 of 4 img (100%)  ") and len(screen[4]) <= 39
+    assert re.fullmatch(r"train  4 of 4 img \(100%\)  [\d.]+ img/s", screen[4]), "whole words, the first of them"
     assert screen[5:] == ["done", ""]
     assert content.count(b"train  ") < 9
+
+
+def test_the_time_to_go_is_there_on_eighty_columns():
+    bar = progress.ProgressLine(400_000_000, "img", "train", 123_456_789, show=False)
+    bar._past[0] = (bar._past[0][0] - 60, *bar._past[0][1:])
+    bar.update(350_000, loss=0.1234)
+    assert len(bar.line()) > 79 >= len(bar.line(79))
+    assert bar.line().startswith(bar.line(79)) and bar.line(79).endswith(" min to go")
 
 
 @pytest.mark.parametrize(
