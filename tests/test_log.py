@@ -213,6 +213,36 @@ def test_a_restart_is_the_same_wandb_run_and_all_else_one_of_its_own(tmp_path, o
     assert runs[3][0][1]["fd_x"] == 9.0 and runs[3][1]["axis"] == "samples_seen"
 
 
+MIRRORED = """
+import os, signal, sys
+from pathlib import Path
+from ldt import log
+log.configure(0)
+with log.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
+    tracker.log({"samples_seen": 64, "loss": 1.0})
+    for children in list(Path("/proc/self/task").glob("*/children")):
+        for child in children.read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    for seen in range(128, 640, 64):
+        tracker.log({"samples_seen": seen, "loss": 1.0})
+print("trained to the end")
+"""
+
+
+def test_a_mirror_whose_service_is_killed_does_not_end_the_run(tmp_path, offline):
+    """As the kernel does when memory is short. The other mirror has all of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    alone = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # not this process's service
+    command = [sys.executable, "-c", MIRRORED, tmp_path]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120)
+    assert "trained to the end" in done.stdout, done.stderr
+    assert done.stderr.count("Wandb is lost") == 1 and "ldt replay" in done.stderr
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 9
+
+
 def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, capsys):
     """Read back with TensorBoard's own reader; the second start resumes at 128, so what came after it is gone."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
