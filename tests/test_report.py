@@ -222,6 +222,15 @@ def test_several_runs_and_how_they_differ(run_dir: Path, tmp_path: Path) -> None
     assert (tmp_path / "both" / "1_real.png").exists() and not (run_dir / "report.html").exists()
 
 
+def test_scores_that_do_not_compare_are_called_so(run_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    assert "do not compare" not in words_of(page_of(run_dir, other))
+    first = json.loads((other / "evaluations.jsonl").read_text().splitlines()[0])
+    append_jsonl(other / "evaluations.jsonl", first | {"images": 50_000, "reference_hash": "x"})
+    words = words_of(page_of(run_dir, other))
+    assert "best fd_efficientnet_lite0 of the runs do not compare: they differ in images, reference_hash." in words
+
+
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     assert names([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]

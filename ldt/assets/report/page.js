@@ -130,7 +130,7 @@
       if (s.setting && finite.length) {
         const [x, y] = finite.at(-1);
         const anchor = X(x) > (box.left + box.right) / 2 ? "end" : "start";
-        svg("text", { x: X(x), y: Y(y) - 9, "text-anchor": anchor }, g).textContent = s.setting;
+        svg("text", { class: "setting", x: X(x), y: Y(y) - 9, "text-anchor": anchor }, g).textContent = s.setting;
       }
     }
     const cross = svg("line", { class: "cross", y1: box.top, y2: box.bottom, visibility: "hidden" }, root);
