@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(shared_run(tmp_path_factory), root / "first", ignore=MADE_FROM_IT))
     shards = read_manifest(path / "checkpoints" / "000000002000")["config"]["data"]["path"]
     head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1}
-    head["recipe"] |= {"validation_fraction": 0.1, "seed": 0}
+    head["recipe"] |= {"validation_fraction": 0.1, "seed": 0, "number of images": 90}
     head["head_xxh64"] = head_hash(head)
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(json.dumps(head))
@@ -249,6 +249,23 @@ def test_a_grid_is_taken_apart_again() -> None:
     assert [len(row) for row in rows] == [2, 3, 2]
     for label, row in enumerate(rows):
         assert np.array_equal(np.stack(row), image_NHWC[label_N == label])
+
+
+def test_images_that_are_others_now_are_not_searched(run_dir: Path, tmp_path: Path) -> None:
+    """One more shifts which are held out: copies of training images would pass for images never seen."""
+    shards = Path(yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["path"])
+    head = read_head(shards)
+    images = Path(shutil.copytree(head["recipe"]["images.path"], tmp_path / "images"))
+    head["recipe"]["images.path"] = str(images)
+    head["head_xxh64"] = head_hash(head)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(head))
+    config = (run_dir / "config.yaml").read_text().replace(str(shards), str(tmp_path / "shards"))
+    (run_dir / "config.yaml").write_text(config)
+    assert "Nearest training images" in words_of(page_of(run_dir))
+    shutil.copy(images / CLASSES[0] / "0000.png", images / CLASSES[0] / "0000 copy.png")
+    words = words_of(page_of(run_dir))
+    assert "has 91 images now, of the 90 encoded" in words and "Nearest training images" not in words
 
 
 def test_a_model_that_paints_white_alone_is_no_failure(run_dir: Path) -> None:

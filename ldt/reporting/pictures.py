@@ -132,6 +132,9 @@ def open_real(run: History) -> RealImages:
         if "images.path" not in recipe:
             raise Unavailable(f"the data in {path} do not say which images they were encoded from")
         source = open_images(recipe["images.path"])
+        encoded = recipe.get("number of images", len(source))
+        if encoded != len(source):  # which of them were held out is no longer known
+            raise Unavailable(f"{recipe['images.path']} has {len(source)} images now, of the {encoded} encoded")
         split = Split(len(source), float(recipe.get("validation_fraction", 0.0)), int(recipe.get("seed", 0)))
         size, channels = int(head["image_size"]), int(head["image_channels"])
         real = RealImages(source, size, channels, recipe["images.fit"], split, recipe["images.path"])
