@@ -127,7 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     program = importlib.import_module(command.module)
-    arguments = _options_as_keys(command, arguments)
+    arguments = _options_as_keys(name, command, arguments)
     flags = [a for a in arguments if a.startswith("-")]
     for flag in flags:
         if flag not in ("-h", "--help", "--dry-run", "--quiet", "--watch"):
@@ -160,7 +160,7 @@ def _rank() -> int:
     return place().rank
 
 
-def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
+def _options_as_keys(name: str, command: Command, arguments: list[str]) -> list[str]:
     """`--ema-width 0.1` and `--ema-width=0.1` as `ema_width=0.1`, for the options of the command."""
     out: list[str] = []
     words = iter(arguments)
@@ -172,7 +172,7 @@ def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
             continue
         value = value if separator else next(words, "")
         if not value:
-            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: {command.usage}")
+            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: ldt {name} {command.usage}")
         out.append(f"{field}={value}")
     return out
 
