@@ -3,6 +3,7 @@
 All numbers are of the last half minute, so that the line is calm. Log lines go above it.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -44,7 +45,7 @@ class ProgressLine:
             if self._terminal:
                 self.draw()
             else:
-                print(self.line(), file=self._stream, flush=True)
+                self._say(f"{self.line()}\n")
 
     def line(self, width: float = math.inf) -> str:
         """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  12 min to go  loss 1.3540  data wait 2%`.
@@ -68,13 +69,19 @@ class ProgressLine:
 
     def draw(self) -> None:
         """Renew the line on the terminal."""
-        width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
-        self._stream.write(f"\r\x1b[K{self.line(width - 1)[: width - 1]}")
-        self._stream.flush()
+        width = 80
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
+        self._say(f"\r\x1b[K{self.line(width - 1)[: width - 1]}")
 
     def erase(self) -> None:
         """Make room on the terminal for other words."""
-        self._stream.write("\r\x1b[K")
+        self._say("\r\x1b[K")
+
+    def _say(self, words: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone; the work goes on
+            self._stream.write(words)
+            self._stream.flush()
 
     def __enter__(self) -> Self:
         if self._terminal:
@@ -87,7 +94,7 @@ class ProgressLine:
         if self._terminal:
             _shown.remove(self)
             self.draw()
-            self._stream.write("\n")
+            self._say("\n")
 
 
 class Handler(logging.StreamHandler):

@@ -112,6 +112,37 @@ def test_on_a_terminal_one_line_renews_itself_below_the_log():
     assert content.count(b"train  ") < 9
 
 
+LEFT_ALONE = """
+import signal, sys, time
+from pathlib import Path
+from ldt import log
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as for a job that its shell has disowned
+log.configure(0)
+with log.progress(40, "img", "train") as bar:
+    for i in range(40):
+        bar.update(1, loss=1.0)
+        log.get_logger("x").info("word")
+        if i == 0:
+            Path(sys.argv[1]).write_text("begun")
+            sys.stdin.read()
+Path(sys.argv[1]).write_text("trained to the end")
+"""
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_work(tmp_path):
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", LEFT_ALONE, tmp_path / "said"], stdout=follower, stderr=follower, stdin=subprocess.PIPE
+    )
+    os.close(follower)
+    while not (tmp_path / "said").exists() and child.poll() is None:
+        time.sleep(0.05)
+    os.close(leader)
+    child.stdin.close()
+    child.wait()
+    assert (tmp_path / "said").read_text() == "trained to the end"
+
+
 def test_the_time_to_go_is_there_on_eighty_columns():
     bar = progress.ProgressLine(400_000_000, "img", "train", 123_456_789, show=False)
     bar._past[0] = (bar._past[0][0] - 60, *bar._past[0][1:])
