@@ -178,6 +178,14 @@ def test_it_says_what_the_run_is(run_dir: Path, capsys: pytest.CaptureFixture[st
         assert text in words, text
 
 
+def test_a_unet_is_not_told_by_the_transformers_keys(run_dir: Path) -> None:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"] |= {"name": "unet", "unet": {"channels": 40, "multipliers": [1, 2, 2], "blocks": 1}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    words = words_of(page_of(run_dir))
+    assert "unet (channels 40, multipliers [1, 2, 2], blocks a level 1), predicting" in words
+
+
 def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
     charts = {c["id"]: c for c in data_of(page_of(run_dir))["charts"]}
     assert list(charts) == [
