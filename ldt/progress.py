@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 WINDOW = 30.0  # seconds that speeds and losses are averaged over
+SURE = 2.0  # seconds after which a speed tells how long the rest takes: the first piece of work is slow
 RENEW = 0.5  # seconds between two looks of the line on a terminal
 PLAIN = 60.0  # seconds between two lines elsewhere
 
@@ -58,7 +59,7 @@ class ProgressLine:
         parts = [f"{self._what}  {self._done:,} of {self._total:,} {self._unit}"]
         parts[0] += f" ({self._done / self._total:.0%})" if self._total else ""
         parts.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
-        if rate > 0 and self._done < self._total:
+        if rate > 0 and self._done < self._total and seconds >= SURE:
             parts.append(f"{duration((self._total - self._done) / rate)} to go")
         if steps:
             parts.append(f"loss {(now[3] - then[3]) / steps:.4f}")

@@ -71,6 +71,7 @@ def test_nothing_is_drawn_where_nobody_watches(capsys, monkeypatch):
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
     log.configure(rank=0)
     with log.progress(1000, "img", "train", 200) as bar:
+        bar._past[0] = (bar._past[0][0] - 3, *bar._past[0][1:])
         bar.update(100, loss=1.0, waited=0.0)
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(progress, "PLAIN", 0.0)
@@ -91,6 +92,14 @@ with log.progress(4, "img", "train") as bar:
         log.get_logger("x").info("word %d", i)
 print("done")
 """
+
+
+def test_the_first_moments_foretell_nothing():
+    """They were `1 of 9,500 img (0%)  1.9 img/s  1 h 24 min to go` of a second's work."""
+    bar = progress.ProgressLine(9500, "img", "nearest images", show=False)
+    bar._past[0] = (bar._past[0][0] - 0.5, *bar._past[0][1:])
+    bar.update(1)
+    assert "img/s" in bar.line() and "to go" not in bar.line()
 
 
 def test_on_a_terminal_one_line_renews_itself_below_the_log():
