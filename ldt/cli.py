@@ -197,7 +197,7 @@ def _split(name: str, command: Command, words: list[str]) -> tuple[str | None, l
 def _is_setting(word: str, command: Command) -> bool:
     """Whether a word is key=value. A path may hold a = too, as those of a sweep's runs do; a key has no slash."""
     key, separator, _ = word.partition("=")
-    is_path = "/" in key or (command.positional and Path(word).exists())
+    is_path = "/" in key or (command.positional and os.path.exists(word))  # Path.exists raises for long words
     return bool(separator) and not is_path
 
 

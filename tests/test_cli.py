@@ -74,6 +74,10 @@ def test_a_run_may_be_called_anything(tmp_path, capsys, monkeypatch, name):
     assert yaml.safe_load(capsys.readouterr().out)["run_dir"] == name
 
 
+def test_a_setting_may_be_long(capsys):
+    assert cli.main(["sample", "run", f"prompts=[{'a long caption ' * 40}]", "--dry-run"]) == DONE
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(path, capsys):
     folder = path.parent.relative_to(ROOT / "configs")
