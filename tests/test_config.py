@@ -79,6 +79,11 @@ def test_each_mistake_is_one_sentence_that_names_the_key(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_this_machine_starts_no_job_after_another():
+    with pytest.raises(InputError, match="evaluation=after needs a scheduler.*evaluation=watch"):
+        config.load(LaunchConfig, None, ["cluster=local", "evaluation=after"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("a: [", "not readable as YAML"), ("- 1\n- 2", "must hold `key: value` lines"), ("net: 3", "net in ")],
