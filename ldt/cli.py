@@ -1,6 +1,8 @@
 """The `ldt` command: finds the program, its config and its overrides, and turns the outcome into an exit code."""
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any, NamedTuple
 from ldt import __version__, config, log, stop
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.rundir import DONE, FAILED, WRONG_INPUT
+
+INTERRUPTED = 130  # as shells say it
 
 
 class Command(NamedTuple):
@@ -73,7 +77,7 @@ On several processes or nodes the same program runs under any launcher:
 
 Every key of the YAML can be given as key=value; `ldt COMMAND --help` lists a command's keys with their defaults, and
 --dry-run prints the resolved config without doing anything.
-Exit codes: 0 done, 1 failed, 2 wrong config or input, 75 stopped on request after a checkpoint.
+Exit codes: 0 done, 1 failed, 2 wrong config or input, 75 stopped on request after a checkpoint, 130 interrupted.
 """
 
 
@@ -99,6 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"ldt {name}: failed: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print(f"ldt {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return FAILED
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout leads to a program that has ended, as `| head` does; then the rest of our words goes nowhere."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not stdout.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -106,7 +127,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     program = importlib.import_module(command.module)
-    arguments = _options_as_keys(command, arguments)
+    arguments = _options_as_keys(name, command, arguments)
     flags = [a for a in arguments if a.startswith("-")]
     for flag in flags:
         if flag not in ("-h", "--help", "--dry-run", "--quiet", "--watch"):
@@ -118,12 +139,12 @@ def _run(name: str, arguments: list[str]) -> int:
         return DONE
     if not arguments:
         raise InputError(f"it needs to know what; usage: ldt {name} {command.usage}; ldt {name} --help lists the keys")
-    path, overrides = _split(name, command, [a for a in arguments if not a.startswith("-")])
+    path, overrides, given = _split(name, command, [a for a in arguments if not a.startswith("-")])
     if command.reads_run_config and path is None:
-        path = _config_of_run(overrides)
+        path = _config_of_run(overrides, given)
     if "--watch" in flags:
         overrides.append("watch=true")
-    settings = config.load(program.Config, path, overrides)
+    settings = config.load(program.Config, path, overrides, given)
     rank = _rank()
     if "--dry-run" in flags:
         if rank == 0:
@@ -139,7 +160,7 @@ def _rank() -> int:
     return place().rank
 
 
-def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
+def _options_as_keys(name: str, command: Command, arguments: list[str]) -> list[str]:
     """`--ema-width 0.1` and `--ema-width=0.1` as `ema_width=0.1`, for the options of the command."""
     out: list[str] = []
     words = iter(arguments)
@@ -151,39 +172,40 @@ def _options_as_keys(command: Command, arguments: list[str]) -> list[str]:
             continue
         value = value if separator else next(words, "")
         if not value:
-            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: {command.usage}")
+            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: ldt {name} {command.usage}")
         out.append(f"{field}={value}")
     return out
 
 
-def _split(name: str, command: Command, words: list[str]) -> tuple[str | None, list[str]]:
-    """The YAML file, if any, and the overrides, positional arguments among them."""
-    overrides = [w for w in words if "=" in w]
-    files = [w for w in words if "=" not in w and w.endswith((".yaml", ".yml"))]
-    others = [w for w in words if "=" not in w and w not in files]
+def _split(name: str, command: Command, words: list[str]) -> tuple[str | None, list[str], dict[str, Any]]:
+    """The YAML file, if any, the overrides, and the positional arguments by their field."""
+    overrides = [w for w in words if _is_setting(w, command)]
+    files = [w for w in words if w not in overrides and w.endswith((".yaml", ".yml"))]
+    others = [w for w in words if w not in overrides and w not in files]
     if len(files) > 1:
         raise InputError(f"one config at a time, not {' and '.join(files)}")
     if others and not command.positional:
         raise InputError(
             f"argument {others[0]!r} is neither a .yaml file nor key=value; usage: ldt {name} {command.usage}"
         )
-    if others and command.positional == "runs":
-        overrides.insert(0, f"runs=[{','.join(others)}]")
-    elif others:
-        if len(others) > 1:
-            raise InputError(f"one {command.positional} at a time, not {' and '.join(others)}")
-        overrides.insert(0, f"{command.positional}={others[0]}")
-    return (files[0] if files else None), overrides
+    if len(others) > 1 and command.positional != "runs":
+        raise InputError(f"one {command.positional} at a time, not {' and '.join(others)}")
+    values: Any = others if command.positional == "runs" else "".join(others)
+    return (files[0] if files else None), overrides, ({command.positional: values} if others else {})
 
 
-def _config_of_run(overrides: list[str]) -> str | None:
+def _is_setting(word: str, command: Command) -> bool:
+    """Whether a word is key=value. A path may hold a = too, as those of a sweep's runs do; a key has no slash."""
+    key, separator, _ = word.partition("=")
+    is_path = "/" in key or (command.positional and os.path.exists(word))  # Path.exists raises for long words
+    return bool(separator) and not is_path
+
+
+def _config_of_run(overrides: list[str], given: dict[str, Any]) -> str | None:
     """The config.yaml of the run directory among the arguments, or of the one that holds the checkpoint."""
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if key == "run":
-            found = [p for d in (Path(value), *Path(value).parents[:2]) if (p := d / "config.yaml").is_file()]
-            return str(found[0]) if found else None
-    return None
+    run = given.get("run") or next((o.removeprefix("run=") for o in overrides if o.startswith("run=")), "")
+    found = [p for d in (Path(run), *Path(run).parents[:2]) if (p := d / "config.yaml").is_file()] if run else []
+    return str(found[0]) if found else None
 
 
 def _help() -> str:

@@ -6,6 +6,7 @@ nearest match. Loading never changes a value that the user wrote; `__post_init__
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -23,12 +24,18 @@ Schema = TypeVar("Schema")
 MOST_VALUES = 100_000
 
 
-def load(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
-    """The schema filled from a YAML file and then from `key=value` overrides."""
+def load(
+    schema: type[Schema],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+) -> Schema:
+    """The schema filled from a YAML file, then from `key=value` overrides, then with `given` values as they are."""
     merged = OmegaConf.structured(schema)
     if path is not None:
         _update(merged, _read_yaml(Path(path)), schema, str(path))
-    _update(merged, _parse_overrides(overrides), schema, "the command line")
+    _update(merged, _parse_overrides(overrides, schema), schema, "the command line")
+    _update(merged, given or {}, schema, "the command line")
     return _build(merged, schema)
 
 
@@ -41,7 +48,8 @@ def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str
         except OmegaConfBaseException as error:
             raise InputError(_explain(error, key, schema, where)) from None
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:  # of keys like `a[` and ``
-            raise InputError(f"{key} in {where} can't be set to {repr(value)[:60]} ({error}); see --help") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{key} in {where} can't be set to {repr(value)[:60]} ({reason}); see --help") from None
 
 
 def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
@@ -125,13 +133,18 @@ def _size(value: Any) -> int:
     return total
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str], schema: type) -> dict[str, Any]:
+    items = []
     for item in overrides:
-        key, separator, _ = item.partition("=")
+        key, separator, text = item.partition("=")
         if not separator or not key:
             raise InputError(f"argument {item!r} is not of the form key=value")
+        quoted = len(text) > 1 and text[0] in "'\"" and text[0] == text[-1]
+        if not quoted and dict(_types(schema, like=key)).get(key) is str:  # YAML takes 010 for 8 and no for a bool
+            item = f"{key}={json.dumps(text, ensure_ascii=False)}"
+        items.append(item)
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(items))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"arguments {list(overrides)} hold a value that is not YAML: {reason}") from None
@@ -140,7 +153,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) -> str:
-    known = list(_keys(schema, like=key))
+    known = [k for k, _ in _types(schema, like=key)]
     if not key.isprintable():
         return f"unknown key {key!r} in {where}; known keys: {', '.join(k for k in known if '.' not in k)}"
     if key in known:
@@ -156,19 +169,19 @@ def _explain(error: OmegaConfBaseException, key: str, schema: type, where: str) 
     return f"unknown key {key} in {where}; {hint}"
 
 
-def _keys(schema: type, prefix: str = "", like: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, sections included; of sections with names of the user's, the one in `like`."""
+def _types(schema: type, prefix: str = "", like: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a schema, sections included, and its type; of sections named by the user, that in `like`."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         key, factory = prefix + field.name, field.default_factory
-        yield key
+        yield key, hints[field.name]
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
-            yield from _keys(factory, f"{key}.", like)
+            yield from _types(factory, f"{key}.", like)
         named = next((t for t in get_args(hints[field.name]) if dataclasses.is_dataclass(t)), None)
         if isinstance(named, type) and like.startswith(f"{key}."):
             name = like.removeprefix(f"{key}.").partition(".")[0]
-            yield f"{key}.{name}"
-            yield from _keys(named, f"{key}.{name}.", like)
+            yield f"{key}.{name}", named
+            yield from _types(named, f"{key}.{name}.", like)
 
 
 def _check_choices(config: Any, prefix: str = "") -> None:

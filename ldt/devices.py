@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from ldt.errors import InputError
-
 
 @dataclass(frozen=True)
 class Device:
@@ -23,9 +21,3 @@ DEVICES = {
     "l40s": Device(362e12, 183e12, 48e9, 32e9),
 }
 """NVIDIA's data sheets; SXM versions, the L40S on PCIe 4."""
-
-
-def find(name: str) -> Device:
-    if name not in DEVICES:
-        raise InputError(f"device={name} is not known; known are {', '.join(DEVICES)}, or give device_tflops=... too")
-    return DEVICES[name]

@@ -3,9 +3,10 @@
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 from zipfile import BadZipFile
 
 from ldt.errors import InputError
@@ -76,9 +77,9 @@ def natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def real(value: Any) -> bool:
+def real(value: Any) -> TypeGuard[float]:
     """Whether parsed JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1.8e308
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def misfit(value: Any, shape: Any, name: str = "it") -> str:

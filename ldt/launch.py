@@ -5,6 +5,7 @@ training. A value list such as `optimizer.lr=1e-4,2e-4` is a sweep: one run a va
 of its own.
 """
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -66,6 +67,11 @@ class Config:
             )
         if self.cluster == "local" and self.nodes > 1:
             raise InputError(f"cluster=local is this machine: nodes={self.nodes} must be 1; use tasks=")
+        if self.cluster == "local" and self.evaluation == "after":
+            raise InputError(
+                "evaluation=after needs a scheduler that starts one job after another, which cluster=local has not; "
+                "give evaluation=watch, or run ldt evaluate when the training is done"
+            )
 
 
 OWN_KEYS = tuple(f.name for f in fields(Config))
@@ -144,9 +150,12 @@ def submit(arguments: Sequence[str]) -> list[str]:
 def _chain(config: Config, run_dir: str, job_id: str) -> str:
     """Submit the evaluation of a run as a job of its own."""
     executor = _executor(config, config.evaluation_tasks, 1, f"{config.name}-evaluate")
-    if config.evaluation == "after" and config.cluster != "local":
+    if config.evaluation == "after":
         more = {"dependency": f"afterok:{job_id}", **config.slurm}
         executor.update_parameters(slurm_additional_parameters=more)
+    else:
+        with contextlib.suppress(OSError):  # which the training will explain
+            Path(run_dir).mkdir(parents=True, exist_ok=True)  # the evaluation may start before the training
     watch = ["--watch"] if config.evaluation == "watch" else []
     job = _submit(executor, [Evaluate((run_dir, *watch))])[0]
     return f"job {job.job_id}: evaluation of {run_dir} ({run_dir}/evaluations.jsonl)"

@@ -8,7 +8,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -99,15 +99,30 @@ class Tracker(Protocol):
 
 
 class Tracking:
-    """metrics.jsonl's mirrors in Weights & Biases and TensorBoard; none on other ranks than 0. Close it by `with`."""
+    """metrics.jsonl's mirrors in Weights & Biases and TensorBoard; none on other ranks than 0. Close it by `with`.
+
+    A mirror that breaks (its service was killed, its disk is full) is given up with a word; the run goes on.
+    """
 
     def __init__(self, *trackers: Tracker) -> None:
-        self._trackers = trackers
+        self._trackers = list(trackers)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics; call it after the line is in metrics.jsonl."""
-        for tracker in self._trackers:
-            tracker.log(record)
+        for tracker in self._trackers.copy():
+            self._try(tracker, tracker.log, record)
+
+    def _try(self, tracker: Tracker, act: Callable[[Any], None], given: Any) -> None:
+        try:
+            act(given)
+        except Exception as error:
+            self._trackers.remove(tracker)
+            get_logger(__name__).warning(
+                "%s is lost (%s: %s) and left out from here on; ldt replay sends it what metrics.jsonl holds",
+                type(tracker).__name__,
+                type(error).__name__,
+                error,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -115,8 +130,8 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._trackers:
-            tracker.close(failed=error is not None)
+        for tracker in self._trackers.copy():
+            self._try(tracker, tracker.close, error is not None)
 
 
 def track(run_dir: Path, config: dict[str, Any], rank: int, resumed_at: int = 0) -> Tracking:

@@ -25,6 +25,7 @@ from ldt.log import get_logger
 
 logger = get_logger(__name__)
 
+OWNER = "owner.json"
 BEAT = 10.0
 SILENCE = 30.0
 
@@ -47,7 +48,7 @@ class Owner:
 @contextmanager
 def owned(run_dir: Path, world: World) -> Iterator[Owner]:
     """Own the run directory for the length of the block, all ranks together; `InputError` if another job does."""
-    file, token, problem = run_dir / "owner.json", "", ""
+    file, token, problem = run_dir / OWNER, "", ""
     if world.rank == 0:
         try:
             token = _take(file)

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
-from ldt import devices, ema, memory, train_config
+from ldt import ema, memory, train_config
 from ldt.data.loader import Share
 from ldt.data.shards import Manifest
+from ldt.data.shards.manifest import HEAD
+from ldt.devices import DEVICES
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
 from ldt.nn.condition import TextShape
 from ldt.nn.sizes import flops
 from ldt.options import choice
+from ldt.progress import counted
 
 EFFICIENCY = 0.4
 """Of the data sheet's matrix products that a well-tuned training step makes use of."""
@@ -38,7 +41,7 @@ class Config(train_config.Config):
 
     nodes: int = 1
     gpus: int = 8
-    device: str = choice(*["h100", *(d for d in devices.DEVICES if d != "h100")])
+    device: str = choice(*["h100", *(d for d in DEVICES if d != "h100")])
     device_tflops: float = 0.0
     device_memory_gb: float = 0.0
     network_gb: float = 50.0
@@ -53,10 +56,13 @@ class Config(train_config.Config):
             if getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be at least 1")
         for key in ("network_gb", "disk_gb"):
-            if getattr(self, key) <= 0:
-                raise InputError(f"{key}={getattr(self, key)} must be positive")
+            if not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"{key}={getattr(self, key)} must be a number above 0")
+        for key in ("device_tflops", "device_memory_gb", "price"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise InputError(f"{key}={getattr(self, key)} must be a number from 0")
         sizes = self.latent.split("x")
-        if len(sizes) != 3 or not all(s.isdigit() and int(s) for s in sizes):
+        if len(sizes) != 3 or not all(s.isdecimal() and int(s) for s in sizes):
             raise InputError(f"latent={self.latent} must be channels, height and width, such as 4x32x32")
 
 
@@ -65,6 +71,7 @@ class Model:
     """What the plan must know of the denoiser and of the data."""
 
     parameters: int
+    data: str  # what is known of them, in words
     flops: int  # of one image, forward
     activations: memory.Activations
     sample_bytes: int  # of its latent in the shards
@@ -101,23 +108,25 @@ def run(config: Config) -> int:
 
 def measure(config: Config) -> Model:
     """Build the denoiser without weights, and count."""
-    shape, classes, text = data_shape(config)
+    shape, classes, text, known_from = data_shape(config)
     with torch.device("meta"):
         parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision)
     elements = shape[0] * shape[1] * shape[2]
-    return Model(parameters, flops(config.model, shape, text), kept, 2 * 2 * elements)  # mean and deviation in fp16
+    data = f"latents {'x'.join(map(str, shape))} in {counted(classes, 'class', 'classes')} ({known_from})"
+    # a sample is the mean and the deviation in fp16
+    return Model(parameters, data, flops(config.model, shape, text), kept, 2 * 2 * elements)
 
 
-def data_shape(config: Config) -> tuple[tuple[int, int, int], int, TextShape | None]:
-    """Latent shape, classes and captions: of the data if they are there, else as the config says."""
-    path = Path(config.data.path or next(source.path for source in config.data.sources.values()))  # they are alike
-    if (path / "manifest.json").exists():
+def data_shape(config: Config) -> tuple[tuple[int, int, int], int, TextShape | None, str]:
+    """Latent shape, classes and captions: of the data if they are there, else as the config says; and which it was."""
+    path = config.data.path or next(source.path for source in config.data.sources.values())  # they are alike
+    if (Path(path) / HEAD).exists():
         manifest = Manifest.load(path)
-        return manifest.latent_shape, len(manifest.classes), manifest.text_shape
+        return manifest.latent_shape, len(manifest.classes), manifest.text_shape, f"as in {path}"
     channels, height, width = map(int, config.latent.split("x"))
     text = TextShape(256, vocabulary=257) if config.model.told_text else None
-    return (channels, height, width), config.classes, text
+    return (channels, height, width), config.classes, text, f"by latent= and classes=: {path} is not here"
 
 
 def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
@@ -132,7 +141,7 @@ def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
     again = recomputed / model.activations.blocks  # a forward pass more
     compute = (3 + again) * model.flops * share.rows / (EFFICIENCY * peak(config))
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
-    link = config.network_gb * 1e9 if nodes > 1 else devices.find(config.device).link
+    link = config.network_gb * 1e9 if nodes > 1 else DEVICES[config.device].link
     return Placement(nodes, ranks, stage, share, recomputed, state, need, compute, traffic, traffic / link)
 
 
@@ -163,12 +172,12 @@ def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon:
 
 def peak(config: Config) -> float:
     """Matrix products a second of one GPU in the run's precision."""
-    sheet = devices.find(config.device)
+    sheet = DEVICES[config.device]
     return 1e12 * config.device_tflops or (sheet.bf16 if config.engine.precision == "bf16" else sheet.tf32)
 
 
 def memory_of(config: Config) -> float:
-    return 1e9 * config.device_memory_gb or devices.find(config.device).memory
+    return 1e9 * config.device_memory_gb or DEVICES[config.device].memory
 
 
 def report(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
@@ -195,7 +204,7 @@ def report(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
         f"{peak(config) / 1e12:.0f} TFLOP/s), {chosen.communication:.3f} communication, not overlapped"
     )
     yield f"speed          {rate:,.0f} images/s, {rate / chosen.ranks:.1f} a GPU"
-    yield f"data           {rate / chosen.nodes * model.sample_bytes / 1e6:.1f} MB/s a node"
+    yield f"data           {model.data}, {rate / chosen.nodes * model.sample_bytes / 1e6:.1f} MB/s a node"
     yield (
         f"checkpoint     {save / 1e9:.1f} GB, written in {save / 1e9 / config.disk_gb:.1f} s behind the training"
         + (f", every {config.checkpoint.every_samples / rate / 60:.0f} min" if config.checkpoint.every_samples else "")
@@ -243,7 +252,7 @@ def fits(config: Config, at: Placement) -> bool:
 
 def recommendation(config: Config, model: Model) -> str:
     """The fastest stage that fits, and the most nodes that still work at 80 % of one node's speed a GPU."""
-    options = [1 << k for k in range(11) if (1 << k) * config.gpus <= config.train.global_batch]
+    options = [1 << k for k in range(11) if k == 0 or (1 << k) * config.gpus <= config.train.global_batch]
     good: list[Placement] = []
     for nodes in options:
         fitting = [at for stage in stages(config) if fits(config, at := place(config, model, nodes, stage))]

@@ -3,7 +3,9 @@
 All numbers are of the last half minute, so that the line is calm. Log lines go above it.
 """
 
+import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -12,6 +14,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 WINDOW = 30.0  # seconds that speeds and losses are averaged over
+SURE = 2.0  # seconds after which a speed tells how long the rest takes: the first piece of work is slow
 RENEW = 0.5  # seconds between two looks of the line on a terminal
 PLAIN = 60.0  # seconds between two lines elsewhere
 
@@ -43,32 +46,43 @@ class ProgressLine:
             if self._terminal:
                 self.draw()
             else:
-                print(self.line(), file=self._stream, flush=True)
+                self._say(f"{self.line()}\n")
 
-    def line(self) -> str:
-        """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  loss 1.354  data wait 2%  12 min to go`."""
+    def line(self, width: float = math.inf) -> str:
+        """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  12 min to go  loss 1.3540  data wait 2%`.
+
+        What does not fit into `width` characters is left out from the end.
+        """
         then, now = self._past[0], self._past[-1]
         seconds, steps = max(now[0] - then[0], 1e-9), now[4] - then[4]
         rate = (now[1] - then[1]) / seconds
         parts = [f"{self._what}  {self._done:,} of {self._total:,} {self._unit}"]
         parts[0] += f" ({self._done / self._total:.0%})" if self._total else ""
         parts.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
+        if rate > 0 and self._done < self._total and seconds >= SURE:
+            parts.append(f"{duration((self._total - self._done) / rate)} to go")
         if steps:
             parts.append(f"loss {(now[3] - then[3]) / steps:.4f}")
             parts.append(f"data wait {(now[2] - then[2]) / seconds:.0%}")
-        if rate > 0 and self._done < self._total:
-            parts.append(f"{duration((self._total - self._done) / rate)} to go")
+        while len("  ".join(parts)) > width and len(parts) > 1:
+            parts.pop()
         return "  ".join(parts)
 
     def draw(self) -> None:
         """Renew the line on the terminal."""
-        width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
-        self._stream.write(f"\r\x1b[K{self.line()[: width - 1]}")
-        self._stream.flush()
+        width = 80
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0 where it is not known
+        self._say(f"\r\x1b[K{self.line(width - 1)[: width - 1]}")
 
     def erase(self) -> None:
         """Make room on the terminal for other words."""
-        self._stream.write("\r\x1b[K")
+        self._say("\r\x1b[K")
+
+    def _say(self, words: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone; the work goes on
+            self._stream.write(words)
+            self._stream.flush()
 
     def __enter__(self) -> Self:
         if self._terminal:
@@ -81,7 +95,7 @@ class ProgressLine:
         if self._terminal:
             _shown.remove(self)
             self.draw()
-            self._stream.write("\n")
+            self._say("\n")
 
 
 class Handler(logging.StreamHandler):

@@ -36,8 +36,12 @@ def run(config: Config) -> int:
         tracker: log.Tracker = log.TensorBoard(where)
     else:
         tracker = log.Wandb(run_dir, to_dict(config), "replay")
-    with log.Tracking(tracker) as tracking:
+    failed = True
+    try:
         for line in lines:
-            tracking.log(line)
+            tracker.log(line)
+        failed = False
+    finally:
+        tracker.close(failed)
     print(f"{len(lines)} lines replayed to {config.to}: {where}")
     return 0

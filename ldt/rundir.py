@@ -23,8 +23,8 @@ from typing import Any
 from ldt import __version__
 from ldt.config import flatten
 from ldt.errors import InputError
-from ldt.files import parse_json
-from ldt.log import append_jsonl, read_jsonl
+from ldt.files import parse_json, write_atomic
+from ldt.log import read_jsonl
 from ldt.progress import counted
 
 PLACEMENT = (
@@ -88,13 +88,14 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
     """Make the directory and record what this attempt is; returns its number, from 0."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config_yaml)
-        attempt = sum(1 for _ in read_jsonl(run_dir / "environment.jsonl"))
-        append_jsonl(run_dir / "environment.jsonl", environment(world_size))
+        write_atomic(run_dir / "config.yaml", config_yaml.encode())  # `ldt evaluate` may be reading it
+        attempts = [*read_jsonl(run_dir / "environment.jsonl"), environment(world_size)]
+        lines = "".join(json.dumps(a, separators=(",", ":")) + "\n" for a in attempts)
+        write_atomic(run_dir / "environment.jsonl", lines.encode())  # a torn last line must not swallow the next one
         (run_dir / "source.diff").write_text(without_secrets(_git("diff", "HEAD") or ""))
     except OSError as error:
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
-    return attempt
+    return len(attempts) - 1
 
 
 def begin(run_dir: Path) -> None:
@@ -162,7 +163,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "git": _git("describe", "--always", "--dirty", "--abbrev=40"),
+        "git": _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),  # the commit, not a tag
     }
 
 
@@ -175,10 +176,16 @@ def without_secrets(text: str) -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the source tree; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    """What git says of the source tree; None for an installed package, also in somebody's repository."""
+    here, said = Path(__file__), ""
+    for command in (["ls-files", "--error-unmatch", here.name], words):
+        try:  # a diff may show text that is no UTF-8
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *command], capture_output=True, errors="replace", timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        said = done.stdout.strip()
+    return said or None

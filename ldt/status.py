@@ -15,11 +15,13 @@ from ldt.errors import InputError
 from ldt.files import misfit, natural, real
 from ldt.log import read_jsonl
 from ldt.options import required
+from ldt.owner import OWNER
 from ldt.progress import counted, duration
 
 _ATTEMPT = {"time": real, "host": str, "world_size": natural}
 _STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
 QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
+GONE = 180.0  # seconds; so is one whose owner has not touched its file for so long, which it does every few seconds
 
 
 @dataclass
@@ -78,6 +80,12 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
                 facts["message"] = "it says it runs, but has logged nothing for long: look at its job and at stalls/"
             elif total and rate > 0:
                 facts["to_go"] = duration((total - seen) / rate)
+    if facts["state"] == rundir.RUNNING and now - max(_touched(run_dir / OWNER), newest["time"]) > GONE:
+        facts |= {
+            "state": "silent",
+            "message": "it says it runs, but its process is gone: look at its job",
+            "to_go": "",
+        }
     whole = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
     if whole:
         age = now - (whole[-1] / MANIFEST).stat().st_mtime
@@ -94,6 +102,13 @@ def _total_samples(run_dir: Path) -> int:
         if key == "total_samples" and value.isdecimal():
             return int(value)
     return 0
+
+
+def _touched(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _ago(seconds: float) -> str:

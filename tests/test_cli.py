@@ -1,6 +1,7 @@
 """The ldt command: help that teaches, arguments, exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,6 +59,25 @@ def test_evaluation_starts_from_the_config_of_its_run(tmp_path, capsys, monkeypa
     assert (shown["evaluate"]["images"], shown["evaluate"]["steps"]) == (123, 9)
 
 
+@pytest.mark.parametrize("name", ["runs/optimizer.lr=1e-3,model={width: 48}", "optimizer.lr=1e-3", "010", "no"])
+def test_a_run_may_be_called_anything(tmp_path, capsys, monkeypatch, name):
+    """A sweep's runs are called after their keys, and what YAML takes for a number or a bool is a name all the same."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    (Path(name) / "config.yaml").write_text("evaluate: {steps: 7}\n")
+    for command in ("evaluate", "sample", "status", "report", "inspect"):
+        assert cli.main([command, name, "--dry-run"]) == DONE
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert name in (shown.get("run"), shown.get("path"), *shown.get("runs", [])), command
+        assert command != "evaluate" or shown["evaluate"]["steps"] == 7
+    assert cli.main(["train", f"run_dir={name}", "data.path=y", "--dry-run"]) == DONE
+    assert yaml.safe_load(capsys.readouterr().out)["run_dir"] == name
+
+
+def test_a_setting_may_be_long(capsys):
+    assert cli.main(["sample", "run", f"prompts=[{'a long caption ' * 40}]", "--dry-run"]) == DONE
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(path, capsys):
     folder = path.parent.relative_to(ROOT / "configs")
@@ -78,6 +98,7 @@ def test_every_shipped_config_loads(path, capsys):
         (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train", "a.yaml", "b.yaml"], "one config at a time"),
         (["train", "stray"], "'stray' is neither a .yaml file nor key=value"),
+        (["train", "runs/lr=1"], "'runs/lr=1' is neither a .yaml file nor key=value"),
         (["train", "run_dir=x"], "data.path is not set"),
         (["train", "run_dir=x", "data.path=y", "model.width=7"], "model.heads=6 does not divide model.width=7"),
         (["evaluate", "a", "b"], "one run at a time"),
@@ -139,6 +160,17 @@ def test_a_lost_rank_is_a_sentence_of_those_that_are_left(data, tmp_path):
     assert ranks[0].returncode == 1, error
     assert "ldt train: failed: another rank is gone" in error and "Traceback" not in error
     assert "another rank is gone" in json.loads((run_dir / "outcome.json").read_text())["message"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`ldt train --help | head -1`: more than a pipe's buffer of text, and nobody there."""
+    code = "import sys; from ldt.cli import main; sys.stdout.reconfigure(line_buffering=True); sys.exit(main())"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code, "train", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_what_befalls_a_run_is_a_sentence_and_our_mistakes_are_not():

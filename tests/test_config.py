@@ -47,6 +47,14 @@ def test_saved_config_loads_again_unchanged(tmp_path):
     assert config.from_dict(Schema, config.to_dict(original)) == original
 
 
+@pytest.mark.parametrize("text", ["010", "000000006400", "1e3", "no", "1_000", "2026-11-23", "a: b", "[", "ü\\"])
+def test_a_text_is_taken_as_it_was_written(text):
+    """`evaluate.checkpoint=000000006400` is the name of a directory, not the octal number 3328."""
+    assert config.load(Schema, None, [f"run_dir={text}", "net.width=010"]).run_dir == text
+    assert config.load(Schema, None, [f"run_dir='{text}'"]).run_dir == text
+    assert config.load(Schema, None, ["run_dir=x"], {"run_dir": f"[{text}: ="}).run_dir == f"[{text}: ="
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -61,7 +69,7 @@ def test_saved_config_loads_again_unchanged(tmp_path):
         (["run_dir=a", "net=3"], "net in the command line"),
         (["run_dir=a", "betas=[1]"], "betas in the command line"),
         (["run_dir"], "'run_dir' is not of the form key=value"),
-        (["run_dir=[", "flag=true"], "not YAML"),
+        (["run_dir=x", "betas=["], "not YAML"),
     ],
 )
 def test_each_mistake_is_one_sentence_that_names_the_key(overrides, message):
@@ -69,6 +77,11 @@ def test_each_mistake_is_one_sentence_that_names_the_key(overrides, message):
         config.load(Schema, None, overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_this_machine_starts_no_job_after_another():
+    with pytest.raises(InputError, match="evaluation=after needs a scheduler.*evaluation=watch"):
+        config.load(LaunchConfig, None, ["cluster=local", "evaluation=after"])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +98,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 SCHEMAS = (TrainConfig, EncodeConfig, EvaluateConfig, SampleConfig, ReportConfig, LaunchConfig)
-KEYS = [key for schema in SCHEMAS for key in config._keys(schema)]
+KEYS = [key for schema in SCHEMAS for key, _ in config._types(schema)]
 keys = st.sampled_from(KEYS) | st.text(max_size=5)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=3)

@@ -71,12 +71,13 @@ def test_nothing_is_drawn_where_nobody_watches(capsys, monkeypatch):
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypatch):
     log.configure(rank=0)
     with log.progress(1000, "img", "train", 200) as bar:
+        bar._past[0] = (bar._past[0][0] - 3, *bar._past[0][1:])
         bar.update(100, loss=1.0, waited=0.0)
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(progress, "PLAIN", 0.0)
         bar.update(100, loss=2.0, waited=0.0)
     line = capsys.readouterr().err
-    pattern = r"train  400 of 1,000 img \(40%\)  [\d,]+ img/s  loss 1\.5000  data wait 0%  \d+ s to go\n"
+    pattern = r"train  400 of 1,000 img \(40%\)  [\d,]+ img/s  \d+ s to go  loss 1\.5000  data wait 0%\n"
     assert re.fullmatch(pattern, line), line
 
 
@@ -93,6 +94,14 @@ print("done")
 """
 
 
+def test_the_first_moments_foretell_nothing():
+    """They were `1 of 9,500 img (0%)  1.9 img/s  1 h 24 min to go` of a second's work."""
+    bar = progress.ProgressLine(9500, "img", "nearest images", show=False)
+    bar._past[0] = (bar._past[0][0] - 0.5, *bar._past[0][1:])
+    bar.update(1)
+    assert "img/s" in bar.line() and "to go" not in bar.line()
+
+
 def test_on_a_terminal_one_line_renews_itself_below_the_log():
     """In a real pseudo-terminal of 40 columns, read as its screen would be."""
     leader, follower = pty.openpty()
@@ -107,9 +116,48 @@ def test_on_a_terminal_one_line_renews_itself_below_the_log():
     assert child.wait() == 0
     screen = [line.split("\r")[-1].rpartition("\x1b[K")[2] for line in content.decode().split("\r\n")]
     assert screen[:4] == [f"word {i}" for i in range(4)]
-    assert screen[4].startswith("train  4 of 4 img (100%)  ") and len(screen[4]) <= 39
+    assert re.fullmatch(r"train  4 of 4 img \(100%\)  [\d.]+ img/s", screen[4]), "whole words, the first of them"
     assert screen[5:] == ["done", ""]
     assert content.count(b"train  ") < 9
+
+
+LEFT_ALONE = """
+import signal, sys, time
+from pathlib import Path
+from ldt import log
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as for a job that its shell has disowned
+log.configure(0)
+with log.progress(40, "img", "train") as bar:
+    for i in range(40):
+        bar.update(1, loss=1.0)
+        log.get_logger("x").info("word")
+        if i == 0:
+            Path(sys.argv[1]).write_text("begun")
+            sys.stdin.read()
+Path(sys.argv[1]).write_text("trained to the end")
+"""
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_work(tmp_path):
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", LEFT_ALONE, tmp_path / "said"], stdout=follower, stderr=follower, stdin=subprocess.PIPE
+    )
+    os.close(follower)
+    while not (tmp_path / "said").exists() and child.poll() is None:
+        time.sleep(0.05)
+    os.close(leader)
+    child.stdin.close()
+    child.wait()
+    assert (tmp_path / "said").read_text() == "trained to the end"
+
+
+def test_the_time_to_go_is_there_on_eighty_columns():
+    bar = progress.ProgressLine(400_000_000, "img", "train", 123_456_789, show=False)
+    bar._past[0] = (bar._past[0][0] - 60, *bar._past[0][1:])
+    bar.update(350_000, loss=0.1234)
+    assert len(bar.line()) > 79 >= len(bar.line(79))
+    assert bar.line().startswith(bar.line(79)) and bar.line(79).endswith(" min to go")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +251,36 @@ def test_a_restart_is_the_same_wandb_run_and_all_else_one_of_its_own(tmp_path, o
     assert len({run["group"] for _, run in runs}) == 1
     assert [h["samples_seen"] for h in runs[3][0]] == [64, 100, 128]
     assert runs[3][0][1]["fd_x"] == 9.0 and runs[3][1]["axis"] == "samples_seen"
+
+
+MIRRORED = """
+import os, signal, sys
+from pathlib import Path
+from ldt import log
+log.configure(0)
+with log.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
+    tracker.log({"samples_seen": 64, "loss": 1.0})
+    for children in list(Path("/proc/self/task").glob("*/children")):
+        for child in children.read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    for seen in range(128, 640, 64):
+        tracker.log({"samples_seen": seen, "loss": 1.0})
+print("trained to the end")
+"""
+
+
+def test_a_mirror_whose_service_is_killed_does_not_end_the_run(tmp_path, offline):
+    """As the kernel does when memory is short. The other mirror has all of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    alone = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # not this process's service
+    command = [sys.executable, "-c", MIRRORED, tmp_path]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120)
+    assert "trained to the end" in done.stdout, done.stderr
+    assert done.stderr.count("Wandb is lost") == 1 and "ldt replay" in done.stderr
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 9
 
 
 def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, capsys):

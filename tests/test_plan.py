@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import pytest
+from shard_data import write_shards
 
 from ldt import plan
 from ldt.cli import main
@@ -110,8 +111,24 @@ def test_it_recommends_a_stage_that_fits_and_no_idle_nodes():
     assert plan.recommendation(fast, model).startswith("engine.zero_stage=2 train.micro_batch=32, up to 8 nodes")
     slow, _, _ = planned(XL2, "train.global_batch=2048", "train.micro_batch=auto", "network_gb=20")
     assert "1 node of" in plan.recommendation(slow, model)
+    few, model, _ = planned(XL2, "train.global_batch=4")
+    assert plan.recommendation(few, model).startswith("engine.zero_stage=2 train.micro_batch=1, 1 node of 8 GPUs")
     tiny, model, _ = planned(XL2, "device_memory_gb=1", "train.micro_batch=1")
     assert plan.recommendation(tiny, model).startswith("nothing fits")
+
+
+def test_it_says_whose_shape_it_took(tmp_path, capsys):
+    write_shards(tmp_path / "data", [30])
+    for path, latent, words in (
+        (tmp_path / "data", "4x32x32", f"latents 4x2x2 in 3 classes (as in {tmp_path}/data)"),
+        (
+            tmp_path / "no",
+            "4x8x8",
+            f"latents 4x8x8 in 1,000 classes (by latent= and classes=: {tmp_path}/no is not here)",
+        ),
+    ):
+        assert main(["plan", f"data.path={path}", "run_dir=x", f"latent={latent}"]) == 0
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,12 @@ def test_it_recommends_a_stage_that_fits_and_no_idle_nodes():
         ("nodes=0", "nodes=0 must be at least 1"),
         ("device=h1000", "device=h1000 is not one of h100, .* did you mean h100"),
         ("latent=4x32", "latent=4x32 must be channels, height and width"),
-        ("disk_gb=0", "disk_gb=0.0 must be positive"),
+        ("latent=4x²x32", "latent=4x²x32 must be channels, height and width"),
+        ("disk_gb=0", "disk_gb=0.0 must be a number above 0"),
+        ("network_gb=.nan", "network_gb=nan must be a number above 0"),
+        ("device_tflops=-5", "device_tflops=-5.0 must be a number from 0"),
+        ("device_memory_gb=-1", "device_memory_gb=-1.0 must be a number from 0"),
+        ("price=-2", "price=-2.0 must be a number from 0"),
         ("latent=4x31x31", "model.patch=2 does not divide the latent size 31x31"),
     ],
 )

@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(shutil.copytree(shared_run(tmp_path_factory), root / "first", ignore=MADE_FROM_IT))
     shards = read_manifest(path / "checkpoints" / "000000002000")["config"]["data"]["path"]
     head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1}
-    head["recipe"] |= {"validation_fraction": 0.1, "seed": 0}
+    head["recipe"] |= {"validation_fraction": 0.1, "seed": 0, "number of images": 90}
     head["head_xxh64"] = head_hash(head)
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(json.dumps(head))
@@ -178,6 +178,14 @@ def test_it_says_what_the_run_is(run_dir: Path, capsys: pytest.CaptureFixture[st
         assert text in words, text
 
 
+def test_a_unet_is_not_told_by_the_transformers_keys(run_dir: Path) -> None:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"] |= {"name": "unet", "unet": {"channels": 40, "multipliers": [1, 2, 2], "blocks": 1}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    words = words_of(page_of(run_dir))
+    assert "unet (channels 40, multipliers [1, 2, 2], blocks a level 1), predicting" in words
+
+
 def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
     charts = {c["id"]: c for c in data_of(page_of(run_dir))["charts"]}
     assert list(charts) == [
@@ -222,6 +230,15 @@ def test_several_runs_and_how_they_differ(run_dir: Path, tmp_path: Path) -> None
     assert (tmp_path / "both" / "1_real.png").exists() and not (run_dir / "report.html").exists()
 
 
+def test_scores_that_do_not_compare_are_called_so(run_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    assert "do not compare" not in words_of(page_of(run_dir, other))
+    first = json.loads((other / "evaluations.jsonl").read_text().splitlines()[0])
+    append_jsonl(other / "evaluations.jsonl", first | {"images": 50_000, "reference_hash": "x"})
+    words = words_of(page_of(run_dir, other))
+    assert "best fd_efficientnet_lite0 of the runs do not compare: they differ in images, reference_hash." in words
+
+
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     assert names([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]
@@ -240,6 +257,34 @@ def test_a_grid_is_taken_apart_again() -> None:
     assert [len(row) for row in rows] == [2, 3, 2]
     for label, row in enumerate(rows):
         assert np.array_equal(np.stack(row), image_NHWC[label_N == label])
+
+
+def test_images_that_are_others_now_are_not_searched(run_dir: Path, tmp_path: Path) -> None:
+    """One more shifts which are held out: copies of training images would pass for images never seen."""
+    shards = Path(yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["path"])
+    head = read_head(shards)
+    images = Path(shutil.copytree(head["recipe"]["images.path"], tmp_path / "images"))
+    head["recipe"]["images.path"] = str(images)
+    head["head_xxh64"] = head_hash(head)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(head))
+    config = (run_dir / "config.yaml").read_text().replace(str(shards), str(tmp_path / "shards"))
+    (run_dir / "config.yaml").write_text(config)
+    assert "Nearest training images" in words_of(page_of(run_dir))
+    shutil.copy(images / CLASSES[0] / "0000.png", images / CLASSES[0] / "0000 copy.png")
+    words = words_of(page_of(run_dir))
+    assert "has 91 images now, of the 90 encoded" in words and "Nearest training images" not in words
+
+
+def test_a_model_that_paints_white_alone_is_no_failure(run_dir: Path) -> None:
+    with Image.open(run_dir / "samples" / "000000002000.png") as grid:
+        white = Image.new("L", grid.size, 255)
+    write_picture(run_dir / "samples" / "000000002000.png", white)
+    assert "the newest sample grid has rows of nothing but white" in words_of(page_of(run_dir))
+    image_NHWC = np.zeros((6, 8, 8, 1), np.uint8)
+    image_NHWC[0] = 255
+    rows = split_grid(class_grid(image_NHWC, np.array([0, 0, 0, 1, 1, 1])), 8)
+    assert [len(row) for row in rows] == [3, 3], "a white image among others is an image"
 
 
 def test_real_images_stand_in_the_row_of_their_class(run_dir: Path) -> None:
@@ -352,6 +397,23 @@ def test_broken_files_are_said_and_left_out(run_dir: Path) -> None:
     assert data_of(page)["charts"][1]["series"][0]["y"][-1] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", "[" * 200_000),
+        ("metrics.jsonl", '{"samples_seen": 2100, "loss": 1' + "0" * 400 + "}"),
+        ("config.yaml", "data: {sources: null}"),
+        ("config.yaml", "data: {sources: {a: 3}}"),
+        ("config.yaml", "a: " + "[" * 5000),
+    ],
+    ids=["deep log", "long number", "no sources", "odd sources", "deep config"],
+)
+def test_a_strange_file_does_not_stop_it(run_dir: Path, name: str, line: str) -> None:
+    before = (run_dir / name).read_text() if name.endswith("jsonl") else ""
+    (run_dir / name).write_text(before + line + "\n")
+    page_of(run_dir)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, text in (
@@ -421,7 +483,7 @@ def test_axis_legend_and_pointer(run_dir: Path, tmp_path: Path, browser: Browser
     before = browser.evaluate(paths)
     assert len(before) == 4 and "2K" in browser.evaluate(ticks)
     browser.evaluate("document.querySelector('[data-axis=hours]').click()")
-    assert browser.evaluate(paths) != before and " h" in browser.evaluate(ticks)
+    assert browser.evaluate(paths) != before and "10 min" in browser.evaluate(ticks), "of a run of 20 minutes"
     browser.evaluate("document.querySelector('.legend [data-run=\"1\"]').click()")
     assert len(browser.evaluate(paths)) == 2
     assert browser.evaluate("document.querySelectorAll('[data-chart=\"1\"] .flag').length") == 1
@@ -432,6 +494,42 @@ def test_axis_legend_and_pointer(run_dir: Path, tmp_path: Path, browser: Browser
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
     assert "0.5" in browser.evaluate("document.querySelector('[data-chart=\"2\"] .tip').textContent")
     assert browser.problems == []
+
+
+def flags(browser: Browser) -> list[int]:
+    return browser.evaluate("[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.flag').length)")
+
+
+def test_restarts_stand_where_they_belong_or_not_at_all(run_dir: Path, tmp_path: Path, browser: Browser) -> None:
+    """Neither beyond the end of a chart, nor at 0 where a run's compute is not known, nor of a run that is hidden."""
+    other = Path(shutil.copytree(run_dir, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints")))
+    first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
+    (run_dir / "evaluations.jsonl").write_text(json.dumps(first | {"samples_seen": 500}) + "\n")
+    (other / "evaluations.jsonl").unlink()
+    page_of(run_dir, other)
+    browser.open(run_dir / "report.html")
+    assert flags(browser) == [0, 2, 2, 2, 2, 2], "the only score lies before the restart"
+    browser.evaluate("document.querySelector('[data-axis=compute]').click()")
+    assert flags(browser) == [0, 1, 1, 1, 1, 1], "one run has no checkpoint"
+    browser.evaluate("document.querySelector('[data-axis=samples]').click()")
+    browser.evaluate("document.querySelector('.legend [data-run=\"0\"]').click()")
+    browser.evaluate("document.querySelector('[data-chart=\"2\"]').scrollIntoView()")
+    x, y = browser.evaluate(
+        "(b => [b.x, b.y + 30])(document.querySelector('[data-chart=\"2\"] .restart').getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tip = browser.evaluate("document.querySelector('[data-chart=\"2\"] .tip').textContent")
+    assert tip.count("restart: ") == 1 and "other: attempt 1" in tip
+    assert browser.problems == []
+
+
+def test_a_single_score_has_a_scale_of_its_own_size(run_dir: Path, browser: Browser) -> None:
+    first = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[0])
+    (run_dir / "evaluations.jsonl").write_text(json.dumps(first | {"kid": 0.0042}) + "\n")
+    page_of(run_dir)
+    browser.open(run_dir / "report.html")
+    labels = browser.evaluate("[...document.querySelectorAll('[data-chart=\"1\"] svg text')].map(t => t.textContent)")
+    assert "0.0042" in labels and "-0.50" not in labels
 
 
 def test_a_hostile_run_stays_text(run_dir: Path, browser: Browser) -> None:

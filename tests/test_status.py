@@ -30,6 +30,8 @@ def run_dir(tmp_path):
     (path / "checkpoints" / "000000006400" / "manifest.json").touch()
     os.utime(path / "checkpoints" / "000000006400" / "manifest.json", (NOW - 300, NOW - 300))
     rundir.begin(path)
+    (path / "owner.json").touch()
+    os.utime(path / "owner.json", (NOW, NOW))
     return path
 
 
@@ -47,6 +49,15 @@ def test_a_silent_run_is_called_so(run_dir, capsys):
     assert facts["state"] == "silent" and facts["last_step"] == "3 d 0 h ago"
     assert main(["status", str(run_dir)]) == int(time.time() > NOW + 600)
     assert "samples seen" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_called_silent_before_its_first_line_too(run_dir):
+    (run_dir / "metrics.jsonl").unlink()
+    assert read_status(run_dir, NOW + 60)["state"] == "running", "a long start"
+    facts = read_status(run_dir, NOW + 240)
+    assert facts["state"] == "silent" and "its process is gone" in facts["message"]
+    (run_dir / "owner.json").unlink()
+    assert read_status(run_dir, NOW + 60)["state"] == "silent"
 
 
 def test_ended_runs(run_dir, capsys):

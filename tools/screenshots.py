@@ -6,6 +6,7 @@ writes NAME-desktop.png, NAME-dark.png and NAME-phone.png, NAME being the page's
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -29,10 +30,16 @@ def main() -> int:
     if not arguments.page.is_file():
         parser.error(f"{arguments.page} does not exist; make it with ldt report RUN")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with Browser() as browser:
+    try:
+        browser = Browser()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    with browser:
         for view in arguments.views:
             output = arguments.output / f"{arguments.page.stem}-{view}.png"
             browser.open(arguments.page, **VIEWS[view])  # type: ignore[arg-type]
+            if not browser.evaluate(f"!!document.querySelector({json.dumps(arguments.selector or 'html')})"):
+                parser.error(f"{arguments.page} has nothing that --selector {arguments.selector} matches")
             browser.screenshot(output, arguments.selector)
             print(output)
     for problem in browser.problems:

@@ -135,12 +135,20 @@ def evaluation_groups(run: History) -> dict[str, list[Record]]:
 
 def best_score(run: History, score: str) -> float:
     """The best of the comparable evaluations of most images; NaN if there are none."""
+    values = [number(r, score) for r in _of_most_images(run, score)]
+    return (max if higher_is_better(score) else min)(values, default=math.nan)
+
+
+def _of_most_images(run: History, score: str) -> list[Record]:
+    """The comparable evaluations of most images that hold this score, of those the newest."""
     groups = [[r for r in g if math.isfinite(number(r, score))] for g in evaluation_groups(run).values()]
-    groups = [g for g in groups if g]
-    if not groups:
-        return math.nan
-    largest = max(groups, key=lambda g: (number(g[0], "images"), number(g[-1], "time")))
-    return (max if higher_is_better(score) else min)(number(r, score) for r in largest)
+    return max(filter(None, groups), key=lambda g: (number(g[0], "images"), number(g[-1], "time")), default=[])
+
+
+def unlike(runs: Sequence[History], score: str) -> list[str]:
+    """The settings in which the runs' best scores were made differently, so that they don't compare."""
+    firsts = [group[0] for run in runs if (group := _of_most_images(run, score))]
+    return [k for k in (*SETTINGS, *SETTINGS_UNNAMED) if len({str(r.get(k)) for r in firsts}) > 1]
 
 
 def decimate(index_n: Sequence[int], y_n: Sequence[float], most: int = MOST_POINTS) -> list[int]:

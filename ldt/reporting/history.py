@@ -1,6 +1,5 @@
 """What the files of a run directory tell, read so that a missing or damaged piece becomes a note, not a failure."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import yaml
 from ldt.checkpoint import MANIFEST_HASH, Damaged, Sampling, listed, read_manifest
 from ldt.config import from_dict
 from ldt.errors import InputError
+from ldt.files import parse_json, real
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import flops
 
@@ -119,9 +119,9 @@ def read_history(path: Path, name: str) -> History:
 
 
 def number(record: Record, key: str) -> float:
-    """A number of a record as float; NaN where there is none."""
+    """A number of a record as float; NaN where there is none that is finite."""
     value = record.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    return float(value) if real(value) else math.nan
 
 
 def running_hours(lines: list[Record], starts: list[float]) -> list[float]:
@@ -165,7 +165,7 @@ def _read_lines(path: Path, notes: list[str], numbers: tuple[str, ...]) -> list[
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError:
             record = None
         if isinstance(record, dict) and all(math.isfinite(number(record, key)) for key in numbers):
@@ -185,7 +185,7 @@ def _read_mapping(path: Path, notes: list[str]) -> Record:
     except OSError:
         notes.append(f"{path.name} is missing.")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         notes.append(f"{path.name} is damaged and left out.")
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldt import __version__
 from ldt.pictures import to_pil
-from ldt.reporting.curves import Chart, best_score, score_names
+from ldt.reporting.curves import Chart, best_score, score_names, unlike
 from ldt.reporting.history import History, number
 from ldt.reporting.html import Markup, content_hash, join, script_json, table, tag
 from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, Pixels, data_uri
@@ -108,7 +108,12 @@ def _several(runs: Sequence[History]) -> list[Markup]:
         tag("p", join([swatch(k), f"{run.name}: {model_words(run)} {data_words(run)} {outcome_words(run)}"]))
         for k, run in enumerate(runs)
     ]
-    return [tag("div", *words, class_="words"), tag("div", table(["run", *names], rows), class_="card")]
+    notes = [
+        tag("p", f"The best {name} of the runs do not compare: they differ in {', '.join(keys)}.", class_="note")
+        for name in score_names(runs)
+        if (keys := unlike(runs, name))
+    ]
+    return [tag("div", *words, class_="words"), tag("div", table(["run", *names], rows), class_="card"), *notes]
 
 
 def _facts(run: History) -> list[tuple[str, str]]:
@@ -126,16 +131,6 @@ def _facts(run: History) -> list[tuple[str, str]]:
         facts.append(("images per second", score(float(np.median(finite)) if finite else np.nan)))
         facts.append(("running time", duration(run.hours[-1])))
     return facts
-
-
-def _pill(run: History) -> Markup:
-    word = str(run.outcome.get("outcome", "unknown"))
-    known = word if word in ("done", "failed", "wrong_input", "stopped", "running") else ""
-    return tag("span", word.replace("_", " "), class_=f"pill {known}".strip())
-
-
-def _swatch(k: int) -> Markup:
-    return tag("span", tag("span", class_="swatch"), class_=f"r{k % 8}")
 
 
 # ------------------------------------------------------------------------------------------------------------ samples

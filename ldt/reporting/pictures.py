@@ -101,7 +101,10 @@ def choose(count: int, most: int) -> list[int]:
 
 
 def split_grid(picture: Image.Image, size: int) -> list[list[Pixels]]:
-    """Rows of images uint8 [size, size, C] of a picture made by `pictures.grid`; all-white cells are empty ones."""
+    """Rows of images uint8 [size, size, C] of a picture made by `pictures.grid`; white cells at a row's end are empty.
+
+    `Unavailable` if the picture is no such grid, or has a row of white ones alone, as a diverged model paints them.
+    """
     pixels = np.asarray(picture.convert("L" if picture.mode == "L" else "RGB"))
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     step = size + GAP
@@ -110,7 +113,11 @@ def split_grid(picture: Image.Image, size: int) -> list[list[Pixels]]:
     rows = []
     for y in range(GAP, pixels.shape[0], step):
         cells = [pixels[y : y + size, x : x + size] for x in range(GAP, pixels.shape[1], step)]
-        rows.append([c for c in cells if not (c == 255).all()])
+        while cells and (cells[-1] == 255).all():
+            cells.pop()
+        rows.append(cells)
+    if not rows or not all(rows):
+        raise Unavailable("the newest sample grid has rows of nothing but white")
     return rows
 
 
@@ -125,6 +132,9 @@ def open_real(run: History) -> RealImages:
         if "images.path" not in recipe:
             raise Unavailable(f"the data in {path} do not say which images they were encoded from")
         source = open_images(recipe["images.path"])
+        encoded = recipe.get("number of images", len(source))
+        if encoded != len(source):  # which of them were held out is no longer known
+            raise Unavailable(f"{recipe['images.path']} has {len(source)} images now, of the {encoded} encoded")
         split = Split(len(source), float(recipe.get("validation_fraction", 0.0)), int(recipe.get("seed", 0)))
         size, channels = int(head["image_size"]), int(head["image_channels"])
         real = RealImages(source, size, channels, recipe["images.fit"], split, recipe["images.path"])

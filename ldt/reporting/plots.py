@@ -13,7 +13,7 @@ COLOURS = ("#2f6db5", "#c2571a", "#2e8b62", "#8d55a8", "#a87c12", "#b8456b", "#3
 INK, GRID = "#3a3a38", "#e4e2dc"
 
 
-AXES = {"samples": "samples seen", "hours": "hours of running", "compute": "training compute, petaFLOP"}
+AXES = {"samples": "samples seen", "hours": "hours of running", "compute": "training compute"}
 
 
 def write_plots(charts: list[Chart], directory: Path) -> list[Path]:
@@ -60,6 +60,8 @@ def _dress(axes: Axes, chart: Chart, axis: str) -> None:
     axes.set_ylabel(chart.caption if len(chart.caption) < 30 else "", color=INK)
     if axis == "samples":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axis == "compute":
+        axes.xaxis.set_major_formatter(lambda x, _: EngFormatter("FLOP")(1e15 * x))
     if chart.format == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if chart.from_zero:

@@ -3,6 +3,8 @@
 import math
 from datetime import UTC, datetime
 
+from ldt.config import flatten
+from ldt.progress import short
 from ldt.reporting.history import History, Record, number
 
 
@@ -50,21 +52,32 @@ def model_words(run: History) -> str:
     if not model:
         return "A run whose config could not be read."
     size = parameters(run)
-    scale = "A" if not size else f"A {size / 1e6:.2f} M-parameter" if size < 1e9 else f"A {size / 1e9:.2f} B-parameter"
-    words = f"{scale} {model.get('name', 'model')}"
+    words = f"A {short(size)}-parameter {model.get('name', 'model')}" if size else f"A {model.get('name', 'model')}"
+    shape = _unet_shape(model) if model.get("name") == "unet" else _transformer_shape(model)
+    words += f" ({', '.join(shape)})" if shape else ""
+    return f"{words}, predicting {objective['prediction']}." if "prediction" in objective else f"{words}."
+
+
+def _transformer_shape(model: Record) -> list[str]:
     shape = [f"{model[k]} {w}" for k, w in (("width", "wide"), ("depth", "deep")) if k in model]
     if "patch" in model:
         shape.append(f"patch {model['patch']}")
     if "conditioning" in model:
         shape.append(f"{str(model['conditioning']).replace('_', '-')} conditioning")
-    words += f" ({', '.join(shape)})" if shape else ""
-    return f"{words}, predicting {objective['prediction']}." if "prediction" in objective else f"{words}."
+    return shape
+
+
+def _unet_shape(model: Record) -> list[str]:
+    """Its own: the Transformer's keys are in every config, and mean nothing to it."""
+    unet = model.get("unet")
+    names = {"channels": "channels", "multipliers": "multipliers", "blocks": "blocks a level"}
+    return [f"{name} {unet[key]}" for key, name in names.items() if key in unet] if isinstance(unet, dict) else []
 
 
 def data_words(run: History) -> str:
     """One sentence about the data."""
     data = section(run, "data")
-    path = data.get("path") or " and ".join(s["path"] for s in data.get("sources", {}).values()) or "?"
+    path = data.get("path") or " and ".join(str(s) for k, s in flatten(data).items() if k.endswith(".path")) or "?"
     if not run.checkpoint:
         return f"Data: {path}."
     sampling = run.checkpoint.manifest.get("sampling", {})

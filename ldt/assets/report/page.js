@@ -32,12 +32,16 @@
     const options = { minimumFractionDigits: step ? digits : 0, maximumFractionDigits: Math.min(digits, 10) };
     return y.toLocaleString("en", options);
   };
-  const showX = (x, exact) => {
+  // how many of a unit an hour or 10¹⁵ operations are: small units first
+  const UNITS = {
+    samples: [[1, ""]],
+    hours: [[3600, " s"], [60, " min"], [1, " h"]],
+    compute: [[1e6, " GFLOP"], [1e3, " TFLOP"], [1, " PFLOP"], [1e-3, " EFLOP"]],
+  };
+  const unitOf = (x) => UNITS[state.axis].findLast(([times]) => x * times >= 1.5) ?? UNITS[state.axis][0];
+  const showX = (x, exact, [times, name] = unitOf(x)) => {
     if (state.axis === "samples") return exact ? `${whole.format(x)} samples` : compact.format(x);
-    if (!exact) return String(Number(x.toPrecision(3)));
-    if (state.axis === "compute") return `${Number(x.toPrecision(4))} PFLOP`;
-    const minutes = x * 60;
-    return minutes < 60 ? `${Number(minutes.toPrecision(3))} min` : `${Number(x.toPrecision(4))} h`;
+    return `${Number((x * times).toPrecision(exact ? 4 : 3))}${name}`;
   };
   const ticks = (low, high, wanted) => {
     const rough = (high - low) / wanted || 1;
@@ -62,7 +66,8 @@
     const least = (v) => v.reduce((a, b) => Math.min(a, b), Infinity);
     const most = (v) => v.reduce((a, b) => Math.max(a, b), -Infinity);
     let [low, high] = [chart.from_zero ? Math.min(0, least(ys)) : least(ys), most(ys)];
-    if (high === low) [low, high] = chart.from_zero && high > 0 ? [0, high * 1.2] : [low - 0.5, high + 0.5];
+    const around = Math.abs(high) / 10 || 0.5;
+    if (high === low) [low, high] = chart.from_zero && high > 0 ? [0, high * 1.2] : [low - around, high + around];
     const room = (high - low) * 0.06;
     return { x: [0, most(xs) || 1], y: [chart.from_zero && low === 0 ? 0 : low - room, high + room] };
   }
@@ -90,13 +95,17 @@
       svg("line", { class: "rule", x1: box.left, x2: box.right, y1: Y(y), y2: Y(y) }, root);
       svg("text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, root).textContent = yLabels[i];
     }
-    const unit = { samples: "", hours: " h", compute: " PF" }[state.axis];
-    for (const x of ticks(...limits.x, width < 420 ? 4 : 6)) {
+    const unit = unitOf(limits.x[1]);
+    for (const x of ticks(...limits.x.map((x) => x * unit[0]), width < 420 ? 4 : 6).map((x) => x / unit[0])) {
       const anchor = X(x) > box.right - 14 ? "end" : "middle";
       const at = { x: anchor === "end" ? box.right + 4 : X(x), y: height - 7, "text-anchor": anchor };
-      svg("text", at, root).textContent = showX(x, false) + unit;
+      svg("text", at, root).textContent = showX(x, false, unit);
     }
-    for (const mark of chart.marks.filter((m) => !state.hidden.has(m.run))) {
+    const marks = chart.marks.filter((m) => {
+      const x = m[state.axis]; // null where a run's compute is not known
+      return !state.hidden.has(m.run) && x !== null && x <= limits.x[1];
+    });
+    for (const mark of marks) {
       const g = svg("g", { class: `r${mark.run % 8}` }, root);
       const x = X(mark[state.axis]);
       svg("line", { class: "restart", x1: x, x2: x, y1: box.top, y2: box.bottom }, g);
@@ -121,18 +130,18 @@
       if (s.setting && finite.length) {
         const [x, y] = finite.at(-1);
         const anchor = X(x) > (box.left + box.right) / 2 ? "end" : "start";
-        svg("text", { x: X(x), y: Y(y) - 9, "text-anchor": anchor }, g).textContent = s.setting;
+        svg("text", { class: "setting", x: X(x), y: Y(y) - 9, "text-anchor": anchor }, g).textContent = s.setting;
       }
     }
     const cross = svg("line", { class: "cross", y1: box.top, y2: box.bottom, visibility: "hidden" }, root);
-    root.onpointermove = (event) => point(figure, chart, series, event, { box, X, limits, cross });
+    root.onpointermove = (event) => point(figure, chart, series, marks, event, { box, X, limits, cross });
     root.onpointerleave = () => {
       cross.setAttribute("visibility", "hidden");
       figure.querySelector(".tip")?.remove();
     };
   }
 
-  function point(figure, chart, series, event, { box, X, limits, cross }) {
+  function point(figure, chart, series, marks, event, { box, X, limits, cross }) {
     const at = event.clientX - figure.querySelector("svg").getBoundingClientRect().left;
     const wanted = limits.x[0] + ((at - box.left) / (box.right - box.left)) * (limits.x[1] - limits.x[0]);
     const rows = [];
@@ -157,7 +166,7 @@
       const where = sx === x ? "" : ` (at ${showX(sx, true)})`;
       element("span", "", `${rows.length > 1 ? `${s.label} ` : ""}${showY(sy, chart.format)}${where}`, row);
     }
-    for (const mark of chart.marks) {
+    for (const mark of marks) {
       if (Math.abs(X(mark[state.axis]) - at) < 8) element("div", "soft", `restart: ${mark.text}`, tip);
     }
     if (at > (box.left + box.right) / 2) tip.style.left = `${box.left + 16}px`;
