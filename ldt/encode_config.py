@@ -66,7 +66,9 @@ class Config:
             raise InputError("latents= takes the place of images.path, and flips=true needs images; give one of them")
         for name, value in {"output": self.output, "images.path": self.images.path, "latents": self.latents}.items():
             if self.index and value:
-                raise InputError(f"index={self.index} encodes nothing, so {name}={value} has no part in it; leave one out")
+                raise InputError(
+                    f"index={self.index} encodes nothing, and {name}={value} has no part in it; leave one out"
+                )
         if not 0 < self.latents_scale < math.inf:
             raise InputError(f"latents_scale={self.latents_scale} must be positive, such as 0.18215")
         for name, value in needed.items():

@@ -163,7 +163,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_what_is_left_is_divided_anew_and_the_slower_one_is_waited_for(encode, tmp_path, monkeypatch):
-    """Every other shard is missing, as a slow rank of two leaves it; encoding takes longer than ranks otherwise wait."""
+    """Every other shard is missing, as a slow rank of two leaves it; it takes longer than ranks otherwise wait."""
     assert encode(tmp_path / "one") == 0
     out = tmp_path / "two"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
