@@ -68,7 +68,8 @@ class Claim:
     def take(cls, checkpoint: Path, key: str) -> Self | None:
         """The claim, or None while another live process holds it. A dead owner's claim is taken over."""
         file = _beside(checkpoint, "claim", key)
-        if file.exists() and _stale(file) and not remove_dead(file, _read(file)):
+        content = _read(file)  # before its age is looked at: who takes it over in between writes something else
+        if file.exists() and _stale(file) and not remove_dead(file, content):
             return None
         try:
             with file.open("x") as f:

@@ -144,10 +144,13 @@ def master(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
 
 
 @contextmanager
-def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
+def process_group(
+    rendezvous_s: float = RENDEZVOUS_SECONDS, patience: datetime.timedelta | None = None
+) -> Iterator[World]:
     """Join the other processes (gloo on CPU, NCCL on CUDA) for the length of the block.
 
     `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds.
+    patience: how long a rank waits for the others wherever they meet, `TIMEOUT` unless given.
     """
     world = discover()
     if world.device.type == "cuda":
@@ -160,7 +163,8 @@ def process_group(rendezvous_s: float = RENDEZVOUS_SECONDS) -> Iterator[World]:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     try:
         store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        timeout = patience or TIMEOUT
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         try:
             yield world
             barrier()  # leave together: a connection that closes early aborts whoever still listens

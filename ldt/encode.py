@@ -4,6 +4,7 @@ Runs on one process or many (torchrun, srun): each output shard is a unit of its
 the same files, and running the command again after a stop or a kill goes on with the shards that are missing.
 """
 
+import datetime
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +33,14 @@ from ldt.text import describe
 
 __all__ = ["Config", "run"]
 
+PATIENCE = datetime.timedelta(days=7)  # ranks meet when all is encoded, and the slowest has a shard or more to go
+
 logger = log.get_logger(__name__)
 
 
 def run(config: Config) -> int:
     """Encode; returns the exit code."""
-    with process_group() as world:
+    with process_group(patience=PATIENCE) as world:
         log.configure(world.rank)
         if config.index:
             index_shards(config, world)
@@ -58,8 +61,8 @@ class Encoder:
         if not complete:
             if self.world.rank == 0:
                 self._announce()
-            mine = self.plan.units()[self.world.rank :: self.world.size]
-            raise_first(self._error_of(mine))
+            undone = on_rank_zero(self.world, lambda: [u for u in self.plan.units() if self._sidecar(u) is None])
+            raise_first(self._error_of(undone[self.world.rank :: self.world.size]))
             on_rank_zero(self.world, self._finish)
         if self.world.rank == 0:
             self._report(complete)
@@ -130,11 +133,10 @@ class Encoder:
 
     def _encode(self, units: list[Unit]) -> None:
         """Decode ahead in threads, encode, and write each finished shard in a thread of its own."""
-        todo = [u for u in units if self._sidecar(u) is None]
         batches = [
-            (u, i, min(i + self.config.batch, u.stop)) for u in todo for i in range(u.start, u.stop, self.config.batch)
+            (u, i, min(i + self.config.batch, u.stop)) for u in units for i in range(u.start, u.stop, self.config.batch)
         ]
-        total = sum(u.stop - u.start for u in todo)
+        total = sum(u.stop - u.start for u in units)
         bar = log.progress(total, "img", "encode", show=self.world.rank == 0)
         parts: list[tuple[torch.Tensor, ...]] = []
         labels: list[int] = []

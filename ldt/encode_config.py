@@ -1,10 +1,12 @@
 """The keys of `ldt encode`."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ldt.config import choice, required, section
 from ldt.errors import InputError
+from ldt.options import check_seed
 
 
 @dataclass
@@ -56,12 +58,18 @@ class Config:
     threads: int = 2
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         needed: dict[str, Any] = {"output": self.output}
         if not self.latents:
             needed |= {"images.path": self.images.path, "images.size": self.images.size}
         if self.latents and (self.images.path or self.flips):
             raise InputError("latents= takes the place of images.path, and flips=true needs images; give one of them")
-        if self.latents_scale <= 0:
+        for name, value in {"output": self.output, "images.path": self.images.path, "latents": self.latents}.items():
+            if self.index and value:
+                raise InputError(
+                    f"index={self.index} encodes nothing, and {name}={value} has no part in it; leave one out"
+                )
+        if not 0 < self.latents_scale < math.inf:
             raise InputError(f"latents_scale={self.latents_scale} must be positive, such as 0.18215")
         for name, value in needed.items():
             if not value and not self.index:

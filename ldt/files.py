@@ -72,6 +72,23 @@ def load_npy(source: Path | BinaryIO) -> Any:
     return array
 
 
+def class_names(directory: Path, largest: int) -> list[str]:
+    """`classes.txt`, one name a line, where it is there; else the numbers."""
+    path = directory / "classes.txt"
+    if not path.exists():
+        return [str(i) for i in range(largest + 1)]
+    try:
+        names = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; write it again, one class name a line") from None
+    if len(names) <= largest:
+        raise InputError(f"{path} has {len(names)} names, too few for label {largest}; write one a line")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path} has the name {twice!r} twice; give each class a name of its own")
+    return names
+
+
 def natural(value: Any) -> bool:
     """Whether parsed JSON is a whole number from 0 that fits into 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -14,6 +14,7 @@ from ldt.data.shards.unit import Sidecar
 from ldt.dist import World, all_gather, on_rank_zero, raise_first
 from ldt.encode_config import Config
 from ldt.errors import InputError
+from ldt.files import class_names
 from ldt.nn.condition import TextShape
 from ldt.text import describe, load_text_encoder
 
@@ -46,7 +47,7 @@ def index_shards(config: Config, world: World) -> None:
 
     def finish() -> None:
         adopt.refuse_duplicates(directory, sidecars)
-        classes = adopt.class_names(directory, max(len(s.class_counts) for s in sidecars) - 1)
+        classes = class_names(directory, max(len(s.class_counts) for s in sidecars) - 1)
         counts = np.zeros(len(classes), np.int64)
         for s in sidecars:
             counts[: len(s.class_counts)] += s.class_counts

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from ldt.errors import InputError
+
 
 def choice(default: str, *others: str) -> Any:
     """A field that takes one of these strings."""
@@ -12,6 +14,12 @@ def choice(default: str, *others: str) -> Any:
 def required() -> Any:
     """A field that every config must set (OmegaConf's mark for a missing value)."""
     return dataclasses.field(default="???")
+
+
+def check_seed(seed: int) -> None:
+    """`InputError` for what can't be a key of `ldt.rng`."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} must be a whole number from 0 to 2**63 - 1")
 
 
 def section(schema: type) -> Any:

@@ -26,7 +26,7 @@ from ldt.dist import World, broadcast, in_block_order, process_group
 from ldt.errors import InputError
 from ldt.nn.build import compile_blocks
 from ldt.nn.condition import Condition
-from ldt.options import choice, required
+from ldt.options import check_seed, choice, required
 from ldt.pictures import WRITERS
 from ldt.rng import Purpose
 from ldt.text import TextEncoder, reload_text_encoder
@@ -53,6 +53,7 @@ class DrawConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed(self.seed)
         if self.steps > MOST_STEPS:
             raise InputError(f"steps={self.steps} must be at most {MOST_STEPS}")
         if self.block < 1:

@@ -10,7 +10,7 @@ from ldt.engine import EngineConfig, OptimizerConfig
 from ldt.errors import InputError
 from ldt.evaluate import EvaluateConfig
 from ldt.nn.config import ModelConfig
-from ldt.options import required, section
+from ldt.options import check_seed, required, section
 
 
 @dataclass
@@ -121,6 +121,7 @@ class Config:
     evaluate: EvaluateConfig = section(EvaluateConfig)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         path, sources = self.data.path, self.data.sources
         if not path and not sources:
             raise InputError(

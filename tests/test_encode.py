@@ -147,6 +147,37 @@ def test_two_processes_after_an_interruption_write_the_same_files(encode, tmp_pa
     assert files(out) == expected
 
 
+UNEVEN = """
+import datetime, sys, time
+from ldt import cli, dist
+from ldt.encode_plan import Plan
+dist.TIMEOUT = datetime.timedelta(seconds=1)
+load = Plan.load
+def slow(self, batch):
+    print("unit", batch[0].part, batch[0].number, file=sys.stderr)
+    time.sleep(0.5)
+    return load(self, batch)
+Plan.load = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_what_is_left_is_divided_anew_and_the_slower_one_is_waited_for(encode, tmp_path, monkeypatch):
+    """Every other shard is missing, as a slow rank of two leaves it; it takes longer than ranks otherwise wait."""
+    assert encode(tmp_path / "one") == 0
+    out = tmp_path / "two"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UNFINISHED_END, stop)
+        encode(out)
+    for name in ("shard-00000000", "shard-00000002", "validation/shard-00000000"):
+        (out / f"{name}.tar.json").unlink()
+    ranks = start_ranks(encode.arguments(out, threads=1), 2, ("-c", UNEVEN), stderr=subprocess.PIPE)
+    said = [p.communicate(timeout=120)[1].decode() for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said
+    assert all("unit" in text for text in said), said
+    assert files(out) == files(tmp_path / "one")
+
+
 @pytest.mark.parametrize("format", ["tar", "mds"])
 def test_what_is_damaged_before_the_end_is_done_again(encode, tmp_path, monkeypatch, format):
     """Stopped before its manifest; then a shard is gone, one cut, a sidecar gone, one damaged, two swapped."""
@@ -239,6 +270,8 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         ({"images.size": 9}, "images.size=9"),
         ({"autoencoder": tmp_path / "none"}, "none"),
         ({"shard_samples": 0}, "shard_samples=0"),
+        ({"seed": -1}, "seed=-1 must be"),
+        ({"index": taken}, "has no part in it"),
         ({"validation_fraction": 0.9}, "validation_fraction=0.9"),
         ({"format": "zip"}, "format=zip"),
         ({"dtype": "fp8"}, "dtype=fp8"),
@@ -273,15 +306,17 @@ def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
         assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
 
 
-def start_ranks(arguments: list[str], ranks: int) -> list[subprocess.Popen]:
+def start_ranks(
+    arguments: list[str], ranks: int, program: tuple[str, ...] = ("-m", "ldt"), stderr: int = subprocess.DEVNULL
+) -> list[subprocess.Popen]:
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "ldt", *arguments],
+            [sys.executable, *program, *arguments],
             env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r),
                               "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                               "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=stderr,
         )
         for r in range(ranks)
     ]  # fmt: skip

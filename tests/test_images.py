@@ -167,7 +167,14 @@ def test_bad_sources_are_named(tmp_path, make, message):
         open_images(str(make(tmp_path)))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a png", None])
+def damaged_tiff():
+    """Its strips' offsets are of the type double: Pillow raises a TypeError."""
+    out = io.BytesIO()
+    Image.new("1", (24, 24)).save(out, "TIFF")
+    return out.getvalue().replace(b"\x11\x01\x04\x00", b"\x11\x01\x0c\x00")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a png", damaged_tiff(), None])
 def test_an_unreadable_image_is_named(folder, content):
     path = folder / "ant/deep/z.png"
     path.write_bytes(path.read_bytes()[:100] if content is None else content)

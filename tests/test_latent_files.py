@@ -92,6 +92,14 @@ def few_names(root):
     (root / "classes.txt").write_text("ant\n")
 
 
+def same_names(root):
+    (root / "classes.txt").write_text("ant\nbee\nant\n")
+
+
+def latin_names(root):
+    (root / "classes.txt").write_bytes(b"caf\xe9\nbee\nant\n")
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -100,6 +108,8 @@ def few_names(root):
         (spoil_label, "not one whole number"),
         (cut, "7.npz can't be read"),
         (few_names, "has 1 names, too few for label 2"),
+        (same_names, "has the name 'ant' twice"),
+        (latin_names, "classes.txt is not UTF-8 text"),
     ],
 )
 def test_what_does_not_fit_is_named(vae, tmp_path, capsys, spoil, said):

@@ -112,6 +112,22 @@ def test_captioned_shards_of_others_are_indexed(data, tmp_path, format, capsys):
 
 
 @pytest.mark.parametrize("format", ["tar", "mds"])
+def test_tokens_that_the_encoder_does_not_have_are_refused(data, tmp_path, format, capsys):
+    """Whoever encoded them had more words than bytes have: in training they'd be looked up beyond the table."""
+    for path in (data / format).glob(f"*.{format}"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = sorted(tmp_path.glob(f"*.{format}"))[0]
+    content, tokens = bytearray(shard.read_bytes()), ByteEncoder(12).encode(["a coat"]).tobytes()
+    at = content.index(tokens)
+    content[at : at + 2] = (257).to_bytes(2, "little")
+    shard.write_bytes(content)
+    index = ["encode", f"index={tmp_path}", f"autoencoder={data}/vae", "text.encoder=bytes", "--quiet"]
+    assert main(index) == 2
+    assert "is not token numbers below 257" in capsys.readouterr().err
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("format", ["tar", "mds"])
 def test_damage_is_found(data, tmp_path, format):
     """A caption that is no UTF-8, and one whose length is wrong, under hashes that fit."""
     for path in (data / format).iterdir():

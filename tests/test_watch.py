@@ -113,6 +113,24 @@ def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path):
     assert not list(tmp_path.glob(".*")), "the dead owner's claim is buried"
 
 
+def test_a_claim_taken_over_meanwhile_is_not_taken_over_again(tmp_path, monkeypatch):
+    """Two find the same dead claim; the slower one must not take what the faster one has just written for dead."""
+    checkpoint = tmp_path / "000000000001"
+    Claim.take(checkpoint, "a")
+    file = tmp_path / "000000000001.claim-a"
+    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    look = claims._stale
+
+    def slow(path):
+        stale = look(path)
+        path.write_text("other-host 7 7\n")  # the faster one, right after this one has looked
+        return stale
+
+    monkeypatch.setattr(claims, "_stale", slow)
+    assert Claim.take(checkpoint, "a") is None
+    assert file.read_text() == "other-host 7 7\n"
+
+
 def test_a_stale_wish_pins_nothing(tmp_path):
     checkpoint = tmp_path / "000000001000"
     want(checkpoint, "a")

@@ -95,12 +95,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--images", default=EMBEDDED)
-    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=1)
     parser.add_argument("--size", type=int, default=32, help="a multiple of 4")
     parser.add_argument("--fit", choices=("crop", "pad"), default="pad", help="as images.fit of ldt encode")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
+    if arguments.size < 4 or arguments.size % 4:
+        parser.error(f"--size={arguments.size} must be a multiple of 4, the downsampling")
     try:
         content = images(arguments.images, arguments.channels, arguments.size, arguments.fit)
     except InputError as error:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from ldt.errors import InputError
 
@@ -253,7 +253,7 @@ def _decode(content: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(content))
         deep = _is_deep(image)
         image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises a dozen types over a damaged file
         raise InputError(
             f"image {name} is not readable ({' '.join(str(error).split())}); replace it, and the same command "
             "goes on, or remove it and encode into a new output"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldt.errors import InputError
-from ldt.files import MOST_CLASSES, load_npy
+from ldt.files import MOST_CLASSES, class_names, load_npy
 
 
 class LatentFiles(ABC):
@@ -29,11 +29,7 @@ class LatentFiles(ABC):
             raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
         if self.labels.max() >= MOST_CLASSES:
             raise InputError(f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}; mend it")
-        names = where / "classes.txt"
-        largest = int(self.labels.max())
-        self.classes = tuple(names.read_text().splitlines()) if names.exists() else tuple(map(str, range(largest + 1)))
-        if len(self.classes) <= largest:
-            raise InputError(f"{names} has {len(self.classes)} names, too few for label {largest}")
+        self.classes = tuple(class_names(where, int(self.labels.max())))
 
     def __len__(self) -> int:
         return len(self.files)

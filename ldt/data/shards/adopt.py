@@ -69,6 +69,7 @@ def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
         captions = [content[at : at + size].tobytes() for at, size in index.caption_n2.tolist()]
     if index.text_n is not None:
         text_n = np.lib.stride_tricks.sliding_window_view(content, layout.text_bytes)[index.text_n]
+        _check_text(text_n, layout, path)
     flipped = stored[1] if len(stored) > 1 else None
     content_hash = Samples(index.label_n, stored[0], flipped, captions, text_n).content_hash()
     total = Sums.total(sums)
@@ -85,15 +86,18 @@ def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
     )
 
 
-def class_names(directory: Path, largest: int) -> list[str]:
-    """`classes.txt`, one name a line, where it is there; else the numbers."""
-    path = directory / "classes.txt"
-    if not path.exists():
-        return [str(i) for i in range(largest + 1)]
-    names = path.read_text().splitlines()
-    if len(names) <= largest or len(set(names)) != len(names):
-        raise InputError(f"{path} has {len(names)} names, not all different or too few for label {largest}")
-    return names
+def _check_text(text_nb: NDArray[np.uint8], layout: Layout, path: str) -> None:
+    """A token that the encoder does not have is an error only where it is looked up, on GPUs without a sentence."""
+    assert layout.text is not None
+    value_nm = np.ascontiguousarray(text_nb).view(layout.text_dtype)
+    good = value_nm < layout.text.vocabulary if layout.text.vocabulary else np.isfinite(value_nm)
+    bad = ~good.all(1)
+    if bad.any():
+        wanted = f"token numbers below {layout.text.vocabulary}" if layout.text.vocabulary else "finite"
+        raise InputError(
+            f"shard {path}: the encoded caption of sample {int(bad.argmax())} is not {wanted}; give the text.encoder "
+            "that it was made by, or write it again"
+        )
 
 
 def refuse_duplicates(directory: Path, sidecars: list[Sidecar]) -> None:
