@@ -166,9 +166,9 @@ def test_what_is_left_is_divided_anew_and_the_slower_one_is_waited_for(encode, t
     """Every other shard is missing, as a slow rank of two leaves it; it takes longer than ranks otherwise wait."""
     assert encode(tmp_path / "one") == 0
     out = tmp_path / "two"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(UNFINISHED_END, stop)
-        encode(out)
+        assert encode(out) == 130  # interrupted
     for name in ("shard-00000000", "shard-00000002", "validation/shard-00000000"):
         (out / f"{name}.tar.json").unlink()
     ranks = start_ranks(encode.arguments(out, threads=1), 2, ("-c", UNEVEN), stderr=subprocess.PIPE)
@@ -183,9 +183,9 @@ def test_what_is_damaged_before_the_end_is_done_again(encode, tmp_path, monkeypa
     """Stopped before its manifest; then a shard is gone, one cut, a sidecar gone, one damaged, two swapped."""
     assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
     out = tmp_path / "two"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(UNFINISHED_END, stop)
-        encode(out, format=format, shard_samples=2)
+        assert encode(out, format=format, shard_samples=2) == 130  # interrupted
     shards = sorted(out.glob(f"shard-*.{format}"))
     sidecars = [p.with_name(f"{p.name}.json") for p in shards]
     assert len(shards) == 9 and all(p.exists() for p in sidecars)
