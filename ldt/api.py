@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ldt.checkpoint import Loaded, load_denoiser
+from ldt.checkpoint.load import Loaded, load_denoiser
+from ldt.commands.evaluate import EvaluateJob, evaluate
+from ldt.commands.sample import SampleJob, draw
 from ldt.config import from_dict
 from ldt.dist import discover, process_group
 from ldt.errors import InputError
-from ldt.evaluate import Config as EvaluateConfig
-from ldt.evaluate import evaluate
-from ldt.sample import Config as SampleConfig
-from ldt.sample import draw, image_model
+from ldt.sampling.draw import image_model
 
 __all__ = ["Model", "load"]
 
@@ -53,7 +52,7 @@ class Model:
         self._loaded, self._precision = loaded, precision
         self._images = image_model(loaded, precision, device, compiled)
         self._mean_C11, self._std_C11 = (
-            np.array(values, np.float32)[:, None, None] for values in (loaded.sampling.mean_C, loaded.sampling.std_C)
+            np.array(values, np.float32)[:, None, None] for values in (loaded.spec.mean_C, loaded.spec.std_C)
         )
 
     def __repr__(self) -> str:
@@ -70,7 +69,7 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        return list(self._loaded.sampling.classes)
+        return list(self._loaded.spec.classes)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class Model:
             if key in settings:
                 raise InputError(f"{key}= is decided when the model is loaded; give it to ldt.load")
         keys = {"run": str(self.path), "images": images, "classes": list(classes), "prompts": list(prompts)}
-        config = from_dict(SampleConfig, keys | {"precision": self._precision} | settings, "the arguments")
+        config = from_dict(SampleJob, keys | {"precision": self._precision} | settings, "the arguments")
         blocks, _ = draw(self._images, self._loaded.config, config)
         return np.concatenate(list(blocks))
 
@@ -113,7 +112,7 @@ class Model:
         launcher share the work; those but the first get an empty mapping.
         """
         keys = {"images": images, "precision": self._precision} | settings
-        config = from_dict(EvaluateConfig, {"run": str(self.path), "evaluate": keys}, "the arguments")
+        config = from_dict(EvaluateJob, {"run": str(self.path), "evaluate": keys}, "the arguments")
         with process_group() as world:
             results = evaluate(config, world)
         return results[0] if results else {}

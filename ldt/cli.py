@@ -1,58 +1,77 @@
 """The `ldt` command: finds the program, its config and its overrides, and turns the outcome into an exit code."""
 
+import argparse
 import importlib
 import os
 import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from ldt import __version__, config, log, stop
+from ldt import __version__, config, log
+from ldt.cluster.launchers import place
 from ldt.errors import InputError, RunError, in_a_sentence
-from ldt.rundir import DONE, FAILED, WRONG_INPUT
+from ldt.run import stop
+from ldt.run.outcome import DONE, FAILED, WRONG_INPUT
 
 INTERRUPTED = 130  # as shells say it
 
 
 class Command(NamedTuple):
-    """A program: its module has `Config` and `run(config) -> exit code`."""
+    """A program: `ldt.commands.<module>` has the dataclass `job` of its keys and `run(job) -> exit code`."""
 
     module: str
+    job: str
     usage: str
     summary: str
-    positional: str  # the field that takes arguments which are neither a YAML file nor key=value
+    positional: str = ""  # the field that takes arguments which are neither a YAML file nor key=value
     reads_run_config: bool = False  # without a YAML file, start from the run's own config
     options: tuple[str, ...] = ()  # fields that may be given as --field VALUE too
 
 
 COMMANDS = {
-    "encode": Command("ldt.encode", "CONFIG [key=value ...]", "images → latent shards and a manifest", ""),
-    "train": Command("ldt.train", "CONFIG [key=value ...]", "train a denoiser, or resume where it stopped", ""),
-    "sample": Command("ldt.sample", "RUN|CHECKPOINT [key=value ...]", "draw images from a checkpoint", "run"),
+    "encode": Command("encode", "EncodeJob", "CONFIG [key=value ...]", "images → latent shards and a manifest"),
+    "train": Command("train", "TrainJob", "CONFIG [key=value ...]", "train a denoiser, or resume where it stopped"),
+    "sample": Command("sample", "SampleJob", "RUN|CHECKPOINT [key=value ...]", "draw images from a checkpoint", "run"),
     "evaluate": Command(
-        "ldt.evaluate", "RUN|CHECKPOINT [key=value ...]", "score a checkpoint against real images", "run", True
+        "evaluate",
+        "EvaluateJob",
+        "RUN|CHECKPOINT [key=value ...]",
+        "score a checkpoint against real images",
+        "run",
+        reads_run_config=True,
     ),
-    "inspect": Command("ldt.inspect", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"),
-    "status": Command("ldt.status", "RUN [json=true]", "what a run is doing, from its files alone", "run"),
+    "inspect": Command(
+        "inspect", "InspectJob", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"
+    ),
+    "status": Command("status", "StatusJob", "RUN [json=true]", "what a run is doing, from its files alone", "run"),
     "verdict": Command(
-        "ldt.verdict", "CONFIG [key=value ...] launcher_code=N", "for job scripts: the exit code a training earned", ""
+        "verdict",
+        "VerdictJob",
+        "CONFIG [key=value ...] launcher_code=N",
+        "for job scripts: the exit code that a training earned",
     ),
     "export": Command(
-        "ldt.export",
+        "export",
+        "ExportJob",
         "RUN|CHECKPOINT --to DIR [--ema-width W]",
         "weights as safetensors",
         "run",
         options=("to", "ema_width", "format"),
     ),
     "import": Command(
-        "ldt.doors.dit", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
+        "import_dit", "ImportJob", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
     ),
     "plan": Command(
-        "ldt.plan", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a run to be", ""
+        "plan", "PlanJob", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a future run"
     ),
-    "replay": Command("ldt.replay", "RUN [to=wandb|tensorboard]", "a run's log, sent to a tracker afterwards", "run"),
-    "report": Command("ldt.report", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"),
+    "replay": Command(
+        "replay", "ReplayJob", "RUN [to=wandb|tensorboard]", "send a run's log to a tracker afterwards", "run"
+    ),
+    "report": Command(
+        "report", "ReportJob", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"
+    ),
 }
 
 HELP = """\
@@ -122,59 +141,49 @@ def _nobody_reads() -> bool:
     return True
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(name: str, words: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    program = importlib.import_module(command.module)
-    arguments = _options_as_keys(name, command, arguments)
-    flags = [a for a in arguments if a.startswith("-")]
-    for flag in flags:
-        if flag not in ("-h", "--help", "--dry-run", "--quiet", "--watch"):
-            raise InputError(
-                f"unknown flag {flag}; settings are given as key=value, flags are --dry-run, --quiet, --help"
-            )
-    if "-h" in flags or "--help" in flags:
-        print(_command_help(name, command, program))
+    program = importlib.import_module(f"ldt.commands.{command.module}")
+    job = getattr(program, command.job)
+    flags = _parser(name, command).parse_intermixed_args(words)
+    if flags.help:
+        print(_command_help(name, command, program, job))
         return DONE
-    if not arguments:
-        raise InputError(f"it needs to know what; usage: ldt {name} {command.usage}; ldt {name} --help lists the keys")
-    path, overrides, given = _split(name, command, [a for a in arguments if not a.startswith("-")])
+    if not words:
+        raise InputError(f"it needs arguments; usage: ldt {name} {command.usage}; ldt {name} --help lists the keys")
+    path, overrides, given = _split(name, command, flags.words)
     if command.reads_run_config and path is None:
         path = _config_of_run(overrides, given)
-    if "--watch" in flags:
-        overrides.append("watch=true")
-    settings = config.load(program.Config, path, overrides, given)
-    rank = _rank()
-    if "--dry-run" in flags:
+    overrides += [f"{field}={value}" for field in command.options if (value := getattr(flags, field)) is not None]
+    overrides += ["watch=true"] if flags.watch else []
+    settings: Any = config.load(job, path, overrides, given)
+    rank = place().rank
+    if flags.dry_run:
         if rank == 0:
             print(config.to_yaml(settings), end="")
         return DONE
-    log.configure(rank, quiet="--quiet" in flags)
-    return program.run(settings)
+    log.configure(rank, quiet=flags.quiet)
+    return int(program.run(settings))
 
 
-def _rank() -> int:
-    from ldt.dist import place  # torch is slow to import: not for --help
+class _Parser(argparse.ArgumentParser):
+    """Flags before, between and after `key=value`; mistakes are `InputError`s."""
 
-    return place().rank
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; settings are given as key=value, flags are --dry-run, --quiet, --help")
 
 
-def _options_as_keys(name: str, command: Command, arguments: list[str]) -> list[str]:
-    """`--ema-width 0.1` and `--ema-width=0.1` as `ema_width=0.1`, for the options of the command."""
-    out: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        option, separator, value = word.partition("=")
-        field = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or field not in command.options:
-            out.append(word)
-            continue
-        value = value if separator else next(words, "")
-        if not value:
-            raise InputError(f"{option} needs a value, as in {option} VALUE; usage: ldt {name} {command.usage}")
-        out.append(f"{field}={value}")
-    return out
+def _parser(name: str, command: Command) -> _Parser:
+    parser = _Parser(prog=f"ldt {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    for flag in ("--dry-run", "--quiet", "--watch"):
+        parser.add_argument(flag, action="store_true")
+    for field in command.options:
+        parser.add_argument(f"--{field.replace('_', '-')}", dest=field)
+    return parser
 
 
 def _split(name: str, command: Command, words: list[str]) -> tuple[str | None, list[str], dict[str, Any]]:
@@ -214,6 +223,6 @@ def _help() -> str:
     return HELP.format(version=__version__, commands="\n".join(lines))
 
 
-def _command_help(name: str, command: Command, program: Any) -> str:
-    defaults = config.defaults_yaml(program.Config)
+def _command_help(name: str, command: Command, program: Any, job: type) -> str:
+    defaults = config.defaults_yaml(job)
     return f"usage: ldt {name} {command.usage}\n\n{(program.__doc__ or '').strip()}\n\nKeys and defaults:\n\n{defaults}"

@@ -15,8 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ldt.config_fields import choice, required, section
 from ldt.errors import InputError
-from ldt.options import choice, required, section
 
 __all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
 

@@ -6,23 +6,23 @@ reads them and the rest of the code sees a `World`. Without a process group the 
 
 import datetime
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ldt.cluster.launchers import master, place
 from ldt.errors import InputError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
-RENDEZVOUS_SECONDS = 300.0
+RENDEZVOUS_TIMEOUT_S = 300.0
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-GOODBYE_SECONDS = 10.0  # for the others to read what rank 0 found
+GOODBYE_TIMEOUT_S = 10.0  # for the others to read what rank 0 found
 
 
 @dataclass(frozen=True)
@@ -34,75 +34,6 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-
-
-class Place(NamedTuple):
-    """A launcher's word on who this process is."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Read the launcher's variables: torchrun's and deepspeed's RANK, an srun task's, submitit's local ones, or none.
-
-    Where an srun task has RANK too, set by neither torchrun nor deepspeed, both must say the same.
-    """
-    slurm = _slurm_place(env)
-    if "RANK" in env:
-        rank, size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
-        local_rank = _integer(env, "LOCAL_RANK", str(rank))
-        found = Place(rank, size, local_rank, _integer(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size))))
-        nested = "TORCHELASTIC_RUN_ID" in env or "LOCAL_SIZE" in env
-        if slurm and slurm.size > 1 and not nested and slurm[:2] != found[:2]:
-            raise InputError(
-                f"RANK and WORLD_SIZE say rank {rank} of {size}, but SLURM says task {slurm.rank} of {slurm.size}; "
-                "unset RANK and WORLD_SIZE in the job, or start one torchrun a node (srun --ntasks-per-node=1)"
-            )
-    elif slurm:
-        found = slurm
-    elif "SUBMITIT_LOCAL_GLOBALID" in env:
-        size = _integer(env, "SUBMITIT_LOCAL_NTASKS")
-        found = Place(_integer(env, "SUBMITIT_LOCAL_GLOBALID"), size, _integer(env, "SUBMITIT_LOCAL_LOCALID"), size)
-    else:
-        found = Place(0, 1, 0, 1)
-    if not 0 <= found.rank < found.size:
-        raise InputError(
-            f"the launcher set rank {found.rank} of world size {found.size}; a rank is from 0 to world size - 1"
-        )
-    return found
-
-
-def _slurm_place(env: Mapping[str, str]) -> Place | None:
-    """What SLURM says of a task of srun's; None outside of one (the batch script itself is none)."""
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_ID") == "4294967291":
-        return None
-    size = _integer(env, "SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-    nodes = _tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    node = _integer(env, "SLURM_NODEID", "0")
-    local_size = nodes[node] if node < len(nodes) else size
-    return Place(_integer(env, "SLURM_PROCID"), size, _integer(env, "SLURM_LOCALID"), local_size)
-
-
-def _tasks_of_nodes(text: str) -> list[int]:
-    """SLURM's `2(x3),1` as [2, 2, 2, 1]."""
-    out: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise InputError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
-        out += [int(match[1])] * int(match[2] or 1)
-    return out
-
-
-def first_node(nodes: str) -> str:
-    """The first name of a SLURM node list such as `gpu[07-09,12],login1`."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise InputError(f"SLURM's node list {nodes!r} names no node")
-    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 def discover(env: Mapping[str, str] = os.environ) -> World:
@@ -121,36 +52,14 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     return World(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
 
 
-def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> int:
-    text = env.get(name, default)
-    if text is None or not text.lstrip("-").isdigit():
-        raise InputError(f"the launcher set {name}={text!r}, which is not a whole number")
-    return int(text)
-
-
-def master(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else made from SLURM's or submitit's job."""
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], _integer(env, "MASTER_PORT")
-    if "SLURM_STEP_NODELIST" in env and "SLURM_JOB_ID" in env:
-        number = 31 * _integer(env, "SLURM_JOB_ID") + _integer(env, "SLURM_STEP_ID", "0")
-        return first_node(env["SLURM_STEP_NODELIST"]), 20000 + number % 12000  # below the ports of outgoing connections
-    if "SUBMITIT_LOCAL_JOB_ID" in env:
-        return "127.0.0.1", 20000 + _integer(env, "SUBMITIT_LOCAL_JOB_ID") % 12000
-    raise InputError(
-        "several processes but no MASTER_ADDR and MASTER_PORT; start them with torchrun, deepspeed, srun or "
-        "tools/submit.py"
-    )
-
-
 @contextmanager
 def process_group(
-    rendezvous_s: float = RENDEZVOUS_SECONDS, patience: datetime.timedelta | None = None
+    rendezvous_s: float = RENDEZVOUS_TIMEOUT_S, timeout: datetime.timedelta | None = None
 ) -> Iterator[World]:
     """Join the other processes (gloo on CPU, NCCL on CUDA) for the length of the block.
 
     `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds.
-    patience: how long a rank waits for the others wherever they meet, `TIMEOUT` unless given.
+    timeout: how long a rank waits for the others wherever they meet, `TIMEOUT` unless given.
     """
     world = discover()
     if world.device.type == "cuda":
@@ -163,7 +72,7 @@ def process_group(
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     try:
         store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
-        timeout = patience or TIMEOUT
+        timeout = timeout or TIMEOUT
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         try:
             yield world
@@ -197,9 +106,9 @@ def _meet(world: World, seconds: float) -> dist.Store:
     if world.rank == 0:
         missing = _missing(store, "here", range(world.size), seconds)
         store.set("missing", ", ".join(map(str, missing)))
-        _missing(store, "read", [r for r in range(1, world.size) if r not in missing], GOODBYE_SECONDS)
+        _missing(store, "read", [r for r in range(1, world.size) if r not in missing], GOODBYE_TIMEOUT_S)
     try:
-        store.wait(["missing"], limit + datetime.timedelta(seconds=GOODBYE_SECONDS))
+        store.wait(["missing"], limit + datetime.timedelta(seconds=GOODBYE_TIMEOUT_S))
         absent = store.get("missing").decode()
         store.set(f"read-{world.rank}", "")
     except (dist.DistStoreError, RuntimeError):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-GONE = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
+LOST_RANK = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
 
 
 class InputError(ValueError):
@@ -51,7 +51,7 @@ def _sentence(error: OSError | RuntimeError) -> str:
             "a GPU has no memory left; train.micro_batch=auto or a smaller one, engine.zero_stage=2 and "
             f"model.activation_checkpointing=true need less ({'. '.join(str(error).split('. ')[:2])})"
         )
-    gone = GONE.search(str(error))
+    gone = LOST_RANK.search(str(error))
     if gone:
         return (
             f"another rank is gone ({gone[0]}): what it said stands in its own lines, a kill -9 says nothing; "

@@ -1,9 +1,12 @@
 """Files that are either whole or absent, and whether what was read from one has the shape it should."""
 
+import contextlib
 import json
 import os
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO, TypeGuard
@@ -15,16 +18,37 @@ MOST_CLASSES = 1 << 22  # above any data set: a damaged label must not fill the 
 UNFINISHED = ".unfinished"  # suffix of what a killed writer leaves; never a final name
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write, fsync, rename, fsync the directory: a crash at any point leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to be written in the block; it is then synced and takes the name of `path`.
+
+    A crash at any point leaves the old file or the new one. A block that raises leaves the old one and nothing else.
+    """
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
     try:
-        write_synced(temporary, content)
+        yield temporary
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({error.strerror}); make room or choose another place") from None
+        raise
     sync_directory(path.parent)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """`replacing` for content in memory; `InputError` where it can't be written."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error.strerror}); make room or choose another place") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`replacing` for a value as indented JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_synced(path: Path, *parts: bytes | memoryview) -> None:
@@ -99,7 +123,7 @@ def real(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def misfit(value: Any, shape: Any, name: str = "it") -> str:
+def schema_error(value: Any, shape: Any, name: str = "it") -> str:
     """What in parsed JSON is not of a shape, in words; empty if all is.
 
     A shape is a type, a predicate, `[shape]` of every item of a list, `{...: shape}` of every value of a mapping, or
@@ -113,10 +137,10 @@ def misfit(value: Any, shape: Any, name: str = "it") -> str:
         missing = [key for key in inner if key not in value]
         if missing:
             return f"{name} has no {missing[0]}"
-        return next((m for key in inner if (m := misfit(value[key], inner[key], f"{name}.{key}"))), "")
+        return next((m for key in inner if (m := schema_error(value[key], inner[key], f"{name}.{key}"))), "")
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{name} is no list"
-        return next((m for i, item in enumerate(value) if (m := misfit(item, shape[0], f"{name}[{i}]"))), "")
+        return next((m for i, item in enumerate(value) if (m := schema_error(item, shape[0], f"{name}[{i}]"))), "")
     fits = isinstance(value, shape) if isinstance(shape, type) else shape(value)
     return "" if fits else f"{name} is {repr(value)[:60]}"

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from ldt.files import UNFINISHED, replacing
+
 Images = Iterator[NDArray[np.uint8]]
 Labels = NDArray[np.int64]
 Writer = Callable[[Path, Images, Labels, dict[str, Any]], None]
@@ -55,9 +57,8 @@ def to_pil(image_HWC: NDArray[np.uint8]) -> Image.Image:
 
 def write_picture(output: Path, picture: Image.Image) -> None:
     """Save a PNG, whole or not at all."""
-    temporary = _temporary(output)
-    picture.save(temporary, format="PNG")
-    temporary.replace(output)
+    with replacing(output) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, 
 
 def write_folder(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
     """`000000.png`, … by image id, and samples.json with the labels and the record."""
-    temporary = _temporary(output)
+    temporary = output.with_name(output.name + UNFINISHED)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     i = 0
@@ -87,7 +88,7 @@ def write_folder(output: Path, blocks: Images, label_N: Labels, record: dict[str
 
 def write_npz(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
     """arr_0 (uint8 [N, H, W, C]) and arr_1 (labels): the layout of ADM's evaluator (Dhariwal and Nichol 2105.05233)."""
-    array_path, temporary = output.with_name(f".{output.name}.npy"), _temporary(output)
+    array_path = output.with_name(f"{output.name}.npy{UNFINISHED}")
     array, start = None, 0
     for block_NHWC in blocks:
         if array is None:  # on disk: 50,000 images of 256 pixels are 10 GB
@@ -97,16 +98,11 @@ def write_npz(output: Path, blocks: Images, label_N: Labels, record: dict[str, A
         start += len(block_NHWC)
     assert array is not None and start == len(label_N), (start, len(label_N))
     array.flush()
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
+    with replacing(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
         z.write(array_path, "arr_0.npy")
         with z.open("arr_1.npy", "w") as f:
             np.lib.format.write_array(f, label_N, allow_pickle=False)
     array_path.unlink()
-    temporary.replace(output)
-
-
-def _temporary(output: Path) -> Path:
-    return output.with_name(f".{output.name}.tmp")
 
 
 WRITERS: dict[str, Writer] = {"grid": write_grid, "folder": write_folder, "npz": write_npz}

@@ -109,7 +109,7 @@ class Handler(logging.StreamHandler):
             _shown[-1].draw()
 
 
-def short(number: float) -> str:
+def si_format(number: float) -> str:
     """With three digits and a unit: 74.0 k, 330 M, 5.57 G."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 999.5 or unit == "T":
@@ -119,7 +119,7 @@ def short(number: float) -> str:
     return f"{number:.{digits}f} {unit}"
 
 
-def counted(number: int, one: str, more: str) -> str:
+def pluralize(number: int, one: str, more: str) -> str:
     """Such as 1 class, 1,000 classes."""
     return f"{number:,} {one if number == 1 else more}"
 

@@ -10,9 +10,6 @@ import itertools
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,11 +19,12 @@ import submitit
 
 from ldt import config as configuration
 from ldt.cli import main
+from ldt.cluster.job import requeue, this_job
+from ldt.config_fields import choice
 from ldt.errors import InputError
 from ldt.log import get_logger
-from ldt.options import choice
-from ldt.rundir import DONE, STOPPED
-from ldt.train_config import Config as TrainConfig
+from ldt.run.outcome import DONE, STOPPED
+from ldt.training.config import TrainJob
 
 logger = get_logger(__name__)
 
@@ -34,7 +32,7 @@ STOP_SIGNAL = "USR1"
 
 
 @dataclass
-class Config:
+class SubmitJob:
     """`cluster`: slurm, local, or a site's name or file under configs/cluster.
 
     `tasks`: processes a node, one a GPU. `gpus`: a node; empty for as many as tasks, 0 for a machine without.
@@ -74,7 +72,7 @@ class Config:
             )
 
 
-OWN_KEYS = tuple(f.name for f in fields(Config))
+OWN_KEYS = tuple(f.name for f in fields(SubmitJob))
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,8 @@ class Train:
     def __call__(self) -> int:
         """The program's exit code; raises on failure, so that the job is one that failed."""
         code = main(["train", *self.arguments])
-        if code == STOPPED and "SLURM_JOB_ID" in os.environ:
-            _requeue(self.max_restarts)
+        if code == STOPPED and (job := this_job()).id:
+            requeue(job, self.max_restarts)
         if code not in (DONE, STOPPED):
             raise SystemExit(code)
         return code
@@ -104,21 +102,6 @@ class Evaluate:
         if code := main(["evaluate", *self.arguments]):
             raise SystemExit(code)
         return 0
-
-
-def _requeue(max_restarts: int) -> None:
-    """Put this job back into the queue, once for all its tasks, and wait to be ended.
-
-    submitit's own checkpointing asks rank 0 alone, in a signal handler; here all ranks have saved together by now.
-    """
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if restarts >= max_restarts:
-        logger.warning("stopped on request, but not requeued: it was restarted %d times already", restarts)
-        return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if os.environ["SLURM_PROCID"] == "0":
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    time.sleep(60)
 
 
 def submit(arguments: Sequence[str]) -> list[str]:
@@ -147,7 +130,7 @@ def submit(arguments: Sequence[str]) -> list[str]:
     return lines
 
 
-def _chain(config: Config, run_dir: str, job_id: str) -> str:
+def _chain(config: SubmitJob, run_dir: str, job_id: str) -> str:
     """Submit the evaluation of a run as a job of its own."""
     executor = _executor(config, config.evaluation_tasks, 1, f"{config.name}-evaluate")
     if config.evaluation == "after":
@@ -161,7 +144,7 @@ def _chain(config: Config, run_dir: str, job_id: str) -> str:
     return f"job {job.job_id}: evaluation of {run_dir} ({run_dir}/evaluations.jsonl)"
 
 
-def plan(arguments: Sequence[str]) -> tuple[Config, list[list[str]]]:
+def plan(arguments: Sequence[str]) -> tuple[SubmitJob, list[list[str]]]:
     """The submission, and for each run of the sweep the arguments of `ldt train`; every config is checked."""
     own = [a for a in arguments if (key := a.partition("=")[0]) in OWN_KEYS or key.startswith("slurm.")]
     others = [a for a in arguments if a not in own]
@@ -170,7 +153,7 @@ def plan(arguments: Sequence[str]) -> tuple[Config, list[list[str]]]:
         raise InputError(f"unknown flag {unknown[0]}; settings are given as key=value, the flag is --dry-run")
     own += ["dry_run=true"] if flags else []
     site = next((a.partition("=")[2] for a in own if a.startswith("cluster=")), "slurm")
-    config = configuration.load(Config, _site_file(site), own)
+    config = configuration.load(SubmitJob, _site_file(site), own)
     words = [a for a in others if a not in flags]
     runs = [_with_own_directory(run, words) for run in _sweep(words)]
     for run in runs:
@@ -219,11 +202,11 @@ def _with_own_directory(run: list[str], words: Sequence[str]) -> list[str]:
     return [*run, f"run_dir={run_dir_of(run)}/{','.join(swept)}"]
 
 
-def _load(run: Sequence[str]) -> TrainConfig:
+def _load(run: Sequence[str]) -> TrainJob:
     files = [w for w in run if "=" not in w]
     if len(files) > 1:
         raise InputError(f"one config at a time, not {' and '.join(files)}")
-    return configuration.load(TrainConfig, files[0] if files else None, [w for w in run if "=" in w])
+    return configuration.load(TrainJob, files[0] if files else None, [w for w in run if "=" in w])
 
 
 def run_dir_of(run: Sequence[str]) -> str:
@@ -231,7 +214,7 @@ def run_dir_of(run: Sequence[str]) -> str:
     return _load(run).run_dir
 
 
-def _executor(config: Config, tasks: int, nodes: int, name: str) -> submitit.AutoExecutor:
+def _executor(config: SubmitJob, tasks: int, nodes: int, name: str) -> submitit.AutoExecutor:
     executor = submitit.AutoExecutor(folder=config.logs, cluster="local" if config.cluster == "local" else "slurm")
     parameters: dict[str, Any] = {"name": name, "timeout_min": config.minutes, "tasks_per_node": tasks, "nodes": nodes}
     parameters["cpus_per_task"] = config.cpus_per_task

@@ -14,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldt.autoencoder import Autoencoder
-from ldt.checkpoint import Content, Progress, Sampling, Writer
+from ldt.checkpoint.manifest import LatentSpec, TrainState
+from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict
 from ldt.data.shards.manifest import VERSION, head_hash
-from ldt.diffusion.objectives import ObjectiveConfig
+from ldt.diffusion.config import ObjectiveConfig
 from ldt.dist import process_group
-from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.engine import Engine
+from ldt.models.autoencoder import Autoencoder
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
@@ -48,7 +50,7 @@ def _make_run(root: Path) -> None:
     autoencoder = make_autoencoder(root / "autoencoder")
     make_images(root / "images", 90)
     make_manifest_head(root / "shards", root / "images")
-    sampling = Sampling(
+    spec = LatentSpec(
         latent_shape=(4, 8, 8),
         classes=CLASSES,
         mean_C=[0.1, -0.2, 0.0, 0.3],
@@ -64,15 +66,15 @@ def _make_run(root: Path) -> None:
         "objective": to_dict(ObjectiveConfig()),
         "data": {"path": str(root / "shards")},
     }
-    denoiser = randomised(build(model, sampling.latent_shape, len(CLASSES), seed=0))
+    denoiser = randomised(build(model, spec.latent_shape, len(CLASSES), seed=0))
     with process_group() as world:
         engine = Engine(denoiser, EngineConfig(zero_stage=0), OptimizerConfig(), world, 1)
         masters = [f.master for f in engine.partition.owned]
         kinds = {"master": masters, "ema": [m.clone() for m in masters]}
         with Writer(engine.partition, world) as writer:
             for samples_seen in (1000, 2000):
-                progress = asdict(Progress(samples_seen, data_fingerprint="test", attempt=1))
-                facts = {"progress": progress, "sampling": asdict(sampling), "config": config}
+                progress = asdict(TrainState(samples_seen, data_fingerprint="test", attempt=1))
+                facts = {"progress": progress, "sampling": asdict(spec), "config": config}
                 writer.begin([Content(root / "run" / "checkpoints", kinds)], facts)
                 writer.finish()
                 for average in kinds["ema"]:

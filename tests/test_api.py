@@ -50,9 +50,9 @@ def test_latents_are_whitened_and_go_both_ways(model: ldt.Model) -> None:
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 1), dtype=np.uint8)
     latents = model.encode(images)
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == np.float32
-    sampling, autoencoder = model._loaded.sampling, model._images.autoencoder
+    spec, autoencoder = model._loaded.spec, model._images.autoencoder
     mean, _ = autoencoder.encode(torch.from_numpy(images))
-    raw = latents * np.array(sampling.std_C)[:, None, None] + np.array(sampling.mean_C)[:, None, None]
+    raw = latents * np.array(spec.std_C)[:, None, None] + np.array(spec.mean_C)[:, None, None]
     np.testing.assert_allclose(raw, mean.numpy(), atol=1e-5)
     np.testing.assert_array_equal(model.decode(latents), autoencoder.decode(mean).numpy())
 

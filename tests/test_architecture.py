@@ -9,20 +9,19 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "ldt").rglob("*.py"))
 
 OWNERS = {
-    "torch.distributed": {"dist", "engine", "partition"},
-    "deepspeed": {"engine", "partition"},
+    "torch.distributed": {"dist", "engine"},
+    "deepspeed": {"engine"},
     "omegaconf": {"config"},
-    "wandb": {"log"},
-    "torch.utils.tensorboard": {"log"},
-    "submitit": {"launch"},
-    "webdataset": {"data.shards"},
-    "streaming": {"data.shards"},
+    "wandb": {"tracking"},
+    "torch.utils.tensorboard": {"tracking"},
+    "submitit": {"submit"},
+    "webdataset": {"data.shards.tar"},
     "flash_attn": {"nn.attention"},
-    "diffusers": {"autoencoder", "nn.unet", "doors"},
-    "transformers": {"text"},
+    "diffusers": {"models.autoencoder", "nn.unet", "convert"},
+    "transformers": {"models.text_encoder"},
     "timm": {"metrics.timm_net"},
     "torch_fidelity": {"metrics.inception"},
-    "matplotlib": {"report", "reporting"},
+    "matplotlib": {"reporting.png"},
 }
 
 
@@ -46,8 +45,9 @@ def test_each_dependency_has_one_owner(dependency):
     for path in FILES:
         if any(n == dependency or n.startswith(dependency + ".") for n in imports(ast.parse(path.read_text()))):
             users.add(module_of(path))
-    strangers = {u for u in users if not any(u == o or u.startswith(o + ".") for o in OWNERS[dependency])}
-    assert not strangers, f"{dependency} is imported by {sorted(strangers)}"
+    owned = {user: [o for o in OWNERS[dependency] if user == o or user.startswith(o + ".")] for user in users}
+    assert all(owned.values()), f"{dependency} is imported by {sorted(u for u in users if not owned[u])}"
+    assert {o for owners in owned.values() for o in owners} == OWNERS[dependency], "an owner that imports nothing"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

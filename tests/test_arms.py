@@ -5,8 +5,8 @@ import torch
 from shard_data import write_shards
 from test_checkpoint import refused_case, train_case
 
-from ldt.checkpoint import load_denoiser
-from ldt.nn.condition import Condition
+from ldt.checkpoint.load import load_denoiser
+from ldt.diffusion.condition import Condition
 
 UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
 DIT = "{width: 32, depth: 2, heads: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false,"

@@ -12,9 +12,9 @@ from PIL import Image
 from run_data import make_autoencoder
 from safetensors.torch import load_file, save_file
 
-from ldt.autoencoder import EMBEDDED, Autoencoder
 from ldt.data.images import open_images, prepare
 from ldt.errors import InputError
+from ldt.models.autoencoder import EMBEDDED, Autoencoder
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from shard_data import write_shards
 
-from ldt.bad_steps import RECENT_LOSSES, BadSteps
-from ldt.checkpoint import newest, read_manifest
+from ldt.checkpoint.manifest import newest, read_manifest
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
 from ldt.log import read_jsonl
-from ldt.train import Config, attempt
+from ldt.training.bad_steps import RECENT_LOSSES, BadSteps
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 BATCH, COUNTS, SPOILED = 8, [40, 24], 21
 SETTINGS = [
@@ -28,7 +29,7 @@ SETTINGS = [
 
 def train_case(world: World, settings: list[str]) -> list:
     """Train in this pool: [how it ended, the lines of metrics.jsonl]."""
-    config, end = load(Config, None, SETTINGS + settings), "done"
+    config, end = load(TrainJob, None, SETTINGS + settings), "done"
     try:
         attempt(config, world)
     except RunError as error:
@@ -108,7 +109,7 @@ def test_the_limit_is_robust():
 @pytest.mark.parametrize("setting", ["train.bad_steps=0", "train.spike_factor=-1", "train.time_limit_minutes=-1"])
 def test_wrong_settings_are_refused(setting):
     with pytest.raises(InputError, match=setting.split("=")[0]):
-        load(Config, None, ["run_dir=x", "data.path=y", setting])
+        load(TrainJob, None, ["run_dir=x", "data.path=y", setting])
 
 
 def test_the_log_stays_readable_by_others(tmp_path, pool, spoiled):

@@ -14,14 +14,17 @@ import xxhash
 from safetensors import safe_open
 from shard_data import write_shards
 
-from ldt.checkpoint import Damaged, Reader, listed, load_denoiser, newest, read_manifest, verify
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import Damaged, listed, newest, read_manifest, verify
+from ldt.checkpoint.tensors import Reader
 from ldt.cli import INTERRUPTED, main
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
 from ldt.log import read_jsonl
-from ldt.rundir import STOPPED
-from ldt.train import Config, attempt
+from ldt.run.outcome import STOPPED
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 BATCH = 8
 SETTINGS = [
@@ -37,7 +40,7 @@ SETTINGS = [
 
 def train_case(world: World, settings: list[str]) -> list[dict]:
     """Train in this pool; the training lines of metrics.jsonl."""
-    config = load(Config, None, SETTINGS + settings)
+    config = load(TrainJob, None, SETTINGS + settings)
     attempt(config, world)
     return broadcast([r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
 
@@ -45,7 +48,7 @@ def train_case(world: World, settings: list[str]) -> list[dict]:
 def refused_case(world: World, settings: list[str]) -> str:
     """The sentence with which the trainer refuses these settings."""
     try:
-        attempt(load(Config, None, SETTINGS + settings), world)
+        attempt(load(TrainJob, None, SETTINGS + settings), world)
     except InputError as error:
         return str(error)
     return ""
@@ -143,7 +146,7 @@ def test_it_can_be_read_alone(straight):
     master = load_denoiser(path, weights="master")
     assert not torch.equal(loaded.denoiser.patchify.weight, master.denoiser.patchify.weight)
     assert loaded.samples_seen == 160
-    assert loaded.sampling.classes == ["ant", "bee", "cat"] and loaded.sampling.std_C == [0.5, 1.0, 1.5, 2.0]
+    assert loaded.spec.classes == ["ant", "bee", "cat"] and loaded.spec.std_C == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_every_flipped_cut_or_missing_byte_is_found(copy):

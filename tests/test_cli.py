@@ -16,7 +16,7 @@ from shard_data import write_shards
 
 from ldt import cli
 from ldt.errors import InputError, RunError, in_a_sentence
-from ldt.rundir import DONE, WRONG_INPUT
+from ldt.run.outcome import DONE, WRONG_INPUT
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +92,7 @@ def test_every_shipped_config_loads(path, capsys):
     ("arguments", "message"),
     [
         (["trian", "x.yaml"], "there is no such command; the commands are encode"),
-        (["train", "configs/debug.yaml", "--fast"], "unknown flag --fast"),
+        (["train", "configs/debug.yaml", "--fast"], "unrecognized arguments: --fast"),
         (["train"], "usage: ldt train CONFIG [key=value ...]; ldt train --help lists the keys"),
         (["report"], "usage: ldt report RUN [RUN ...]"),
         (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),

@@ -15,7 +15,7 @@ from make_compat import AFTER, BEFORE, SAMPLE, TRAIN
 from run_data import kept_logger
 from test_damage import everything
 
-from ldt.checkpoint import load_denoiser
+from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
 from ldt.data.shards import open_shards
 from ldt.log import read_jsonl

@@ -8,7 +8,8 @@ from pool import Pool
 from test_engine import BATCH, LR, MODEL, OPTIMIZER, STEPS, data, loss_B, reference
 
 from ldt.dist import World
-from ldt.engine import Engine, EngineConfig
+from ldt.engine.config import EngineConfig
+from ldt.engine.engine import Engine
 from ldt.nn.build import build
 
 

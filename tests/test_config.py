@@ -8,14 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldt import config
-from ldt.encode import Config as EncodeConfig
+from ldt.commands.evaluate import EvaluateJob
+from ldt.commands.report import ReportJob
+from ldt.commands.sample import SampleJob
+from ldt.config_fields import choice, required, section
+from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
-from ldt.evaluate import Config as EvaluateConfig
-from ldt.launch import Config as LaunchConfig
-from ldt.options import choice, required, section
-from ldt.report import Config as ReportConfig
-from ldt.sample import Config as SampleConfig
-from ldt.train_config import Config as TrainConfig
+from ldt.submit import SubmitJob
+from ldt.training.config import TrainJob
 
 
 @dataclass
@@ -81,7 +81,7 @@ def test_each_mistake_is_one_sentence_that_names_the_key(overrides, message):
 
 def test_this_machine_starts_no_job_after_another():
     with pytest.raises(InputError, match="evaluation=after needs a scheduler.*evaluation=watch"):
-        config.load(LaunchConfig, None, ["cluster=local", "evaluation=after"])
+        config.load(SubmitJob, None, ["cluster=local", "evaluation=after"])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_bad_files_are_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-SCHEMAS = (TrainConfig, EncodeConfig, EvaluateConfig, SampleConfig, ReportConfig, LaunchConfig)
+SCHEMAS = (TrainJob, EncodeJob, EvaluateJob, SampleJob, ReportJob, SubmitJob)
 KEYS = [key for schema in SCHEMAS for key, _ in config._types(schema)]
 keys = st.sampled_from(KEYS) | st.text(max_size=5)
 scalars = (
@@ -126,7 +126,7 @@ def test_any_tree_loads_or_is_refused_in_a_sentence(tmp_path_factory, schema, va
     for key, value in values.items():
         put(tree, key.split("."), value)
     path.write_bytes(yaml.safe_dump(tree, allow_unicode=True).encode(errors="replace"))
-    loads_or_says_why(schema, path, ["run_dir=x", "data.path=y"] if schema is TrainConfig else [])
+    loads_or_says_why(schema, path, ["run_dir=x", "data.path=y"] if schema is TrainJob else [])
 
 
 def put(tree, names, value):

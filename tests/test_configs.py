@@ -8,11 +8,11 @@ import torch
 
 from ldt import config as configs
 from ldt.cli import main
-from ldt.encode import Config as EncodeConfig
+from ldt.encoding.config import EncodeJob
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import dit, flops, uvit
-from ldt.train import Config
+from ldt.training.config import TrainJob
 
 ROOT = Path(__file__).parents[1] / "configs"
 TRAINING = sorted(p for d in ("imagenet256", "imagenet512") for p in (ROOT / d).glob("*.yaml"))
@@ -36,7 +36,7 @@ def name_of(path):
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_it_has_the_parameters_that_its_header_tells(path):
-    config = configs.load(Config, path)
+    config = configs.load(TrainJob, path)
     side = int(path.parent.name.removeprefix("imagenet")) // 8
     with torch.device("meta"):
         model = build(config.model, (4, side, side), 1000, seed=0)
@@ -55,7 +55,7 @@ def test_it_dry_runs(path, capsys):
 
 def test_reproductions_are_the_published_architectures():
     def model(name):
-        shape = configs.load(Config, ROOT / f"{name}.yaml").model
+        shape = configs.load(TrainJob, ROOT / f"{name}.yaml").model
         return dataclasses.replace(shape, activation_checkpointing=False)
 
     for size in ("256", "512"):
@@ -70,13 +70,13 @@ def test_reproductions_are_the_published_architectures():
 
 @pytest.mark.parametrize("size", [256, 512])
 def test_their_data_are_encoded_by_a_config(size):
-    encode = configs.load(EncodeConfig, ROOT / "encode" / f"imagenet{size}.yaml")
+    encode = configs.load(EncodeJob, ROOT / "encode" / f"imagenet{size}.yaml")
     assert encode.output == f"data/imagenet{size}" and encode.images.size == size
 
 
 def test_the_study_is_matched():
     """The UNet arms have the Transformer's parameters and its cost; all else is the same."""
-    arms = {n: configs.load(Config, ROOT / "study" / f"{n}.yaml") for n in ("transformer", "unet", "unet_flops")}
+    arms = {n: configs.load(TrainJob, ROOT / "study" / f"{n}.yaml") for n in ("transformer", "unet", "unet_flops")}
     with torch.device("meta"):
         parameters = {n: parameter_count(build(c.model, (4, 8, 8), 10, seed=0)) for n, c in arms.items()}
     cost = {n: flops(c.model, (4, 8, 8)) for n, c in arms.items()}
@@ -87,9 +87,9 @@ def test_the_study_is_matched():
 
 
 def test_the_text_example_loads(capsys):
-    config = configs.load(Config, ROOT / "text" / "emoji.yaml")
+    config = configs.load(TrainJob, ROOT / "text" / "emoji.yaml")
     assert config.model.condition_on == "class_and_text"
-    encode = configs.load(EncodeConfig, ROOT / "encode" / "emoji.yaml")
+    encode = configs.load(EncodeJob, ROOT / "encode" / "emoji.yaml")
     assert encode.output == config.data.path and encode.text.encoder == "bytes"
     assert main(["train", str(ROOT / "text" / "emoji.yaml"), "--dry-run"]) == 0
     assert "condition_on: class_and_text" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from shard_data import make_samples, write_shards
 
 from ldt.data.shards import adopt, open_shards
 from ldt.data.shards.layout import Layout
+from ldt.data.shards.shard_writer import PACK, read_sidecar, sidecar_path, write_unit
 from ldt.data.shards.statistics import Sums
-from ldt.data.shards.unit import PACK, read_sidecar, sidecar_path, write_unit
 from ldt.errors import InputError
 
 CASES = 60  # per file

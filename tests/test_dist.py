@@ -8,7 +8,8 @@ import sys
 import pytest
 from ranks import start_ranks
 
-from ldt.dist import discover, first_node, free_port, master, place, process_group
+from ldt.cluster.launchers import first_node, master, place
+from ldt.dist import discover, free_port, process_group
 from ldt.errors import InputError
 
 TASK = {

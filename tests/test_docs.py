@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ldt import launch
+from ldt import submit
 from ldt.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_command_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyP
     elif words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), command
         if words[1] == "tools/submit.py":
-            assert launch.submit([*words[2:], "--dry-run"])
+            assert submit.submit([*words[2:], "--dry-run"])
     elif words[0] == "sbatch":
         for script in (w for w in words if w.startswith("slurm/")):
             assert (ROOT / script).is_file(), command

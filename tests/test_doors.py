@@ -9,16 +9,18 @@ import pytest
 import torch
 from run_data import make_autoencoder, randomised
 
-from ldt.checkpoint import Loaded, Sampling, load_denoiser
+from ldt.checkpoint.load import Loaded, load_denoiser
+from ldt.checkpoint.manifest import LatentSpec
 from ldt.cli import main
-from ldt.diffusion.objectives import Objective, ObjectiveConfig
-from ldt.diffusion.samplers import SAMPLERS, SamplerConfig, as_predict
+from ldt.convert.diffusers_dit import write_pipeline
+from ldt.convert.dit import convert, model_config, read
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
+from ldt.diffusion.objectives import Objective
+from ldt.diffusion.samplers import SAMPLERS, as_predict
 from ldt.diffusion.schedules import time_of_step
-from ldt.doors.diffusers_dit import write_pipeline
-from ldt.doors.dit import convert, model_config, read
 from ldt.errors import InputError
 from ldt.nn.build import build
-from ldt.nn.condition import Condition
 from ldt.nn.embedding import sincos_2d
 from ldt.nn.sizes import dit
 
@@ -128,7 +130,7 @@ def test_import_makes_a_model_that_samples(theirs, tmp_path, capsys):
     settings = [f"to={tmp_path}/model", f"autoencoder={tmp_path}/vae", f"heads={HEADS}"]
     assert main(["import", str(tmp_path / "dit.pt"), *settings]) == 0
     loaded = load_denoiser(tmp_path / "model")
-    assert [*loaded.sampling.latent_shape] == [4, 8, 8] and loaded.sampling.std_C == [1 / 0.18215] * 4
+    assert [*loaded.spec.latent_shape] == [4, 8, 8] and loaded.spec.std_C == [1 / 0.18215] * 4
     assert loaded.objective.config.schedule == "ddpm" and loaded.config["model"]["learned_sigma"]
     assert main(["sample", str(tmp_path / "model"), "images=4", "steps=2", "block=4", "--quiet"]) == 0
     assert main(["import", str(tmp_path / "dit.pt"), *settings]) == 2
@@ -168,7 +170,7 @@ def loaded(tmp_path):
     config = dataclasses.replace(
         dit("S/2"), width=WIDTH, depth=DEPTH, heads=HEADS, time_frequencies="diffusers", learned_sigma=False
     )
-    sampling = Sampling(
+    spec = LatentSpec(
         latent_shape=(4, 8, 8),
         classes=["ant", "bee", "cat"],
         mean_C=[0.3, -0.2, 0.0, 0.5],
@@ -179,8 +181,8 @@ def loaded(tmp_path):
         image_channels=1,
     )
     objective = Objective(ObjectiveConfig(prediction="eps", schedule="ddpm", timesteps="uniform"))
-    denoiser = randomised(build(config, sampling.latent_shape, 3, seed=0)).eval()
-    return Loaded(denoiser, objective, sampling, {}, 0, tmp_path, "test")
+    denoiser = randomised(build(config, spec.latent_shape, 3, seed=0)).eval()
+    return Loaded(denoiser, objective, spec, {}, 0, tmp_path, "test")
 
 
 def test_diffusers_pipeline_draws_the_same_images(loaded, tmp_path):
@@ -203,8 +205,8 @@ def test_diffusers_pipeline_draws_the_same_images(loaded, tmp_path):
             loaded.denoiser, loaded.objective, Condition(torch.tensor([1, 2])), 3, SamplerConfig(guidance=1.5)
         )
         latent = SAMPLERS["ddim"](predict, loaded.objective.schedule, x, times, lambda step: x)
-        latent = latent * torch.tensor(loaded.sampling.std_C)[:, None, None]
-        latent = latent + torch.tensor(loaded.sampling.mean_C)[:, None, None]
+        latent = latent * torch.tensor(loaded.spec.std_C)[:, None, None]
+        latent = latent + torch.tensor(loaded.spec.mean_C)[:, None, None]
         autoencoder = make_autoencoder(tmp_path / "vae")
         ours = autoencoder.decode(latent).numpy()
     assert ours.std() > 5
@@ -218,7 +220,7 @@ def test_the_exported_autoencoder_whitens_what_it_encodes(loaded, tmp_path):
     mean, std = make_autoencoder(tmp_path / "vae").encode(image)
     with torch.no_grad():
         posterior = vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
-    mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (loaded.sampling.mean_C, loaded.sampling.std_C))
+    mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (loaded.spec.mean_C, loaded.spec.std_C))
     torch.testing.assert_close(posterior.mean, (mean - mean_C11) / std_C11, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(posterior.std, std / std_C11, rtol=1e-4, atol=1e-5)
 
@@ -254,6 +256,6 @@ def test_export_command(theirs, tmp_path, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'pipeline'}\n")
     with pytest.raises(InputError, match="as safetensors first"):
-        from ldt.export import Config
+        from ldt.commands.export import ExportJob
 
-        Config(run="x", to="y", ema_width=0.1, format="diffusers")
+        ExportJob(run="x", to="y", ema_width=0.1, format="diffusers")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ldt import ema as averaging
-from ldt.ema import EMAConfig, Profile
+from ldt.engine import ema as averaging
+from ldt.engine.config import EMAConfig
+from ldt.engine.ema import Profile
 from ldt.errors import InputError
 
 

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from ldt import cli
-from ldt.autoencoder import Autoencoder
 from ldt.data.images import open_images, prepare
 from ldt.data.shards import open_shards, open_validation
 from ldt.data.split import Split
 from ldt.dist import free_port
 from ldt.errors import InputError
+from ldt.models.autoencoder import Autoencoder
 
 CLASSES = ["ant", "bee", "cat"]
-UNFINISHED_END = "ldt.encode.Encoder._finish"
+UNFINISHED_END = "ldt.encoding.encoder.Encoder._finish"
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def test_two_processes_after_an_interruption_write_the_same_files(encode, tmp_pa
 UNEVEN = """
 import datetime, sys, time
 from ldt import cli, dist
-from ldt.encode_plan import Plan
+from ldt.encoding.plan import Plan
 dist.TIMEOUT = datetime.timedelta(seconds=1)
 load = Plan.load
 def slow(self, batch):

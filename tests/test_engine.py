@@ -1,18 +1,20 @@
 """One optimizer step under DeepSpeed equals plain PyTorch at every stage and split, and weights are where we say.
 
-This file is the canary for the private attributes of DeepSpeed that `ldt.partition` reads.
+This file is the canary for the private attributes of DeepSpeed that `ldt.engine.partition` reads.
 """
 
 import pytest
 import torch
 
-from ldt import ema as averaging
-from ldt.diffusion.objectives import Objective, ObjectiveConfig
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather
-from ldt.engine import Engine, EngineConfig, OptimizerConfig, learning_rate
+from ldt.engine import ema as averaging
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.engine import Engine, learning_rate
 from ldt.errors import InputError
 from ldt.nn.build import build
-from ldt.nn.condition import Condition
 from ldt.nn.config import ModelConfig
 
 BATCH, STEPS, LR = 12, 6, 2e-3
@@ -158,7 +160,7 @@ def check_swap(engine, average):
     expected = build(MODEL, (4, 8, 8), 10, seed=0)
     expected.load_state_dict(gather(engine.partition, average))
     expected.to(next(engine.deepspeed.module.parameters()).dtype)
-    with engine.partition.swapped(average), torch.no_grad():
+    with engine.partition.using_weights(average), torch.no_grad():
         inside = float(loss_B(engine.module, batch).sum())
         assert inside != before
         assert abs(inside - float(loss_B(expected, batch).sum())) < 1e-4 * abs(inside)

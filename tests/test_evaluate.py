@@ -14,22 +14,25 @@ from peers import random_inception
 from pool import Pool
 from run_data import kept_logger, shared_run
 
-from ldt.checkpoint import load_denoiser
+from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
+from ldt.commands.evaluate import EvaluateJob, evaluate, run
 from ldt.config import load
 from ldt.data.images import open_images, prepare
 from ldt.dist import World
 from ldt.errors import InputError
-from ldt.evaluate import Config, EvaluateConfig, evaluate, make_features, run
+from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.scorer import make_features
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector
+from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.reference import load as load_reference
 from ldt.metrics.reference import reference_of_images
 from ldt.metrics.scores import METRICS
-from ldt.metrics.sets import inception_score, kernel_distance, precision_recall
-from ldt.metrics.store import FeatureStore
-from ldt.sample import DrawConfig, image_model, sample_images
+from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
+from ldt.sampling.config import DrawConfig
+from ldt.sampling.draw import image_model, sample_images
 
 FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
 SCORE = "fd_efficientnet_lite0"
@@ -54,12 +57,12 @@ def settings(tmp_path: Path) -> Callable[..., EvaluateConfig]:
 
 
 def score(run_dir: Path, config: EvaluateConfig) -> dict[str, Any]:
-    assert run(Config(run=str(run_dir), evaluate=config)) == 0
+    assert run(EvaluateJob(run=str(run_dir), evaluate=config)) == 0
     return list(read_jsonl(run_dir / "evaluations.jsonl"))[-1]
 
 
 def case_evaluate(world: World, run: str, output: str, cache_dir: str, keys: dict[str, Any]) -> dict[str, Any]:
-    evaluate(Config(run=run, evaluate=EvaluateConfig(**keys, output=output, cache_dir=cache_dir)), world)
+    evaluate(EvaluateJob(run=run, evaluate=EvaluateConfig(**keys, output=output, cache_dir=cache_dir)), world)
     return list(read_jsonl(Path(output)))[-1] if world.rank == 0 else {}
 
 
@@ -146,10 +149,10 @@ def test_by_the_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_training_config_serves(run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(f"run_dir: {run_dir}\nmodel: {{width: 64}}\ncheckpoint: {{keep: 2}}\nevaluate: {{images: 77}}\n")
-    config = load(Config, path, [])
+    config = load(EvaluateJob, path, [])
     assert config.run_dir == str(run_dir) and config.evaluate.images == 77
     with pytest.raises(InputError, match="imagse"):
-        load(Config, path, ["evaluate.imagse=3"])
+        load(EvaluateJob, path, ["evaluate.imagse=3"])
 
 
 def test_reference_cache_knows_its_content(original: Path, tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_bad_input_is_refused(run_dir: Path, tmp_path: Path, settings: Callable[
     with pytest.raises(InputError, match="belongs to images given as evaluate.reference"):
         EvaluateConfig(fit="crop")
     with pytest.raises(InputError, match="nothing to evaluate"):
-        Config()
+        EvaluateJob()
     with pytest.raises(InputError, match="1000, 2000"):
         score(run_dir, settings(checkpoint="1500"))
     with pytest.raises(InputError, match="does not exist"):

@@ -9,7 +9,8 @@ import xxhash
 from safetensors.torch import load_file
 from test_checkpoint import data, refused_case, tensors, train_case
 
-from ldt.checkpoint import load_denoiser, newest
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import newest
 from ldt.cli import main
 
 __all__ = ["data"]
@@ -73,7 +74,7 @@ def test_it_is_a_model_of_its_own(pool, run_dir, data, tmp_path):
     assert main(["export", str(run_dir), f"--to={tmp_path}/model"]) == 0
     a, b = load_denoiser(run_dir), load_denoiser(tmp_path / "model")
     assert all(torch.equal(x, y) for x, y in zip(a.denoiser.parameters(), b.denoiser.parameters(), strict=True))
-    assert a.sampling == b.sampling and b.home == tmp_path / "model"
+    assert a.spec == b.spec and b.home == tmp_path / "model"
     logs = []
     for name, source in (("a", run_dir), ("b", tmp_path / "model")):
         settings = [f"run_dir={tmp_path}/{name}", f"data.path={data}", f"train.init_from={source}"]

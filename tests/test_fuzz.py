@@ -24,27 +24,27 @@ from safetensors.torch import load_file
 from shard_data import write_shards
 from test_damage import everything
 
-from ldt import log, owner, rundir, watch
-from ldt.checkpoint import Damaged, load_denoiser
-from ldt.checkpoint.denoiser import read_weights
+from ldt import log
+from ldt.checkpoint.load import load_denoiser, read_weights
+from ldt.checkpoint.manifest import Damaged
 from ldt.cli import main
+from ldt.commands.report import ReportJob, gallery
 from ldt.config import to_yaml
+from ldt.convert import dit
 from ldt.data.images import open_images, prepare
 from ldt.data.latent_files import open_latents
 from ldt.data.shards.adopt import examine, read_layout
 from ldt.data.shards.manifest import Manifest, head_hash
-from ldt.data.shards.unit import HASH, Sidecar, read_sidecar, sidecar_hash
-from ldt.doors import dit
+from ldt.data.shards.shard_writer import HASH, Sidecar, read_sidecar, sidecar_hash
 from ldt.errors import InputError
-from ldt.evaluate import _read_result, derive_jsonl
+from ldt.evaluation import follow
+from ldt.evaluation.scorer import _read_result, derive_jsonl
 from ldt.metrics import reference
-from ldt.report import Config as ReportConfig
-from ldt.report import gallery
 from ldt.reporting.curves import make_charts
 from ldt.reporting.history import read_history
 from ldt.reporting.page import make_page
-from ldt.train import Config as TrainConfig
-from ldt.train_config import DataConfig
+from ldt.run import directory, outcome, owner
+from ldt.training.config import DataConfig, TrainJob
 
 CASES = 60  # of each kind for each file
 
@@ -77,10 +77,10 @@ def run_dir(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a line of everything."""
     run = Path(shutil.copytree(shared_run(tmp_path_factory), tmp_path / "run"))
     for world_size in (1, 2):
-        config = TrainConfig(run_dir=str(run), data=DataConfig(path=str(tmp_path / "shards")))
-        rundir.prepare(run, to_yaml(config), world_size)
-    rundir.begin(run)
-    rundir.write_outcome(run, rundir.DONE, 2000, "trained to the end")
+        config = TrainJob(run_dir=str(run), data=DataConfig(path=str(tmp_path / "shards")))
+        directory.prepare(run, to_yaml(config), world_size)
+    outcome.begin(run)
+    outcome.write_outcome(run, outcome.DONE, 2000, "trained to the end")
     step = {"lr": 1e-3, "grad_norm": 0.5, "images_per_second": 9.0, "world_size": 1, "data_wait_fraction": 0.1}
     for i in range(1, 6):
         also = {"loss": 1 / i, "time": 1.8e9 + 60 * i, "attempt": 0, "digest": "ab", "peak_memory": 10**9}
@@ -181,7 +181,7 @@ def test_what_a_run_writes(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     def report() -> None:
         history = read_history(run_dir, "run")
-        pictures = gallery(history, ReportConfig(runs=["run"], neighbours=0), tmp_path, "")
+        pictures = gallery(history, ReportJob(runs=["run"], neighbours=0), tmp_path, "")
         make_page([history], make_charts([history]), [pictures], "x")
 
     def resume() -> None:
@@ -197,8 +197,8 @@ def test_what_a_run_writes(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
         derive_jsonl(run_dir / "evaluations.jsonl")
 
     def ended() -> None:
-        rundir.verdict(run_dir, 0)
-        watch._has_ended(run_dir)
+        outcome.verdict(run_dir, 0)
+        follow._has_ended(run_dir)
         both()
 
     def take() -> None:
@@ -421,7 +421,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     for act in acts:
         with pytest.raises(InputError):
             act()
-    assert main(["train", str(tmp_path / "c.yaml"), "--dry-run"]) == rundir.WRONG_INPUT
+    assert main(["train", str(tmp_path / "c.yaml"), "--dry-run"]) == outcome.WRONG_INPUT
     assert not mark.exists()
     np.load(features, allow_pickle=True)
     assert mark.exists(), "the payload does nothing, so this test proves nothing"

@@ -12,7 +12,8 @@ from shard_data import write_shards
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.log import read_jsonl
-from ldt.train import Config, attempt
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 STEPS, BATCH = 20, 8  # 3 ranks do not divide the batch; 80 samples: two epochs
 SETTINGS = [
@@ -34,7 +35,7 @@ SETTINGS = [
 
 def train_case(world: World, settings: list[str]) -> list[dict]:
     """Train in this pool; the lines of metrics.jsonl."""
-    config = load(Config, None, SETTINGS + settings)
+    config = load(TrainJob, None, SETTINGS + settings)
     attempt(config, world)
     return broadcast(list(read_jsonl(Path(config.run_dir) / "metrics.jsonl")))
 

@@ -9,8 +9,8 @@ import torch
 from shard_data import write_shards
 
 from ldt import rng
-from ldt.data.draws import digest_text
-from ldt.data.loader import Loader, Share, ValidationLoader
+from ldt.data.batch import digest_text
+from ldt.data.loader import Loader, RankSlice, ValidationLoader
 from ldt.data.order import Order
 from ldt.data.shards import open_shards
 from ldt.errors import InputError
@@ -114,7 +114,7 @@ def test_each_row_is_what_the_formulas_say(data):
 
 def test_share_gives_every_row_once_and_equal_shapes():
     for total, ranks, micro in itertools.product((1, 7, 8, 64), (1, 2, 3, 9), (0, 1, 3, 100)):
-        shares = [Share.of(total, r, ranks, micro) for r in range(ranks)]
+        shares = [RankSlice.of(total, r, ranks, micro) for r in range(ranks)]
         assert [i for s in shares for i in range(s.start, s.stop)] == list(range(total))
         assert len({(s.count, s.size) for s in shares}) == 1
         assert all(s.stop - s.start <= s.rows and (micro == 0 or s.size <= micro) for s in shares)

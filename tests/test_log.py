@@ -14,9 +14,10 @@ import time
 
 import pytest
 
-from ldt import log, progress, rundir
+from ldt import log, progress, tracking
 from ldt.cli import main
 from ldt.errors import InputError
+from ldt.run import directory
 
 
 def write(path, *lines):
@@ -177,7 +178,7 @@ def test_wandb_offline_holds_the_records(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     records = [{"samples_seen": 64 * i, "loss": 1 / i} for i in (1, 2, 3)]
-    with log.track(run_dir, {"seed": 7, "log": {"wandb": True}}, rank=0) as tracker:
+    with tracking.track(run_dir, {"seed": 7, "log": {"wandb": True}}, rank=0) as tracker:
         for r in records:
             tracker.log(r)
     files = list(run_dir.rglob("*.wandb"))
@@ -199,10 +200,10 @@ def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ldt", "train", f"key={KEY}"])
     diff = f"+export WANDB_API_KEY={literal}\n+run({KEY!r})\n+api_key: '{literal}'\n+token = uuid.uuid4().hex\n"
-    monkeypatch.setattr(rundir, "_git", lambda *words: diff if words[0] == "diff" else "abc")
+    monkeypatch.setattr(directory, "git", lambda *words: diff if words[0] == "diff" else "abc")
     run_dir = tmp_path / "run"
-    rundir.prepare(run_dir, "seed: 1\n", 1)
-    with log.track(run_dir, {"seed": 1, "log": {"wandb": True}}, rank=0) as tracker:
+    directory.prepare(run_dir, "seed: 1\n", 1)
+    with tracking.track(run_dir, {"seed": 1, "log": {"wandb": True}}, rank=0) as tracker:
         tracker.log({"samples_seen": 64, "loss": 1.0})
     saved = [p for p in run_dir.rglob("*") if p.is_file()]
     assert any(p.suffix == ".wandb" for p in saved)
@@ -218,7 +219,7 @@ def test_secrets_stay_out_of_what_a_run_saves(tmp_path, monkeypatch):
 def test_without_trackers_or_on_other_ranks_nothing_is_written(tmp_path):
     both = {"log": {"wandb": True, "tensorboard": True}}
     for config, rank in (({}, 0), ({"log": {"wandb": False}}, 0), (both, 1)):
-        with log.track(tmp_path, config, rank) as tracker:
+        with tracking.track(tmp_path, config, rank) as tracker:
             tracker.log({"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
@@ -239,7 +240,7 @@ def test_a_restart_is_the_same_wandb_run_and_all_else_one_of_its_own(tmp_path, o
     for seen in (64, 128):
         record = {"samples_seen": seen, "loss": 1 / seen}
         log.append_jsonl(run_dir / "metrics.jsonl", record)
-        with log.track(run_dir, config, rank=0) as tracker:
+        with tracking.track(run_dir, config, rank=0) as tracker:
             tracker.log(record)
         time.sleep(1.1)  # wandb's directories are told apart by their second
     log.append_jsonl(run_dir / "evaluations.jsonl", {"samples_seen": 100, "fd_x": 9.0})
@@ -258,7 +259,7 @@ import os, signal, sys
 from pathlib import Path
 from ldt import log
 log.configure(0)
-with log.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
+with tracking.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
     tracker.log({"samples_seen": 64, "loss": 1.0})
     for children in list(Path("/proc/self/task").glob("*/children")):
         for child in children.read_text().split():
@@ -293,7 +294,7 @@ def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, caps
         return [{"samples_seen": n, "loss": scale / n, "digest": "ab", "time": 1.8e9 + n} for n in numbers]
 
     for resumed_at, lines in ((0, records((64, 128, 192), 1)), (128, records((192, 256), 2))):
-        with log.track(tmp_path, config, 0, resumed_at) as tracker:
+        with tracking.track(tmp_path, config, 0, resumed_at) as tracker:
             for r in lines:
                 tracker.log(r)
         time.sleep(1.1)  # event files are told apart by their second
@@ -309,7 +310,7 @@ def test_tensorboard_that_is_not_there_is_said_with_the_command_that_installs_it
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
     for rank in (0, 1):  # all ranks together, so that none waits for one that has left
         with pytest.raises(InputError, match=r"pip install ldt-train\[tensorboard\]"):
-            log.track(tmp_path, {"log": {"tensorboard": True}}, rank)
+            tracking.track(tmp_path, {"log": {"tensorboard": True}}, rank)
 
 
 def test_replaying_nothing_is_refused(tmp_path, capsys):

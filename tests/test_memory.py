@@ -7,14 +7,16 @@ import pytest
 import torch
 from shard_data import write_shards
 
-from ldt import memory
 from ldt.config import load
+from ldt.diffusion.condition import Condition
 from ldt.dist import World
+from ldt.engine import memory
 from ldt.errors import InputError
 from ldt.nn.build import build, checkpoint_blocks
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
-from ldt.train import Config, attempt
+from ldt.nn.text_shape import TextShape
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 SHAPE = (4, 8, 8)
 TRANSFORMER = ModelConfig(width=64, depth=4, heads=2)
@@ -25,13 +27,13 @@ MODELS = {
     "values": dataclasses.replace(TRANSFORMER, value_residual=True),
     "skips": dataclasses.replace(TRANSFORMER, long_skips=True),
     "unet": load(
-        Config, None, ["run_dir=x", "data.path=x", "model={name: unet, unet: {channels: 16, head_channels: 8}}"]
+        TrainJob, None, ["run_dir=x", "data.path=x", "model={name: unet, unet: {channels: 16, head_channels: 8}}"]
     ).model,
 }
 TEXT = TextShape(6, vocabulary=257)
 
 
-def counted(config, samples, recomputed, precision):
+def pluralize(config, samples, recomputed, precision):
     """Bytes of distinct storages that a real forward pass saves."""
     model = build(config, SHAPE, 3, seed=0, text=TEXT)
     if precision == "bf16":
@@ -44,7 +46,7 @@ def counted(config, samples, recomputed, precision):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    words = torch.zeros(samples, TEXT.length, dtype=torch.int64) if config.told_text else None
+    words = torch.zeros(samples, TEXT.length, dtype=torch.int64) if config.uses_text else None
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         condition = Condition(torch.zeros(samples, dtype=torch.int64), words)
         _loss = model(torch.zeros(samples, *SHAPE), torch.zeros(samples), condition).square().mean()
@@ -56,12 +58,12 @@ def counted(config, samples, recomputed, precision):
 def test_activations_are_what_a_real_pass_saves(name, precision):
     cost = memory.activations(MODELS[name], SHAPE, 3, TEXT, precision)
     for samples in (1, 5):
-        assert cost.kept * samples == pytest.approx(counted(MODELS[name], samples, 0, precision), rel=0.02)
+        assert cost.kept * samples == pytest.approx(pluralize(MODELS[name], samples, 0, precision), rel=0.02)
         assert cost.recomputed * samples == pytest.approx(
-            counted(MODELS[name], samples, cost.blocks, precision), rel=0.02
+            pluralize(MODELS[name], samples, cost.blocks, precision), rel=0.02
         )
     if name != "unet":
-        half = counted(MODELS[name], 3, 2, precision)
+        half = pluralize(MODELS[name], 3, 2, precision)
         assert cost.of(3, 2) - 3 * (cost.kept - cost.recomputed) // 4 == pytest.approx(half, rel=0.04)
 
 
@@ -93,7 +95,7 @@ def test_sharding_saves_what_zero_says(precision):
 
 
 def train_case(world: World, settings: list[str]) -> None:
-    attempt(load(Config, None, settings), world)
+    attempt(load(TrainJob, None, settings), world)
 
 
 def test_it_changes_nothing_but_memory(pool, tmp_path, caplog):

@@ -5,9 +5,10 @@ import torch
 from test_engine import BATCH, MODEL, data, distance, gather, loss_B
 
 from ldt.dist import World, all_gather
-from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.engine import Engine
+from ldt.engine.muon import MOMENTUM, NEWTON_SCHULZ, STEPS, orthogonalised, share_out
 from ldt.errors import InputError
-from ldt.muon import MOMENTUM, NEWTON_SCHULZ, STEPS, orthogonalised, share_out
 from ldt.nn.build import build, matrices_of
 from ldt.nn.config import ModelConfig, UNetConfig
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ldt import rng
-from ldt.diffusion.objectives import Objective, ObjectiveConfig, Prediction
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.diffusion.objectives import Objective, Prediction
 from ldt.diffusion.schedules import SCHEDULES, step_of_time, time_of_step
 from ldt.errors import InputError
-from ldt.nn.condition import Condition
 
 PREDICTIONS = ("flow", "eps", "v", "x")
 CONDITION = Condition(torch.zeros(6, dtype=torch.int64))

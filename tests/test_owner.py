@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from ldt import owner
 from ldt.dist import discover
 from ldt.errors import InputError, RunError
-from ldt.owner import owned
+from ldt.run import owner
+from ldt.run.owner import owned
 
 HOLD = """
 import sys, time

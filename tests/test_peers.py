@@ -11,7 +11,7 @@ from ldt.metrics.detectors import make_detector
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.inception import Inception
 from ldt.metrics.moments import Moments
-from ldt.metrics.sets import inception_score, kernel_distance, precision_recall
+from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
 
 IMAGES = 32  # in each of two sets
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from shard_data import write_shards
 
-from ldt import plan
 from ldt.cli import main
+from ldt.commands import plan
 from ldt.config import load
 from ldt.errors import InputError
 
@@ -20,11 +20,11 @@ CONFIGS = sorted(
 
 @functools.cache
 def measured(path):
-    return plan.measure(load(plan.Config, path, ()))
+    return plan.measure(load(plan.PlanJob, path, ()))
 
 
 def planned(path, *settings, stage=None):
-    config = load(plan.Config, path, settings)
+    config = load(plan.PlanJob, path, settings)
     model = plan.measure(config) if any(s.startswith("latent=") for s in settings) else measured(path)
     stage = config.engine.zero_stage if stage is None else stage
     return config, model, plan.place(config, model, config.nodes, stage)

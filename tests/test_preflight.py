@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldt import preflight
 from ldt.dist import World, all_gather
 from ldt.errors import InputError
-from ldt.preflight import check_room, check_shared, compare_ranks, differences
-from ldt.train_start import describe_idle
+from ldt.run import preflight
+from ldt.run.preflight import check_room, check_shared, compare_ranks, differences
+from ldt.training.setup import describe_idle
 
 SAME = {"host": "n", "ldt": "1", "torch": "2", "device": "cpu", "config": "c", "clock": 1000.0}
 

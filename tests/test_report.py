@@ -19,27 +19,27 @@ from browser import Browser
 from PIL import Image
 from run_data import CLASSES, kept_logger, shared_run
 
-from ldt import rundir
-from ldt.checkpoint import read_manifest
+from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
+from ldt.commands.evaluate import EvaluateJob, evaluate
+from ldt.commands.report import ReportJob, names, run
 from ldt.config import to_yaml
 from ldt.data.shards.manifest import head_hash, read_head
 from ldt.data.split import Split
 from ldt.dist import World
 from ldt.errors import InputError
-from ldt.evaluate import Config as EvaluationConfig
-from ldt.evaluate import EvaluateConfig, evaluate
+from ldt.evaluation.config import EvaluateConfig
+from ldt.files import write_json
+from ldt.image_files import class_grid, write_picture
 from ldt.log import append_jsonl
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import flops
-from ldt.pictures import class_grid, write_picture
-from ldt.report import Config, names, run
 from ldt.reporting.curves import best_score, decimate, evaluation_groups, make_charts, restarts, smooth
 from ldt.reporting.history import read_history, running_hours
 from ldt.reporting.html import Markup, script_json, tag
 from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, open_real, split_grid
-from ldt.train import Config as TrainConfig
-from ldt.train_config import DataConfig
+from ldt.run import directory, outcome
+from ldt.training.config import DataConfig, TrainJob
 
 __all__ = ["kept_logger"]
 
@@ -61,21 +61,21 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head["head_xxh64"] = head_hash(head)
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(json.dumps(head))
-    config = TrainConfig(run_dir=str(path), data=DataConfig(path=str(root / "shards")))
+    config = TrainJob(run_dir=str(path), data=DataConfig(path=str(root / "shards")))
     for attempt, world_size in enumerate((1, 3)):
-        rundir.prepare(path, to_yaml(config), world_size)
+        directory.prepare(path, to_yaml(config), world_size)
         start = START + 7200 * attempt  # the second attempt waited for nearly two hours
         set_start(path, start)
         write_metrics(path, range(1000 * attempt + 100, 1000 * attempt + 1100, 100), attempt, world_size, start)
-    rundir.begin(path)
-    rundir.write_outcome(path, rundir.DONE, 2000, "trained to the end")
+    outcome.begin(path)
+    outcome.write_outcome(path, outcome.DONE, 2000, "trained to the end")
     (path / "samples").mkdir()
     for samples_seen in (1000, 1500, 2000):
         write_picture(path / "samples" / f"{samples_seen:012d}.png", a_grid(samples_seen))
     scoring = EvaluateConfig(
         images=9, sampler="euler", steps=1, block=9, checkpoint="all", cache_dir=str(root / "cache")
     )
-    evaluate(EvaluationConfig(run=str(path), evaluate=scoring), ALONE)
+    evaluate(EvaluateJob(run=str(path), evaluate=scoring), ALONE)
     return path
 
 
@@ -122,7 +122,7 @@ def browser() -> Iterator[Browser]:
 
 
 def page_of(*runs: Path, **keys: Any) -> str:
-    assert run(Config(runs=[str(r) for r in runs], **keys)) == 0
+    assert run(ReportJob(runs=[str(r) for r in runs], **keys)) == 0
     return Path(keys.get("output") or runs[0] / "report.html").read_text()
 
 
@@ -367,8 +367,8 @@ def test_decimating_keeps_the_extremes_and_smoothing_the_mean() -> None:
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    rundir.prepare(tmp_path / "new", to_yaml(TrainConfig(run_dir="new", data=DataConfig(path="x"))), 4)
-    rundir.begin(tmp_path / "new")
+    directory.prepare(tmp_path / "new", to_yaml(TrainJob(run_dir="new", data=DataConfig(path="x"))), 4)
+    outcome.begin(tmp_path / "new")
     words = words_of(page_of(tmp_path / "new"))
     for text in ("no lines yet", "scored yet", "no checkpoint yet", "No sample grids", "nothing to plot", "running"):
         assert text in words, text
@@ -446,7 +446,7 @@ def make_hostile(run_dir: Path) -> Path:
     append_jsonl(run_dir / "metrics.jsonl", step)
     score = {"samples_seen": 2000, "fid": 1.0, "sampler": HOSTILE, "detector": HOSTILE, "checkpoint_hash": HOSTILE}
     append_jsonl(run_dir / "evaluations.jsonl", score | {"fid_<b>": 2.0, "weights": "\ud800"})
-    rundir.write_json(run_dir / "outcome.json", {"outcome": HOSTILE, "message": HOSTILE})
+    write_json(run_dir / "outcome.json", {"outcome": HOSTILE, "message": HOSTILE})
     return run_dir.rename(run_dir.with_name("<img src=x onerror=alert(1)> $\\frac"))
 
 

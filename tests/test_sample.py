@@ -10,21 +10,14 @@ import torch
 from PIL import Image
 from run_data import kept_logger, make_autoencoder, shared_run
 
-from ldt.checkpoint import Sampling, load_denoiser
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import LatentSpec
 from ldt.cli import main
+from ldt.commands.sample import SampleJob, run
 from ldt.errors import InputError
-from ldt.pictures import class_grid
-from ldt.sample import (
-    Config,
-    DrawConfig,
-    ImageModel,
-    block_ids,
-    image_model,
-    labels_of,
-    load_autoencoder,
-    run,
-    sample_images,
-)
+from ldt.image_files import class_grid
+from ldt.sampling.config import DrawConfig
+from ldt.sampling.draw import ImageModel, block_ids, image_model, labels_of, load_autoencoder, sample_images
 
 CPU = torch.device("cpu")
 FAST = {"sampler": "euler", "steps": 3, "block": 8}
@@ -68,17 +61,17 @@ def test_guidance_one_is_none_and_more_is_more(model: ImageModel) -> None:
 
 
 def test_labels() -> None:
-    ids, sampling = range(3000), Sampling((4, 2, 2), ["a", "b", "c"], [], [], "", "", 32, 1, class_counts=[10, 0, 30])
-    assert labels_of(ids, sampling, DrawConfig()).tolist() == [i % 3 for i in ids]
-    drawn = labels_of(ids, sampling, DrawConfig(labels="random", seed=5))
-    some = labels_of(range(1000, 1010), sampling, DrawConfig(labels="random", seed=5))
+    ids, spec = range(3000), LatentSpec((4, 2, 2), ["a", "b", "c"], [], [], "", "", 32, 1, class_counts=[10, 0, 30])
+    assert labels_of(ids, spec, DrawConfig()).tolist() == [i % 3 for i in ids]
+    drawn = labels_of(ids, spec, DrawConfig(labels="random", seed=5))
+    some = labels_of(range(1000, 1010), spec, DrawConfig(labels="random", seed=5))
     assert drawn[1000:1010].tolist() == some.tolist()
     assert all(900 < n < 1100 for n in np.bincount(drawn)) and len(np.bincount(drawn)) == 3
-    assert (drawn != labels_of(ids, sampling, DrawConfig(labels="random", seed=6))).any()
-    as_data = np.bincount(labels_of(ids, sampling, DrawConfig(labels="data")))
+    assert (drawn != labels_of(ids, spec, DrawConfig(labels="random", seed=6))).any()
+    as_data = np.bincount(labels_of(ids, spec, DrawConfig(labels="data")))
     assert as_data[1] == 0 and 650 < as_data[0] < 850 and as_data.sum() == 3000
     with pytest.raises(InputError, match="labels=data needs a checkpoint that knows"):
-        labels_of(ids, replace(sampling, class_counts=[]), DrawConfig(labels="data"))
+        labels_of(ids, replace(spec, class_counts=[]), DrawConfig(labels="data"))
 
 
 def test_bf16_is_near_fp32(run_dir: Path, model: ImageModel) -> None:
@@ -99,7 +92,7 @@ def test_compiled_sampling_differs_by_rounding_alone(run_dir: Path, model: Image
 
 def test_npz_has_adms_layout(run_dir: Path, model: ImageModel, tmp_path: Path) -> None:
     output = tmp_path / "out" / "samples.npz"
-    assert run(Config(run=str(run_dir), images=19, format="npz", output=str(output), **FAST)) == 0
+    assert run(SampleJob(run=str(run_dir), images=19, format="npz", output=str(output), **FAST)) == 0
     with np.load(output, allow_pickle=False) as z:
         images, labels = z["arr_0"], z["arr_1"]
     assert images.shape == (19, 32, 32, 1) and images.dtype == np.uint8
@@ -111,7 +104,7 @@ def test_npz_has_adms_layout(run_dir: Path, model: ImageModel, tmp_path: Path) -
 
 def test_folder(run_dir: Path, model: ImageModel, tmp_path: Path) -> None:
     output = tmp_path / "folder"
-    config = Config(run=str(run_dir), images=9, format="folder", output=str(output), classes=["coat", "2"], **FAST)
+    config = SampleJob(run=str(run_dir), images=9, format="folder", output=str(output), classes=["coat", "2"], **FAST)
     assert run(config) == 0
     assert sorted(p.name for p in output.glob("*.png")) == [f"{i:06d}.png" for i in range(9)]
     record = json.loads((output / "samples.json").read_text())
@@ -146,13 +139,13 @@ def test_grid_puts_classes_in_rows() -> None:
 
 def test_bad_input_is_refused(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="class hat is not one .*boot, coat, shirt"):
-        run(Config(run=str(run_dir), classes=["hat"]))
+        run(SampleJob(run=str(run_dir), classes=["hat"]))
     with pytest.raises(InputError, match="does not exist"):
-        run(Config(run=str(tmp_path / "nowhere")))
+        run(SampleJob(run=str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="directory"):
-        run(Config(run=str(run_dir), output=str(tmp_path)))
+        run(SampleJob(run=str(run_dir), output=str(tmp_path)))
     with pytest.raises(InputError, match="images=0"):
-        Config(run=str(run_dir), images=0)
+        SampleJob(run=str(run_dir), images=0)
     with pytest.raises(InputError, match="block=0"):
         DrawConfig(block=0)
 
@@ -162,11 +155,11 @@ def test_another_autoencoder_is_refused(model: ImageModel, tmp_path: Path) -> No
     with torch.no_grad():
         other.decoder.conv_out.bias += 0.5
     other.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"encoded with {model.sampling.autoencoder_hash[:12]}"):
-        load_autoencoder(replace(model.sampling, autoencoder=str(tmp_path)), CPU)
+    with pytest.raises(InputError, match=f"encoded with {model.spec.autoencoder_hash[:12]}"):
+        load_autoencoder(replace(model.spec, autoencoder=str(tmp_path)), CPU)
 
 
 def test_weights_of_another_autoencoder_are_refused() -> None:
-    sampling = Sampling((4, 8, 8), ["a"], [0.0] * 4, [1.0] * 4, "embedded:fashion_mnist", "0" * 16, 32, 1)
+    spec = LatentSpec((4, 8, 8), ["a"], [0.0] * 4, [1.0] * 4, "embedded:fashion_mnist", "0" * 16, 32, 1)
     with pytest.raises(InputError, match="put the original weights back, or encode and train again"):
-        load_autoencoder(sampling, torch.device("cpu"))
+        load_autoencoder(spec, torch.device("cpu"))

@@ -6,18 +6,12 @@ import warnings
 import pytest
 import torch
 
-from ldt.diffusion.objectives import Objective, ObjectiveConfig, Prediction
-from ldt.diffusion.samplers import (
-    SAMPLERS,
-    SamplerConfig,
-    as_predict,
-    guide,
-    sample,
-    sampling_times,
-)
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
+from ldt.diffusion.objectives import Objective, Prediction
+from ldt.diffusion.samplers import SAMPLERS, as_predict, guide, sample, sampling_times
 from ldt.diffusion.schedules import SCHEDULES, Schedule, make_schedule
 from ldt.errors import InputError
-from ldt.nn.condition import Condition
 
 MEAN, STD = 0.7, 0.4
 ORDER = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp_2m": 2}

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import dit, flops, uvit
+from ldt.nn.text_shape import TextShape
 
 LATENT = (4, 32, 32)
 

@@ -11,7 +11,7 @@ from run_data import make_autoencoder, make_images
 from shard_data import write_shards
 
 from ldt.log import read_jsonl
-from ldt.rundir import read_outcome
+from ldt.run.outcome import read_outcome
 
 __all__ = ["slurm", "slurm_session"]
 

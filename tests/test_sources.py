@@ -10,14 +10,14 @@ from test_checkpoint import refused_case, train_case
 from test_loader import assert_same
 
 from ldt import cli
-from ldt.checkpoint import newest, read_manifest
+from ldt.checkpoint.manifest import newest, read_manifest
 from ldt.config import load, to_dict
-from ldt.data.draws import digest_text
+from ldt.data.batch import digest_text
 from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.shards import Manifest, MixedShards, open_shards
 from ldt.errors import InputError
-from ldt.rundir import identity
-from ldt.train import Config
+from ldt.run.identity import identity
+from ldt.training.config import TrainJob
 
 COUNTS = {"a": [9, 5], "b": [20, 3, 8]}
 WEIGHTS = {"b": 1.0, "a": 0.5}
@@ -207,7 +207,7 @@ def test_missing_parts_are_named(pool, root, tmp_path):
 
 
 def test_paths_are_placement_and_weights_identity(root, capsys):
-    config = to_dict(load(Config, None, settings(root, "x")))
+    config = to_dict(load(TrainJob, None, settings(root, "x")))
     kept = [k for k in identity(config) if k.startswith("data.")]
     assert sorted(kept) == ["data.sources.a.weight", "data.sources.b.weight", "data.streams", "data.window"]
     assert cli.main(["train", *settings(root, "x"), "--dry-run"]) == 0
@@ -221,13 +221,13 @@ def test_ranks_other_than_0_read_no_manifest(pool, root):
 def reads_case(world, path):
     """How many manifests each rank reads to open a mixture and its held-out splits."""
     from ldt.dist import all_gather
-    from ldt.train_data import open_data, open_held_out
+    from ldt.training.data import open_data, open_held_out
 
     read = []
     real = Manifest.load
     Manifest.load = classmethod(lambda cls, directory: read.append(directory) or real(directory))
     try:
-        config = load(Config, None, settings(path + "/..", "x")).data
+        config = load(TrainJob, None, settings(path + "/..", "x")).data
         assert open_data(config, world).manifest.samples == 45
         assert open_held_out(config, world).manifest.samples == 7
     finally:

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from ldt import rundir
 from ldt.cli import main
+from ldt.commands.status import read_status
 from ldt.log import append_jsonl
-from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
-from ldt.status import read_status
+from ldt.run import outcome
+from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
 
 NOW = 2e9
 
@@ -29,7 +29,7 @@ def run_dir(tmp_path):
     (path / "checkpoints" / "000000006400").mkdir(parents=True)
     (path / "checkpoints" / "000000006400" / "manifest.json").touch()
     os.utime(path / "checkpoints" / "000000006400" / "manifest.json", (NOW - 300, NOW - 300))
-    rundir.begin(path)
+    outcome.begin(path)
     (path / "owner.json").touch()
     os.utime(path / "owner.json", (NOW, NOW))
     return path
@@ -61,13 +61,13 @@ def test_a_killed_run_is_called_silent_before_its_first_line_too(run_dir):
 
 
 def test_ended_runs(run_dir, capsys):
-    rundir.write_outcome(run_dir, FAILED, message="the disk is full")
-    rundir.write_outcome(run_dir, DONE, message="the first word is the last")
+    outcome.write_outcome(run_dir, FAILED, message="the disk is full")
+    outcome.write_outcome(run_dir, DONE, message="the first word is the last")
     assert main(["status", str(run_dir), "json=true"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert (facts["state"], facts["message"]) == ("failed", "the disk is full")
-    rundir.begin(run_dir)
-    rundir.write_outcome(run_dir, STOPPED)
+    outcome.begin(run_dir)
+    outcome.write_outcome(run_dir, STOPPED)
     assert main(["status", str(run_dir)]) == 0
 
 
@@ -91,10 +91,10 @@ def test_no_run(tmp_path, capsys):
 def test_the_verdict_trusts_only_this_start(run_dir, monkeypatch, said, this_start, launcher, code):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    rundir.begin(run_dir)
+    outcome.begin(run_dir)
     if said is not None:
-        rundir.write_outcome(run_dir, said)
+        outcome.write_outcome(run_dir, said)
     monkeypatch.setenv("SLURM_JOB_ID", this_start[0])
     monkeypatch.setenv("SLURM_RESTART_COUNT", this_start[1])
     assert main(["verdict", f"run_dir={run_dir}", "data.path=x", f"launcher_code={launcher}"]) == code
-    assert rundir.read_outcome(run_dir)["outcome"] == ("failed" if said is None else rundir.WORDS[said])
+    assert outcome.read_outcome(run_dir)["outcome"] == ("failed" if said is None else outcome.WORDS[said])

@@ -11,14 +11,14 @@ from PIL import Image
 from run_data import make_autoencoder, opened
 from test_checkpoint import refused_case, train_case
 
-from ldt.checkpoint import load_denoiser, read_manifest
-from ldt.checkpoint.manifest import resolve
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import read_manifest, resolve
 from ldt.cli import main
-from ldt.data.draws import digest_text
+from ldt.data.batch import digest_text
 from ldt.data.loader import Loader
 from ldt.data.shards import Manifest, open_shards
 from ldt.errors import InputError
-from ldt.text import ByteEncoder, load_text_encoder
+from ldt.models.text_encoder import ByteEncoder, load_text_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 CAPTIONS = ["", "a red boot", "Stiefel für Äpfel – 靴", "x" * 100_000, "a coat", "one shirt", "boot boot boot", "last"]
@@ -251,7 +251,8 @@ def test_a_checkpoint_of_text_is_enough_to_sample_from(run_dir, tmp_path, capsys
 
 
 def test_captions_reach_the_denoiser_of_a_checkpoint(run_dir):
-    from ldt.sample import DrawConfig, image_model, sample_images
+    from ldt.sampling.config import DrawConfig
+    from ldt.sampling.draw import image_model, sample_images
 
     loaded = load_denoiser(run_dir)
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ warnings.simplefilter("ignore")
 import numpy as np, torch, transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from ldt.errors import InputError
-from ldt.text import describe, load_text_encoder, reload_text_encoder
+from ldt.models.text_encoder import describe, load_text_encoder, reload_text_encoder
 
 kind, root = sys.argv[1], Path(sys.argv[2])
 words = ["<pad>", "<unk>", "red", "heart", "green", "apple"]

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.attention import attend, choose_kernel, unpadded
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, network_time, sincos_2d, sinusoids
 from ldt.nn.sizes import dit, uvit
+from ldt.nn.text_shape import TextShape
 
 SHAPE, CLASSES = (4, 8, 8), 10
 

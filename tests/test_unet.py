@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig, UNetConfig
+from ldt.nn.text_shape import TextShape
 
 SHAPE, CLASSES, TEXT = (4, 8, 8), 10, TextShape(5, vocabulary=11)
 SMALL = UNetConfig(channels=16, multipliers=[1, 2], blocks=1, head_channels=8, context=12)

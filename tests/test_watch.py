@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from run_data import shared_run
 
-from ldt import claims
-from ldt.checkpoint import Retention, remove_old
-from ldt.claims import Claim, forget, pinned, want
+from ldt.checkpoint.writer import Retention, remove_old
 from ldt.log import read_jsonl
-from ldt.rundir import DONE, begin, write_outcome
+from ldt.run import claims
+from ldt.run.claims import Claim, forget, pinned, want
+from ldt.run.outcome import DONE, begin, write_outcome
 
 FAST = ["evaluate.images=16", "evaluate.sampler=euler", "evaluate.steps=2", "evaluate.block=4"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from ranks import start_ranks
 from shard_data import write_shards
 
-from ldt import watchdog
 from ldt.dist import barrier, process_group
-from ldt.watchdog import Watchdog
+from ldt.run import watchdog
+from ldt.run.watchdog import Watchdog
 
 SETTINGS = ["seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_batch=8", "log.every_samples=8"]
 

@@ -8,26 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldt.checkpoint import (
-    Content,
-    Progress,
-    Reader,
-    Retention,
-    Sampling,
-    Writer,
-    listed,
-    load_denoiser,
-    read_manifest,
-    verify,
-)
-from ldt.checkpoint.writer import remove_leftovers, remove_old
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import LatentSpec, TrainState, listed, read_manifest, verify
+from ldt.checkpoint.restore import verify_together
+from ldt.checkpoint.tensors import Reader
+from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers, remove_old
 from ldt.dist import World, all_gather, all_reduce_sum
-from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.engine import Engine
 from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
-SAMPLING = Sampling((4, 2, 2), ["a", "b", "c"], [0.0] * 4, [1.0] * 4, "", "", 0, 0)
+SAMPLING = LatentSpec((4, 2, 2), ["a", "b", "c"], [0.0] * 4, [1.0] * 4, "", "", 0, 0)
 FACTS = {"sampling": asdict(SAMPLING), "config": {"model": {}, "objective": {}}}
 
 
@@ -38,7 +31,7 @@ def make_engine(world: World) -> Engine:
 
 def begin(writer: Writer, root: Path, engine: Engine, samples_seen: int, retention: Retention | None = None) -> None:
     contents = [Content(root, {"master": [f.master for f in engine.partition.owned]}, retention)]
-    writer.begin(contents, FACTS | {"progress": asdict(Progress(samples_seen, "data"))})
+    writer.begin(contents, FACTS | {"progress": asdict(TrainState(samples_seen, "data"))})
 
 
 def settle(writer: Writer) -> None:
@@ -62,7 +55,7 @@ def behind_case(world: World, directory: str) -> None:
         begin(writer, root, engine, 200)  # waits for the first
         assert [p.name for p in listed(root)] == ["000000000100"]
         writer.finish()
-    first, second = (Reader(path, verify(path, world)) for path in listed(root))
+    first, second = (Reader(path, verify_together(path, world)) for path in listed(root))
     for f, value in zip(engine.partition.owned, before, strict=True):
         assert torch.equal(first.read("master", f.name, f.start, f.count), value)
         assert (second.read("master", f.name, f.start, f.count) == 7.0).all()
@@ -136,5 +129,5 @@ def repeated_case(world: World, directory: str) -> None:
     with Writer(engine.partition, world) as writer:
         for attempt in (1, 7):
             contents = [Content(Path(directory), {"master": [f.master for f in engine.partition.owned]})]
-            writer.begin(contents, FACTS | {"progress": asdict(Progress(100, "data", attempt=attempt))})
+            writer.begin(contents, FACTS | {"progress": asdict(TrainState(100, "data", attempt=attempt))})
             writer.finish()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldt.checkpoint import versions
+from ldt.checkpoint.manifest import versions
 from ldt.errors import InputError
 
 BENCHMARKS = {

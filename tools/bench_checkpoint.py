@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 
-from ldt import ema as averaging
-from ldt.checkpoint import Content, Progress, Retention, Sampling, Writer, listed, restore, verify
+from ldt.checkpoint.manifest import LatentSpec, TrainState, listed
+from ldt.checkpoint.restore import restore, verify_together
+from ldt.checkpoint.writer import Content, Retention, Writer
 from ldt.config import to_dict
-from ldt.diffusion.objectives import Objective, ObjectiveConfig
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum, barrier, process_group
-from ldt.engine import Engine, EngineConfig, OptimizerConfig
+from ldt.engine import ema as averaging
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.engine import Engine
+from ldt.engine.partition import MOMENTS
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import Condition
 from ldt.nn.config import ModelConfig
-from ldt.partition import MOMENTS
 
 LATENT, CLASSES = (4, 32, 32), 1000
 
@@ -103,7 +107,9 @@ class Bench:
         self.forget_cached()
         self.timed("plain_read", lambda: [p.read_bytes() for p in self.my_files()])
         self.forget_cached()
-        self.timed("read", lambda: (verify(path, self.world), restore(path, self.engine.partition, self.averages)))
+        self.timed(
+            "read", lambda: (verify_together(path, self.world), restore(path, self.engine.partition, self.averages))
+        )
 
     def timed(self, name: str, work: Callable[[], Any]) -> None:
         """Seconds of the slowest rank, from a common start."""
@@ -136,10 +142,10 @@ class Bench:
 
     def begin(self, samples_seen: int) -> None:
         kinds = dict(zip(["master", *MOMENTS, *self.averages], self.state(), strict=True))
-        sampling = Sampling(LATENT, [], [0.0] * LATENT[0], [1.0] * LATENT[0], "", "", 0, 0)
+        spec = LatentSpec(LATENT, [], [0.0] * LATENT[0], [1.0] * LATENT[0], "", "", 0, 0)
         facts = {
-            "progress": asdict(Progress(samples_seen, "bench")),
-            "sampling": asdict(sampling),
+            "progress": asdict(TrainState(samples_seen, "bench")),
+            "sampling": asdict(spec),
             "config": {"model": to_dict(self.model), "objective": to_dict(ObjectiveConfig())},
             "averages": {},
         }

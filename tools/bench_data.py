@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ldt import rng as rng_of_ldt
-from ldt.data.draws import Batch, digest, fill
-from ldt.data.loader import Loader, Places, Share
+from ldt.data.batch import Batch, digest, fill
+from ldt.data.loader import Loader, LocationCache, RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
 
@@ -74,7 +74,7 @@ def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
     elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
     key_n = np.arange(batch)
-    places, steps = Places(order, Share.of(batch, 0, 1, 0)), itertools.count()
+    places, steps = LocationCache(order, RankSlice.of(batch, 0, 1, 0)), itertools.count()
     shard_n, sample_n = places.of(0)
     fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False)
     parts: dict[str, Callable[[], Any]] = {

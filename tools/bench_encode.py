@@ -12,8 +12,8 @@ import torch
 
 from ldt.data.images import FashionMNIST
 from ldt.dist import process_group
-from ldt.encode import Encoder
-from ldt.encode_config import Config, ImagesConfig
+from ldt.encoding.config import EncodeJob, ImagesConfig
+from ldt.encoding.encoder import Encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _write_images(Path(directory) / "images", count, arguments.size)
         for turn in range(arguments.turns + 1):
             images = ImagesConfig(f"{directory}/images", arguments.size, "crop")
-            config = Config(
+            config = EncodeJob(
                 images=images,
                 autoencoder=arguments.autoencoder,
                 output=f"{directory}/{turn}",

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ldt.checkpoint import load_denoiser
+from ldt.checkpoint.load import load_denoiser
 from ldt.config import from_dict
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
-from ldt.evaluate import EvaluateConfig, make_features
+from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.scorer import make_features
 from ldt.metrics.detectors import Detector, make_detector
-from ldt.metrics.store import FeatureStore
-from ldt.sample import ImageModel, block_ids, image_model, sample_images
+from ldt.metrics.feature_store import FeatureStore
+from ldt.sampling.draw import ImageModel, block_ids, image_model, sample_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

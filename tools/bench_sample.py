@@ -15,13 +15,13 @@ from bench_train import matrix_peak, synchronise
 from torch import nn
 
 from ldt import config as configs
+from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Objective
 from ldt.diffusion.samplers import sample
 from ldt.dist import discover
 from ldt.nn.build import build, compile_blocks
-from ldt.nn.condition import Condition
 from ldt.nn.sizes import flops
-from ldt.train import Config
+from ldt.training.config import TrainJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians over the turns; the first call of each kind, which compiles, is not counted."""
     device = discover().device
-    config = configs.load(Config, arguments.config, arguments.settings)
+    config = configs.load(TrainJob, arguments.config, arguments.settings)
     channels, height, width = map(int, arguments.latent.split("x"))
     bench = Bench(config, (channels, height, width), arguments.classes, device)
     eager, compiled = bench.denoiser(), bench.denoiser()
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 class Bench:
     """One block of images, again and again."""
 
-    def __init__(self, config: Config, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
+    def __init__(self, config: TrainJob, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
         self.config, self.shape, self.classes, self.device = config, shape, classes, device
         self.objective = Objective(config.objective)
         self.passes = 0.0  # of the denoiser, an image
@@ -80,7 +80,7 @@ class Bench:
         """Of one block from noise to clean latents."""
         settings, seen = self.config.evaluate, 0
 
-        def counted(x_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        def counted_denoiser(x_BCHW: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
             nonlocal seen
             seen += len(x_BCHW)
             return denoiser(x_BCHW, t_B, condition)
@@ -89,7 +89,7 @@ class Bench:
         condition = Condition(torch.arange(settings.block, device=self.device) % self.classes)
         synchronise(self.device)
         start = time.perf_counter()
-        sample(counted, self.objective, noise_BCHW, condition, self.classes, settings, lambda _: noise_BCHW)
+        sample(counted_denoiser, self.objective, noise_BCHW, condition, self.classes, settings, lambda _: noise_BCHW)
         synchronise(self.device)
         self.passes = seen / settings.block
         return time.perf_counter() - start

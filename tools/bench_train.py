@@ -22,15 +22,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldt import config as configs
-from ldt import ema as averaging
-from ldt import memory
-from ldt.data.draws import Batch
+from ldt.data.batch import Batch
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
-from ldt.engine import parameter_groups
+from ldt.engine import ema as averaging
+from ldt.engine import memory
+from ldt.engine.engine import parameter_groups
 from ldt.nn.build import build
 from ldt.nn.sizes import flops
-from ldt.owner import owned
-from ldt.train import Config, Trainer
+from ldt.run.owner import owned
+from ldt.training.config import TrainJob
+from ldt.training.trainer import Trainer
 
 SAMPLES = 4096  # of made-up data
 PHASES = ("data", "forward", "backward", "check", "optimizer", "averages")
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 @contextmanager
 def bench(arguments: argparse.Namespace, more: list[str], world: World, scratch: Path) -> Iterator["Bench"]:
     """A trainer in a directory of its own, with the data of the config or made-up ones."""
-    config = configs.load(Config, arguments.config, [*arguments.settings, *more, f"run_dir={scratch / 'run'}"])
+    config = configs.load(TrainJob, arguments.config, [*arguments.settings, *more, f"run_dir={scratch / 'run'}"])
     config.log.samples_every_samples = config.log.validation_every_samples = 0
     if not (Path(config.data.path) / "manifest.json").exists():
         config.data.path = str(scratch / "data")
@@ -136,7 +137,7 @@ class Bench:
 
     def result(self, peak: float) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
-        cost = 3 * flops(config.model, trainer.sampling.latent_shape, trainer.sampling.text_shape)
+        cost = 3 * flops(config.model, trainer.spec.latent_shape, trainer.spec.text_shape)
         seconds = statistics.median(self.seconds)
         out = {
             "processes": trainer.world.size,
@@ -160,10 +161,10 @@ class Bench:
     def planned_memory(self) -> int:
         """What `ldt plan` says of it."""
         trainer, engine = self.trainer, self.trainer.config.engine
-        sampling, ranks, averages = trainer.sampling, trainer.world.size, len(trainer.profiles)
+        spec, ranks, averages = trainer.spec, trainer.world.size, len(trainer.profiles)
         state = memory.state_bytes(trainer.parameters, engine.zero_stage, engine.precision, ranks, averages)
-        classes, text = len(sampling.classes), sampling.text_shape
-        kept = memory.activations(trainer.config.model, sampling.latent_shape, classes, text, engine.precision)
+        classes, text = len(spec.classes), spec.text_shape
+        kept = memory.activations(trainer.config.model, spec.latent_shape, classes, text, engine.precision)
         recomputed = kept.blocks if trainer.config.model.activation_checkpointing else 0
         return state.peak + kept.of(trainer.loader.share.size, recomputed)
 
@@ -196,9 +197,9 @@ class Plain:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.device = trainer, trainer.world.device
-        sampling, config = trainer.sampling, trainer.config
-        classes = len(sampling.classes)
-        model = build(config.model, sampling.latent_shape, classes, config.seed, sampling.text_shape).to(self.device)
+        spec, config = trainer.spec, trainer.config
+        classes = len(spec.classes)
+        model = build(config.model, spec.latent_shape, classes, config.seed, spec.text_shape).to(self.device)
         self.adam = torch.optim.AdamW(
             parameter_groups(model, config.optimizer), config.optimizer.lr, config.optimizer.betas
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 from ranks import start_ranks
 from shard_data import write_shards
 
-from ldt.checkpoint import Damaged, listed, verify
+from ldt.checkpoint.manifest import Damaged, listed, verify
 from ldt.log import progress, read_jsonl
 
 BATCH, SHARDS = 8, [40, 23, 30]

@@ -8,14 +8,14 @@ from inspect import cleandoc
 
 from ldt.config import defaults_yaml
 from ldt.errors import InputError
-from ldt.launch import Config, submit
+from ldt.submit import SubmitJob, submit
 
 
 def main() -> int:
     """Submit; returns the exit code."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{cleandoc(Config.__doc__ or '')}\n\nKeys and defaults:\n\n{defaults_yaml(Config)}")
+        print(f"{__doc__}\n{cleandoc(SubmitJob.__doc__ or '')}\n\nKeys and defaults:\n\n{defaults_yaml(SubmitJob)}")
         return 0
     try:
         for line in submit(arguments):

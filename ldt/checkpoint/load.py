@@ -19,7 +19,7 @@ from ldt.checkpoint.manifest import (
     MODEL,
     WEIGHTS,
     Damaged,
-    Sampling,
+    LatentSpec,
     resolve,
     verify,
     verify_file,
@@ -27,9 +27,10 @@ from ldt.checkpoint.manifest import (
 )
 from ldt.checkpoint.tensors import Reader, write_safetensors
 from ldt.config import from_dict
-from ldt.diffusion.objectives import Objective, ObjectiveConfig
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.diffusion.objectives import Objective
 from ldt.errors import InputError
-from ldt.files import misfit, natural, parse_json, write_atomic
+from ldt.files import natural, parse_json, schema_error, write_atomic
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
@@ -47,7 +48,7 @@ class Loaded:
 
     denoiser: nn.Module
     objective: Objective
-    sampling: Sampling
+    spec: LatentSpec
     config: dict[str, Any]
     samples_seen: int
     path: Path
@@ -71,22 +72,22 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         directory = resolve(directory)
         tensors, facts, digest = read_weights(directory, weights)
     config = facts["config"]
-    sampling = Sampling.read(facts["sampling"])
+    spec = LatentSpec.read(facts["sampling"])
     model = from_dict(ModelConfig, config["model"])
-    classes, text = len(sampling.classes), sampling.text_shape
+    classes, text = len(spec.classes), spec.text_shape
     try:
         with torch.device("meta"):  # a config that doesn't fit might describe a model that fits into no memory
-            expected = build(model, sampling.latent_shape, classes, seed=0, text=text)
+            expected = build(model, spec.latent_shape, classes, seed=0, text=text)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{directory} has a config of which no model can be built ({reason})") from None
     _check_fit(directory, {k: p.shape for k, p in expected.named_parameters() if p.requires_grad}, tensors)
-    denoiser = build(model, sampling.latent_shape, classes, seed=0, text=text)
+    denoiser = build(model, spec.latent_shape, classes, seed=0, text=text)
     denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     return Loaded(
         denoiser=denoiser.to(device).eval(),
         objective=Objective(from_dict(ObjectiveConfig, config["objective"])),
-        sampling=sampling,
+        spec=spec,
         config=config,
         samples_seen=facts["samples_seen"],
         path=directory,
@@ -126,9 +127,9 @@ def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], s
     """The weights of an exported model; its `model.json`; the hash of the weights file."""
     try:
         facts: dict[str, Any] = parse_json((directory / MODEL).read_bytes())
-        if wrong := misfit(facts, _EXPORTED_SHAPE, MODEL):
+        if wrong := schema_error(facts, _EXPORTED_SHAPE, MODEL):
             raise Damaged(wrong)
-        Sampling.read(facts["sampling"])
+        LatentSpec.read(facts["sampling"])
         verify_file(directory / WEIGHTS, facts["file"])
         return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
     except (Damaged, OSError, ValueError, SafetensorError) as error:

@@ -7,18 +7,17 @@ docs/checkpoints.md is the specification.
 import math
 import platform
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from ldt import __version__
-from ldt.dist import World, all_gather
 from ldt.errors import InputError
-from ldt.files import misfit, natural, parse_json, real
-from ldt.nn.condition import TextShape
+from ldt.files import natural, parse_json, real, schema_error
+from ldt.nn.text_shape import TextShape
 
 FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
@@ -60,7 +59,7 @@ _SHAPE = {
 
 
 @dataclass
-class Sampling:
+class LatentSpec:
     """What it takes to make images from a checkpoint without the data it was trained on.
 
     class_counts: training samples of each class, empty in old checkpoints;
@@ -79,20 +78,20 @@ class Sampling:
     text: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, facts: Any) -> "Sampling":
+    def read(cls, facts: Any) -> "LatentSpec":
         """From parsed JSON; `Damaged` where it says something else."""
         _check(facts, SAMPLING_SHAPE, "sampling")
         try:
-            sampling = cls(**facts | {"latent_shape": tuple(facts["latent_shape"])})
+            spec = cls(**facts | {"latent_shape": tuple(facts["latent_shape"])})
         except TypeError as error:
             raise Damaged(f"sampling: {error}") from None
-        _check([sampling.class_counts], [[natural]], "sampling.class_counts")
-        if sampling.text != {}:
-            _check(sampling.text, _TEXT, "sampling.text")
-        channels = sampling.latent_shape[0]
-        if not len(sampling.mean_C) == len(sampling.std_C) == channels:
+        _check([spec.class_counts], [[natural]], "spec.class_counts")
+        if spec.text != {}:
+            _check(spec.text, _TEXT, "spec.text")
+        channels = spec.latent_shape[0]
+        if not len(spec.mean_C) == len(spec.std_C) == channels:
             raise Damaged(f"sampling.mean_C and std_C are not of {channels} channels")
-        return sampling
+        return spec
 
     @property
     def text_shape(self) -> TextShape | None:
@@ -100,7 +99,7 @@ class Sampling:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """The state of a run besides its tensors.
 
     skipped: first positions of the steps that changed no weights; recent_losses: of the newest steps, oldest first,
@@ -114,7 +113,7 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
 
     @classmethod
-    def read(cls, facts: Any) -> "Progress":
+    def read(cls, facts: Any) -> "TrainState":
         """From parsed JSON; `Damaged` where it says something else."""
         try:
             progress = cls(**facts)
@@ -133,7 +132,7 @@ def versions() -> dict[str, str]:
     """The software that wrote this."""
     return {
         "ldt": __version__,
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
@@ -185,15 +184,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         _check(manifest, _SHAPE, "it")
         _check_ranges(manifest)
-        Sampling.read(manifest["sampling"])
-        Progress.read(manifest["progress"])
+        LatentSpec.read(manifest["sampling"])
+        TrainState.read(manifest["progress"])
     except Damaged as error:
         raise Damaged(f"{path / MANIFEST} is not as it should be: {error}") from None
     return manifest
 
 
 def _check(value: Any, shape: Any, name: str) -> None:
-    if wrong := misfit(value, shape, name):
+    if wrong := schema_error(value, shape, name):
         raise Damaged(wrong)
 
 
@@ -236,18 +235,9 @@ def verify_file(path: Path, entry: dict[str, Any]) -> None:
         raise Damaged(f"{path} differs from its hash in the manifest")
 
 
-def verify(path: Path, world: World | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose bytes are right; the ranks of `world` share the reading."""
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    problem: Exception | None = None
-    manifest: dict[str, Any] = {}
-    try:
-        manifest = read_manifest(path)
-        for name, entry in list(manifest["files"].items())[rank::size]:
-            verify_file(path / name, entry)
-    except (Damaged, InputError) as error:
-        problem = error
-    problems = [p for p in (all_gather(problem) if world else [problem]) if p]
-    if problems:
-        raise problems[0]
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose bytes are right; `Damaged` names what is not."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        verify_file(path / name, entry)
     return manifest

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from ldt import rng
-from ldt.checkpoint.denoiser import read_exported, read_weights
-from ldt.checkpoint.manifest import MODEL, Damaged, Progress, listed, read_manifest, resolve, verify
+from ldt.checkpoint.load import read_exported, read_weights
+from ldt.checkpoint.manifest import MODEL, Damaged, TrainState, listed, read_manifest, resolve, verify_file
 from ldt.checkpoint.tensors import Reader
-from ldt.dist import World, barrier, broadcast
+from ldt.dist import World, all_gather, barrier, broadcast
+from ldt.engine.partition import MOMENTS, Partition
 from ldt.errors import InputError
 from ldt.log import get_logger
-from ldt.partition import MOMENTS, Partition
 
 logger = get_logger(__name__)
 
@@ -29,7 +29,7 @@ def newest_whole(root: Path, world: World) -> Path | None:
     candidates = broadcast(listed(root))
     for path in reversed(candidates):
         try:
-            verify(path, world)
+            verify_together(path, world)
             return path
         except Damaged as error:
             logger.warning("checkpoint damaged, set aside as %s.damaged: %s", path.name, error)
@@ -46,23 +46,39 @@ def newest_whole(root: Path, world: World) -> Path | None:
     return None
 
 
-def restore(path: Path, partition: Partition, averages: Averages) -> Progress:
+def verify_together(path: Path, world: World) -> dict[str, Any]:
+    """`verify`, whose reading the ranks share; all raise what any of them finds (collective)."""
+    problem: Exception | None = None
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = read_manifest(path)
+        for name, entry in list(manifest["files"].items())[world.rank :: world.size]:
+            verify_file(path / name, entry)
+    except (Damaged, InputError) as error:
+        problem = error
+    problems = [p for p in all_gather(problem) if p]
+    if problems:
+        raise problems[0]
+    return manifest
+
+
+def restore(path: Path, partition: Partition, averages: Averages) -> TrainState:
     """Fill the engine and the averages from a checkpoint of the same model (collective)."""
     manifest = read_manifest(path)
     _check_draws(path, manifest["rng_version"])
     _check_shapes(path, manifest["parameters"], partition)
     _check_kinds(path, manifest["tensors"], ["master", *MOMENTS, *averages])
     reader = Reader(path, manifest)
-    partition.materialise_moments(manifest["optimizer_steps"])
-    for f in partition.whole():
+    partition.init_optimizer_state(manifest["optimizer_steps"])
+    for f in partition.load_targets():
         f.master.copy_(reader.read("master", f.name, f.start, f.count))
         for kind, value in partition.moments(f).items():
             value.copy_(reader.read(kind, f.name, f.start, f.count))
     for kind, tensors in averages.items():
         for f, average in zip(partition.owned, tensors, strict=True):
             average.copy_(reader.read(kind, f.name, f.start, f.count))
-    partition.publish()
-    return Progress.read(manifest["progress"])
+    partition.sync_model_weights()
+    return TrainState.read(manifest["progress"])
 
 
 def start_from(path: Path, partition: Partition, averages: Averages) -> None:
@@ -76,12 +92,12 @@ def start_from(path: Path, partition: Partition, averages: Averages) -> None:
         path = resolve(path)
         weights, _, _ = read_weights(path, "ema")
     _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition)
-    for f in partition.whole():
+    for f in partition.load_targets():
         f.master.copy_(weights[f.name].flatten()[f.start : f.start + f.count])
     for tensors in averages.values():
         for f, average in zip(partition.owned, tensors, strict=True):
             average.copy_(f.master)
-    partition.publish()
+    partition.sync_model_weights()
 
 
 def _check_draws(path: Path, saved: int) -> None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from ldt import rng
 from ldt.checkpoint.manifest import FORMAT, MANIFEST, MANIFEST_HASH, VERSION, listed, versions
 from ldt.checkpoint.tensors import write_safetensors
-from ldt.claims import pinned
 from ldt.dist import World, all_reduce_sum
+from ldt.engine.partition import Partition
 from ldt.errors import RunError
 from ldt.files import sync_directory, write_synced
 from ldt.log import get_logger
-from ldt.partition import Partition
+from ldt.run.claims import pinned
 
 logger = get_logger(__name__)
 

@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldt import ema, log
-from ldt.checkpoint import Damaged, Reader, listed, load_denoiser, resolve, verify
-from ldt.checkpoint.denoiser import read_weights, save_exported
-from ldt.doors.diffusers_dit import write_pipeline
+from ldt import log
+from ldt.checkpoint.load import load_denoiser, read_weights, save_exported
+from ldt.checkpoint.manifest import Damaged, listed, resolve, verify
+from ldt.checkpoint.tensors import Reader
+from ldt.config_fields import choice, required
+from ldt.convert.diffusers_dit import write_pipeline
+from ldt.engine import ema
 from ldt.errors import InputError
-from ldt.options import choice, required
 
 logger = log.get_logger(__name__)
 
 
 @dataclass
-class Config:
+class ExportJob:
     """`run`: a run directory (its newest checkpoint) or a checkpoint; `to`: a directory that does not exist yet."""
 
     run: str = required()
@@ -47,7 +49,7 @@ class Config:
             raise InputError("export with ema_width as safetensors first, and that directory with format=diffusers")
 
 
-def run(config: Config) -> int:
+def run(config: ExportJob) -> int:
     """Write the directory."""
     target = Path(config.to)
     if target.exists():

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from ldt import log
-from ldt.autoencoder import Autoencoder
-from ldt.checkpoint import Damaged, verify
+from ldt.checkpoint.manifest import Damaged, verify
+from ldt.config_fields import required
 from ldt.data.shards import open_shards
 from ldt.data.shards.manifest import RECIPE
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
 from ldt.errors import InputError
-from ldt.options import required
-from ldt.pictures import class_grid, write_picture
+from ldt.image_files import class_grid, write_picture
+from ldt.models.autoencoder import Autoencoder
 
 logger = log.get_logger(__name__)
 WHOLE, DAMAGED = 0, 1
 
 
 @dataclass
-class Config:
+class InspectJob:
     """`path`: what to look at; `grid`: a PNG to draw decoded samples into; `images`: how many."""
 
     path: str = required()
@@ -34,7 +34,7 @@ class Config:
     images: int = 64
 
 
-def run(config: Config) -> int:
+def run(config: InspectJob) -> int:
     """Look; returns the exit code."""
     path = Path(config.path)
     if is_shard_directory(path):
@@ -76,7 +76,7 @@ def _data_of(data: dict[str, Any]) -> dict[str, str]:
     return shares or {"data": data.get("path", "")}
 
 
-def _inspect_shards(config: Config) -> int:
+def _inspect_shards(config: InspectJob) -> int:
     try:
         shards = open_shards(config.path)
     except InputError as error:
@@ -96,7 +96,7 @@ def _inspect_shards(config: Config) -> int:
     return WHOLE
 
 
-def _draw(shards: LatentShards, config: Config) -> None:
+def _draw(shards: LatentShards, config: InspectJob) -> None:
     manifest = shards.manifest
     autoencoder = Autoencoder.load(manifest.autoencoder)
     if autoencoder.hash != manifest.autoencoder_hash:

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from ldt import ema, memory, train_config
-from ldt.data.loader import Share
+from ldt.commands.gpu_specs import DEVICES
+from ldt.config_fields import choice
+from ldt.data.loader import RankSlice
 from ldt.data.shards import Manifest
 from ldt.data.shards.manifest import HEAD
-from ldt.devices import DEVICES
+from ldt.engine import ema, memory
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import TextShape
 from ldt.nn.sizes import flops
-from ldt.options import choice
-from ldt.progress import counted
+from ldt.nn.text_shape import TextShape
+from ldt.progress import pluralize
+from ldt.training.config import TrainJob
 
 EFFICIENCY = 0.4
 """Of the data sheet's matrix products that a well-tuned training step makes use of."""
@@ -31,7 +32,7 @@ LOADER_RATE = 5_000
 
 
 @dataclass
-class Config(train_config.Config):
+class PlanJob(TrainJob):
     """The keys of a training run, and where it is to go.
 
     device: its data sheet; device_tflops, device_memory_gb: instead of the sheet's, such as a measured matrix peak (0:
@@ -84,7 +85,7 @@ class Placement:
     nodes: int
     ranks: int
     stage: int
-    share: Share
+    share: RankSlice
     recomputed: int  # blocks
     state: memory.State
     memory: int
@@ -97,7 +98,7 @@ class Placement:
         return self.compute + self.communication
 
 
-def run(config: Config) -> int:
+def run(config: PlanJob) -> int:
     """Print the plan."""
     model = measure(config)
     chosen = place(config, model, config.nodes, config.engine.zero_stage)
@@ -106,30 +107,30 @@ def run(config: Config) -> int:
     return 0
 
 
-def measure(config: Config) -> Model:
+def measure(config: PlanJob) -> Model:
     """Build the denoiser without weights, and count."""
     shape, classes, text, known_from = data_shape(config)
     with torch.device("meta"):
         parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision)
     elements = shape[0] * shape[1] * shape[2]
-    data = f"latents {'x'.join(map(str, shape))} in {counted(classes, 'class', 'classes')} ({known_from})"
+    data = f"latents {'x'.join(map(str, shape))} in {pluralize(classes, 'class', 'classes')} ({known_from})"
     # a sample is the mean and the deviation in fp16
     return Model(parameters, data, flops(config.model, shape, text), kept, 2 * 2 * elements)
 
 
-def data_shape(config: Config) -> tuple[tuple[int, int, int], int, TextShape | None, str]:
+def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | None, str]:
     """Latent shape, classes and captions: of the data if they are there, else as the config says; and which it was."""
     path = config.data.path or next(source.path for source in config.data.sources.values())  # they are alike
     if (Path(path) / HEAD).exists():
         manifest = Manifest.load(path)
         return manifest.latent_shape, len(manifest.classes), manifest.text_shape, f"as in {path}"
     channels, height, width = map(int, config.latent.split("x"))
-    text = TextShape(256, vocabulary=257) if config.model.told_text else None
+    text = TextShape(256, vocabulary=257) if config.model.uses_text else None
     return (channels, height, width), config.classes, text, f"by latent= and classes=: {path} is not here"
 
 
-def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
+def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     """The numbers of a run on that many nodes at that ZeRO stage."""
     engine, ranks = config.engine, nodes * config.gpus
     state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, len(ema.profiles(config.ema)))
@@ -145,7 +146,7 @@ def place(config: Config, model: Model, nodes: int, stage: int) -> Placement:
     return Placement(nodes, ranks, stage, share, recomputed, state, need, compute, traffic, traffic / link)
 
 
-def _micro_batches(config: Config, model: Model, ranks: int, state: memory.State) -> tuple[Share, int]:
+def _micro_batches(config: PlanJob, model: Model, ranks: int, state: memory.State) -> tuple[RankSlice, int]:
     """As the trainer will split the batch on this device."""
     batch, micro_batch, cost = config.train.global_batch, config.train.micro_batch, model.activations
     share = -(-batch // ranks)
@@ -154,7 +155,7 @@ def _micro_batches(config: Config, model: Model, ranks: int, state: memory.State
     if micro_batch == "auto" and math.isinf(budget):
         budget = max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
     samples, recomputed = cost.fit(micro_batch, share, budget, least)
-    return Share.of(batch, 0, ranks, samples), recomputed
+    return RankSlice.of(batch, 0, ranks, samples), recomputed
 
 
 def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon: bool = False) -> int:
@@ -170,17 +171,17 @@ def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon:
     return passes * parameters * (ranks - 1) // ranks
 
 
-def peak(config: Config) -> float:
+def peak(config: PlanJob) -> float:
     """Matrix products a second of one GPU in the run's precision."""
     sheet = DEVICES[config.device]
     return 1e12 * config.device_tflops or (sheet.bf16 if config.engine.precision == "bf16" else sheet.tf32)
 
 
-def memory_of(config: Config) -> float:
+def memory_of(config: PlanJob) -> float:
     return 1e9 * config.device_memory_gb or DEVICES[config.device].memory
 
 
-def report(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
+def report(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
     """The plan in lines."""
     rate = config.train.global_batch / chosen.step
     hours = config.train.total_samples / rate / 3600
@@ -217,12 +218,12 @@ def report(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
     yield f"recommended    {recommendation(config, model)}"
 
 
-def stages(config: Config) -> list[int]:
+def stages(config: PlanJob) -> list[int]:
     """The ZeRO stages that the precision allows."""
     return [1, 2, 3] if config.engine.precision == "bf16" else [0, 1, 2, 3]
 
 
-def warnings(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
+def warnings(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
     """What will hurt."""
     batch, ranks = config.train.global_batch, chosen.ranks
     rate = batch / chosen.step
@@ -246,11 +247,11 @@ def warnings(config: Config, model: Model, chosen: Placement) -> Iterator[str]:
         yield f"engine.zero_stage=3 without need: ZeRO-{lower[-1]} fits too, and gathers no weights while it computes"
 
 
-def fits(config: Config, at: Placement) -> bool:
+def fits(config: PlanJob, at: Placement) -> bool:
     return at.memory <= 0.95 * memory_of(config)
 
 
-def recommendation(config: Config, model: Model) -> str:
+def recommendation(config: PlanJob, model: Model) -> str:
     """The fastest stage that fits, and the most nodes that still work at 80 % of one node's speed a GPU."""
     options = [1 << k for k in range(11) if k == 0 or (1 << k) * config.gpus <= config.train.global_batch]
     good: list[Placement] = []

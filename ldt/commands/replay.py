@@ -8,22 +8,22 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldt import log
+from ldt import log, tracking
 from ldt.config import to_dict
+from ldt.config_fields import choice, required
 from ldt.errors import InputError
 from ldt.files import natural
-from ldt.options import choice, required
 
 
 @dataclass
-class Config:
+class ReplayJob:
     """`run`: a run directory; `to`: wandb (offline without a key), or tensorboard (into RUN/tensorboard-replay)."""
 
     run: str = required()
     to: str = choice("wandb", "tensorboard")
 
 
-def run(config: Config) -> int:
+def run(config: ReplayJob) -> int:
     """Replay; says where it is."""
     run_dir = Path(config.run)
     lines = [r for name in ("metrics.jsonl", "evaluations.jsonl") for r in log.read_jsonl(run_dir / name)]
@@ -33,9 +33,9 @@ def run(config: Config) -> int:
     where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
     if config.to == "tensorboard":
         shutil.rmtree(where, ignore_errors=True)
-        tracker: log.Tracker = log.TensorBoard(where)
+        tracker: tracking.Tracker = tracking.TensorBoard(where)
     else:
-        tracker = log.Wandb(run_dir, to_dict(config), "replay")
+        tracker = tracking.Wandb(run_dir, to_dict(config), "replay")
     failed = True
     try:
         for line in lines:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ldt import log
 from ldt.errors import InputError
-from ldt.pictures import write_picture
+from ldt.files import replacing
+from ldt.image_files import write_picture
 from ldt.reporting.curves import make_charts
 from ldt.reporting.history import History, read_history
 from ldt.reporting.page import Frame, Gallery, make_page
@@ -29,14 +30,14 @@ from ldt.reporting.pictures import (
     real_rows,
     split_grid,
 )
-from ldt.reporting.plots import write_plots
+from ldt.reporting.png import write_plots
 
 logger = log.get_logger(__name__)
 MOST_ROWS = 16  # pictures.class_grid gives each class a row up to here
 
 
 @dataclass
-class Config:
+class ReportJob:
     """`runs`: run directories. `output`: the page, empty for report.html in the first run.
 
     `grids`: the most sample grids to put on the page. `neighbours`: how many training images to search for each
@@ -59,7 +60,7 @@ class Config:
             raise InputError(f"output={self.output} must end in .html; plots go into a directory of the same name")
 
 
-def run(config: Config) -> int:
+def run(config: ReportJob) -> int:
     """Write the page and the PNGs; says where."""
     paths = [Path(run) for run in config.runs]
     runs = [read_history(path, name) for path, name in zip(paths, names(paths), strict=True)]
@@ -71,9 +72,8 @@ def run(config: Config) -> int:
         write_plots(charts, plots)
         galleries = [gallery(history, config, plots, prefix(history, runs)) for history in runs]
         page = make_page(runs, charts, galleries, plots.name)
-        temporary = output.with_name(f".{output.name}.tmp")
-        temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
-        temporary.replace(output)
+        with replacing(output) as temporary:
+            temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
     except OSError as error:
         raise InputError(f"{output} can't be written ({error.strerror}); give another output=") from None
     for history in runs:
@@ -100,7 +100,7 @@ def prefix(history: History, runs: list[History]) -> str:
     return "" if len(runs) == 1 else f"{runs.index(history)}_"
 
 
-def gallery(history: History, config: Config, directory: Path, prefix: str) -> Gallery:
+def gallery(history: History, config: ReportJob, directory: Path, prefix: str) -> Gallery:
     """The pictures of a run, also written as PNGs into a directory."""
     notes: list[str] = []
     opened = [(s, open_picture(path)) for s, path in history.grids]
@@ -137,7 +137,7 @@ def gallery(history: History, config: Config, directory: Path, prefix: str) -> G
     )
 
 
-def _neighbours(samples: list, real: RealImages, config: Config, directory: Path, prefix: str) -> Neighbours | None:
+def _neighbours(samples: list, real: RealImages, config: ReportJob, directory: Path, prefix: str) -> Neighbours | None:
     if not config.neighbours:
         return None
     found = nearest(samples, real, config.neighbours)
@@ -149,5 +149,5 @@ def _layout(history: History) -> tuple[int, list[str]]:
     """Side of a sample in pixels and the names of the classes; 0 and none without a checkpoint."""
     if not history.checkpoint:
         return 0, []
-    sampling = history.checkpoint.manifest["sampling"]
-    return int(sampling["image_size"]), [str(name) for name in sampling["classes"]]
+    spec = history.checkpoint.manifest["sampling"]
+    return int(spec["image_size"]), [str(name) for name in spec["classes"]]

@@ -9,30 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldt import rundir
-from ldt.checkpoint import MANIFEST, listed
+from ldt.checkpoint.manifest import MANIFEST, listed
+from ldt.config_fields import required
 from ldt.errors import InputError
-from ldt.files import misfit, natural, real
+from ldt.files import natural, real, schema_error
 from ldt.log import read_jsonl
-from ldt.options import required
-from ldt.owner import OWNER
-from ldt.progress import counted, duration
+from ldt.progress import duration, pluralize
+from ldt.run.directory import OWNER
+from ldt.run.outcome import RUNNING, read_outcome
 
 _ATTEMPT = {"time": real, "host": str, "world_size": natural}
 _STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
 QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
-GONE = 180.0  # seconds; so is one whose owner has not touched its file for so long, which it does every few seconds
+OWNER_TIMEOUT_S = (
+    180.0  # seconds; so is one whose owner has not touched its file for so long, which it does every few seconds
+)
 
 
 @dataclass
-class Config:
+class StatusJob:
     """`run`: a run directory; `json`: print the facts as JSON."""
 
     run: str = required()
     json: bool = False
 
 
-def run(config: Config) -> int:
+def run(config: StatusJob) -> int:
     """Print; returns the exit code."""
     facts = read_status(Path(config.run), time.time())
     if config.json:
@@ -50,11 +52,11 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         raise InputError(
             f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training"
         )
-    attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), rundir.read_outcome(run_dir)
-    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if not misfit(r, _STEP)]
+    attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), read_outcome(run_dir)
+    steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if not schema_error(r, _STEP)]
     total = _total_samples(run_dir)
     facts: dict[str, Any] = {"state": outcome.get("outcome", "unknown"), "message": outcome.get("message", "")}
-    if not attempts or (wrong := misfit(attempts[-1], _ATTEMPT, "its last line")):
+    if not attempts or (wrong := schema_error(attempts[-1], _ATTEMPT, "its last line")):
         wrong = wrong if attempts else "it is empty"
         raise InputError(f"{run_dir / 'environment.jsonl'} is damaged: {wrong}; start the training again to mend it")
     newest = attempts[-1]
@@ -63,7 +65,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         for part in (newest.get("job") and f"job {newest['job']}", f"on {newest.get('nodes') or newest['host']}")
         if part
     )
-    processes = counted(newest["world_size"], "process", "processes")
+    processes = pluralize(newest["world_size"], "process", "processes")
     facts["starts"] = f"{len(attempts)}, the newest {_ago(now - newest['time'])} on {processes}"
     if steps:
         last = steps[-1]
@@ -73,14 +75,14 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         facts["loss"] = f"{last['loss']:.4g}"
         facts["images_per_second"] = f"{rate:.4g}"
         facts["waiting_for_data"] = f"{last['data_wait_fraction']:.1%} of the time"
-        if facts["state"] == rundir.RUNNING:
+        if facts["state"] == RUNNING:
             interval = (last["time"] - steps[0]["time"]) / max(len(steps) - 1, 1)
             if now - max(last["time"], newest["time"]) > max(QUIET_STEPS * interval, 600):
                 facts["state"] = "silent"
                 facts["message"] = "it says it runs, but has logged nothing for long: look at its job and at stalls/"
             elif total and rate > 0:
                 facts["to_go"] = duration((total - seen) / rate)
-    if facts["state"] == rundir.RUNNING and now - max(_touched(run_dir / OWNER), newest["time"]) > GONE:
+    if facts["state"] == RUNNING and now - max(_touched(run_dir / OWNER), newest["time"]) > OWNER_TIMEOUT_S:
         facts |= {
             "state": "silent",
             "message": "it says it runs, but its process is gone: look at its job",

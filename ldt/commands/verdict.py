@@ -8,21 +8,21 @@ pdsh and torchrun return what a killed rank had), so the run's outcome.json deci
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldt import rundir
-from ldt.train_config import Config as TrainConfig
+from ldt.run import outcome
+from ldt.training.config import TrainJob
 
 
 @dataclass
-class Config(TrainConfig):
+class VerdictJob(TrainJob):
     """The keys of a training run, and `launcher_code`: what the launcher returned."""
 
     launcher_code: int = 1
 
 
-def run(config: Config) -> int:
+def run(config: VerdictJob) -> int:
     """The exit code; a crash is written into outcome.json."""
     run_dir = Path(config.run_dir)
-    code = rundir.verdict(run_dir, config.launcher_code)
-    if code == rundir.FAILED and rundir.read_outcome(run_dir).get("outcome") == rundir.RUNNING:
-        rundir.write_outcome(run_dir, code, message=f"crashed: its launcher ended with code {config.launcher_code}")
+    code = outcome.verdict(run_dir, config.launcher_code)
+    if code == outcome.FAILED and outcome.read_outcome(run_dir).get("outcome") == outcome.RUNNING:
+        outcome.write_outcome(run_dir, code, message=f"crashed: its launcher ended with code {config.launcher_code}")
     return code

@@ -1,1 +1,1 @@
-"""Doors to other projects: their weights and latents come in, our models go out in their form."""
+"""Weights of other projects, in and out."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldt.autoencoder import Autoencoder
-from ldt.checkpoint import Loaded, Sampling
+from ldt.checkpoint.load import Loaded
+from ldt.checkpoint.manifest import LatentSpec
 from ldt.diffusion.objectives import Objective
 from ldt.diffusion.schedules import DiscreteVP
 from ldt.errors import InputError
 from ldt.files import write_atomic
+from ldt.models.autoencoder import Autoencoder
 from ldt.nn.config import ModelConfig
 from ldt.nn.transformer import Transformer
 
@@ -45,14 +46,14 @@ NEEDED = {
 def write_pipeline(loaded: Loaded, directory: Path) -> None:
     """Write the folder; a model that diffusers' DiT can't be is refused."""
     assert isinstance(loaded.denoiser, Transformer)
-    check(loaded.denoiser.config, loaded.objective, loaded.sampling)
-    autoencoder = Autoencoder.load(loaded.sampling.autoencoder)
-    if autoencoder.hash != loaded.sampling.autoencoder_hash:
+    check(loaded.denoiser.config, loaded.objective, loaded.spec)
+    autoencoder = Autoencoder.load(loaded.spec.autoencoder)
+    if autoencoder.hash != loaded.spec.autoencoder_hash:
         raise InputError(f"autoencoder {autoencoder.name} is not the one that the model was trained with; restore it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-    config, shape = loaded.denoiser.config, loaded.sampling.latent_shape
+    config, shape = loaded.denoiser.config, loaded.spec.latent_shape
     transformer = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
@@ -70,13 +71,13 @@ def write_pipeline(loaded: Loaded, directory: Path) -> None:
     scheduler = DDIMScheduler(trained_betas=schedule.betas.tolist(), clip_sample=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        DiTPipeline(transformer, whitened(autoencoder.model, loaded.sampling), scheduler).save_pretrained(directory)
+        DiTPipeline(transformer, whitened(autoencoder.model, loaded.spec), scheduler).save_pretrained(directory)
     index = directory / "model_index.json"
-    names = {"id2label": {str(i): name for i, name in enumerate(loaded.sampling.classes)}}
+    names = {"id2label": {str(i): name for i, name in enumerate(loaded.spec.classes)}}
     write_atomic(index, json.dumps(json.loads(index.read_text()) | names, indent=2).encode())
 
 
-def check(config: ModelConfig, objective: Objective, sampling: Sampling) -> None:
+def check(config: ModelConfig, objective: Objective, spec: LatentSpec) -> None:
     """Refuse what diffusers' DiT has no words for."""
     for key, value in NEEDED.items():
         if getattr(config, key) != value:
@@ -89,10 +90,10 @@ def check(config: ModelConfig, objective: Objective, sampling: Sampling) -> None
             f"diffusers' DiT predicts eps on a discrete schedule, not {objective.config.prediction} on "
             f"{objective.config.schedule}; export this model as safetensors"
         )
-    if config.mlp_ratio != 4 or sampling.latent_shape[1] != sampling.latent_shape[2]:
+    if config.mlp_ratio != 4 or spec.latent_shape[1] != spec.latent_shape[2]:
         raise InputError("diffusers' DiT has model.mlp_ratio=4 and square latents; export this model as safetensors")
-    if len(sampling.classes) > NULL:
-        raise InputError(f"diffusers' DiTPipeline knows {NULL} classes, not {len(sampling.classes)}")
+    if len(spec.classes) > NULL:
+        raise InputError(f"diffusers' DiTPipeline knows {NULL} classes, not {len(spec.classes)}")
 
 
 def state_dict(ours: Transformer) -> dict[str, Tensor]:
@@ -125,15 +126,15 @@ def state_dict(ours: Transformer) -> dict[str, Tensor]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in out.items()}
 
 
-def whitened(vae: Any, sampling: Sampling) -> Any:
+def whitened(vae: Any, spec: LatentSpec) -> Any:
     """The autoencoder with whitened latents: what it decodes is turned back first, what it encodes is whitened."""
     if not (vae.config.use_quant_conv and vae.config.use_post_quant_conv):
         raise InputError(
-            f"autoencoder {sampling.autoencoder} has no 1x1 convolutions around its latents, into which the whitening "
+            f"autoencoder {spec.autoencoder} has no 1x1 convolutions around its latents, into which the whitening "
             "could go; export this model as safetensors"
         )
     vae = copy.deepcopy(vae)
-    mean_C, std_C = torch.tensor(sampling.mean_C), torch.tensor(sampling.std_C)
+    mean_C, std_C = torch.tensor(spec.mean_C), torch.tensor(spec.std_C)
     with torch.no_grad():
         after = vae.post_quant_conv
         after.bias += after.weight[:, :, 0, 0] @ mean_C

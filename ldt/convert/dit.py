@@ -4,26 +4,17 @@ The file is read as tensors only. What comes out is an exported model as `ldt ex
 the model keeps those channels to itself. DiT's latents are an autoencoder's times 0.18215, which here is the whitening.
 """
 
-import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldt.autoencoder import Autoencoder
-from ldt.checkpoint import Sampling
-from ldt.checkpoint.denoiser import save_exported
-from ldt.config import to_dict
-from ldt.diffusion.objectives import ObjectiveConfig
 from ldt.errors import InputError
-from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import sincos_2d
 from ldt.nn.sizes import DIT, dit_of
-from ldt.options import required
 
 SCALE = 0.18215
 
@@ -43,65 +34,6 @@ BLOCK_NAMES = {
     "mlp.fc2.": "mlp.down.",
     "adaLN_modulation.1.": "modulation.",
 }
-
-
-@dataclass
-class Config:
-    """`weights`: the .pt file; `to`: a directory that does not exist yet; `autoencoder`: the one it was trained with.
-
-    `class_names`: a text file with one name a line, empty for numbers; `heads`: 0 for those of DiT's own sizes.
-    """
-
-    weights: str = required()
-    to: str = required()
-    autoencoder: str = required()
-    class_names: str = ""
-    heads: int = 0
-
-
-def run(config: Config) -> int:
-    """Write the directory."""
-    target = Path(config.to)
-    if target.exists():
-        raise InputError(f"to={target} exists; give a directory that does not")
-    theirs = read(Path(config.weights))
-    model = model_config(theirs, config.heads)
-    tensors = convert(theirs, model)
-    channels, side = tensors["patchify.weight"].shape[1] // model.patch**2, _rows(theirs) * model.patch
-    classes = _class_names(config.class_names, len(tensors["label.weight"]) - 1)
-    with torch.device("meta"):
-        shapes = build(model, (channels, side, side), len(classes), seed=0).state_dict()
-    for name, tensor in tensors.items():
-        if name not in shapes or shapes[name].shape != tensor.shape:
-            raise InputError(f"{config.weights}: {name} of shape {list(tensor.shape)} is no part of a DiT of this size")
-    autoencoder = Autoencoder.load(config.autoencoder)
-    if autoencoder.latent_channels != channels:
-        raise InputError(
-            f"autoencoder={config.autoencoder} has {autoencoder.latent_channels} latent channels, {config.weights} "
-            f"{channels}; give the one it was trained with"
-        )
-    sampling = Sampling(
-        latent_shape=(channels, side, side),
-        classes=classes,
-        mean_C=[0.0] * channels,
-        std_C=[1 / SCALE] * channels,
-        autoencoder=config.autoencoder,
-        autoencoder_hash=autoencoder.hash,
-        image_size=side * autoencoder.downsample,
-        image_channels=autoencoder.image_channels,
-    )
-    objective = ObjectiveConfig(prediction="eps", schedule="ddpm", timesteps="uniform")
-    facts: dict[str, Any] = {
-        "config": {"model": to_dict(model), "objective": to_dict(objective)},
-        "sampling": asdict(sampling),
-        "samples_seen": 0,
-        "weights": "imported",
-        "made_from": {Path(config.weights).name: "DiT"},
-    }
-    save_exported(target, tensors, json.loads(json.dumps(facts)))
-    millions = sum(t.numel() for t in tensors.values()) / 1e6
-    print(f"{millions:.2f} M parameters imported from {config.weights}: {target}")
-    return 0
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -142,7 +74,7 @@ def convert(theirs: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
         if name == "pos_embed":
-            _check_positions(tensor, model.width, _rows(theirs))
+            _check_positions(tensor, model.width, grid_rows(theirs))
             continue
         ours = _renamed(name)
         if ours is None:
@@ -165,7 +97,7 @@ def _renamed(name: str) -> str | None:
     return None
 
 
-def _rows(theirs: dict[str, Tensor]) -> int:
+def grid_rows(theirs: dict[str, Tensor]) -> int:
     return round(theirs["pos_embed"].shape[1] ** 0.5)
 
 

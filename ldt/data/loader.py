@@ -18,10 +18,10 @@ from typing import Self
 import numpy as np
 import torch
 
-from ldt.data.ahead import ahead
-from ldt.data.draws import Batch, digest, fill
+from ldt.data.batch import Batch, digest, fill
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Ints, Order
+from ldt.data.prefetch import ahead
 from ldt.data.shards import MixedShards, Shards
 from ldt.errors import InputError
 
@@ -31,7 +31,7 @@ VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInputs:
     """One optimizer step's share of this rank.
 
     first: global index of the global batch's first sample; micro_batches: on the loader's device, valid until
@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """How `total` samples fall to one of `ranks` ranks: rows [start, stop), in `count` micro-batches of `size` rows."""
 
     start: int
@@ -55,7 +55,7 @@ class Share:
     size: int
 
     @classmethod
-    def of(cls, total: int, rank: int, ranks: int, micro_batch: int) -> "Share":
+    def of(cls, total: int, rank: int, ranks: int, micro_batch: int) -> "RankSlice":
         """micro_batch: the most rows in one micro-batch; 0 for all at once."""
         largest = -(-total // ranks)
         count = -(-largest // micro_batch) if micro_batch else 1
@@ -69,7 +69,7 @@ class Share:
 class _Buffer:
     """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
 
-    def __init__(self, share: Share, shards: Shards, device: torch.device, text: bool) -> None:
+    def __init__(self, share: RankSlice, shards: Shards, device: torch.device, text: bool) -> None:
         self._share, self._device = share, device
         cuda = device.type == "cuda"
         self.host = Batch.padding(share.rows, shards.manifest, pin=cuda, text=text)
@@ -106,7 +106,7 @@ class _Loader:
 
     def __init__(
         self,
-        share: Share,
+        share: RankSlice,
         shards: Shards,
         device: torch.device | str,
         threads: int,
@@ -151,10 +151,10 @@ class _Loader:
         self.close()
 
 
-class Places:
+class LocationCache:
     """Where a rank's samples lie, found for several steps at once: much of the cost is a call's, not a sample's."""
 
-    def __init__(self, order: Order | MixedOrder, share: Share) -> None:
+    def __init__(self, order: Order | MixedOrder, share: RankSlice) -> None:
         self._order, self._slots = order, np.arange(share.start, share.stop)
         self._steps = min(64, max(1, LOCATED_TOGETHER // max(1, len(self._slots))))
         self._kept: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
@@ -206,8 +206,8 @@ class Loader(_Loader):
         self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
         self._asked: OrderedDict[int, None] = OrderedDict()
-        share = Share.of(batch, rank, ranks, micro_batch)
-        self._places = Places(self.order, share)
+        share = RankSlice.of(batch, rank, ranks, micro_batch)
+        self._places = LocationCache(self.order, share)
         super().__init__(share, shards, device, threads, ahead, condition_on)
 
     @property
@@ -215,12 +215,12 @@ class Loader(_Loader):
         """How many micro-batches every step has."""
         return self.share.count
 
-    def steps(self, samples_seen: int = 0) -> Iterator[Step]:
+    def steps(self, samples_seen: int = 0) -> Iterator[StepInputs]:
         """Steps from a multiple of the global batch on, at once, wherever that is."""
         if samples_seen % self.batch:
             raise InputError(f"samples_seen={samples_seen} is not a multiple of the global batch of {self.batch}")
         for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
-            yield Step(first, buffer.batches(), buffer.digest, waited)
+            yield StepInputs(first, buffer.batches(), buffer.digest, waited)
 
     def _positions(self, samples_seen: int) -> Iterator[int]:
         """First index of each step; remote shards are asked for on the way."""
@@ -291,9 +291,9 @@ class ValidationLoader(_Loader):
         if total == 0:
             raise InputError(f"{shards.path} holds no samples; encode with a larger validation_fraction")
         self.seed, self.total = seed, total
-        self._whole = Share.of(total, rank, ranks, micro_batch)
+        self._whole = RankSlice.of(total, rank, ranks, micro_batch)
         self._ends = np.cumsum(shards.manifest.counts)
-        one = Share(0, self._whole.size, 1, self._whole.size)
+        one = RankSlice(0, self._whole.size, 1, self._whole.size)
         super().__init__(one, shards, device, threads, ahead, condition_on)
 
     def batches(self) -> Iterator[Batch]:

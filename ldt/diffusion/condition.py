@@ -6,15 +6,6 @@ import torch
 from torch import Tensor
 
 
-class TextShape(NamedTuple):
-    """Text as a denoiser gets it: `length` positions a caption, each a token number below `vocabulary` or, where that
-    is 0, a vector of `width` features."""
-
-    length: int
-    width: int = 0
-    vocabulary: int = 0
-
-
 class Condition(NamedTuple):
     """label_B: int64 [B], from 0 to the number of classes, the last meaning "no class" (the null label of guidance).
 

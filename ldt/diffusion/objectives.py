@@ -14,16 +14,14 @@ is no longer exact; on the rectified flow that is eps at t > 0.999 and x at t < 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.schedules import STEPS, DiscreteVP, Schedule, make_schedule, time_of_step
-from ldt.errors import InputError
-from ldt.nn.condition import Condition
-from ldt.options import choice
 
 SINGULAR = 1e-3
 
@@ -35,34 +33,6 @@ class Prediction(NamedTuple):
 
     x0_BCHW: Tensor
     eps_BCHW: Tensor
-
-
-@dataclass
-class ObjectiveConfig:
-    """`loss` names the space of the squared error; `same` compares what the network predicts.
-
-    `timesteps` are drawn in t; the discrete schedules (ddpm, scaled_linear, ldm) round them up to their next step.
-    `logit_mean` m above 0 trains more where there is more noise; it shifts the times by e^m, as `shift` when sampling.
-    `weighting` min_snr is Hang et al. 2303.09556: the error of the clean latent counts min(SNR, `min_snr_gamma`).
-    """
-
-    prediction: str = choice("flow", "eps", "v", "x")
-    loss: str = choice("same", "flow", "eps", "v", "x")
-    schedule: str = choice("rectified_flow", "cosine", "linear_vp", "ddpm", "scaled_linear", "ldm")
-    timesteps: str = choice("logit_normal", "uniform")
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    weighting: str = choice("constant", "min_snr")
-    min_snr_gamma: float = 5.0
-    condition_drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.condition_drop <= 1:
-            raise InputError(f"objective.condition_drop={self.condition_drop} must be a probability between 0 and 1")
-        if self.logit_std <= 0:
-            raise InputError(f"objective.logit_std={self.logit_std} must be positive")
-        if self.min_snr_gamma <= 0:
-            raise InputError(f"objective.min_snr_gamma={self.min_snr_gamma} must be positive, such as 5")
 
 
 class Objective:

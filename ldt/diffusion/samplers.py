@@ -8,48 +8,19 @@ image. Coefficients are computed in float64; x keeps its dtype.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import SamplerConfig
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
 from ldt.diffusion.schedules import Schedule
-from ldt.errors import InputError
-from ldt.nn.condition import Condition
-from ldt.options import choice
 
 Predict = Callable[[Tensor, float], Prediction]
 Noise = Callable[[int], Tensor]
 Sampler = Callable[[Predict, Schedule, Tensor, Sequence[float], Noise], Tensor]
-
-
-@dataclass
-class SamplerConfig:
-    """How to go from noise to data.
-
-    `guidance` 1 is none. Outside (`guidance_low`, `guidance_high`] of t the conditional prediction is used alone.
-    `shift` s moves the times to s·t / (1 + (s − 1)·t): above 1 spends more steps where there is more noise.
-    """
-
-    sampler: str = choice("heun", "euler", "ddim", "ddpm", "dpmpp_2m", "sde", "dpmpp_2m_sde")
-    steps: int = 25
-    guidance: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps={self.steps} must be at least 1")
-        if self.shift <= 0:
-            raise InputError(f"shift={self.shift} must be positive; 1 leaves the times as they are")
-        if not 0 <= self.guidance_low < self.guidance_high <= 1:
-            raise InputError(
-                f"guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be "
-                "two times in increasing order between 0 (data) and 1 (noise)"
-            )
 
 
 def sampling_times(steps: int, shift: float = 1.0) -> list[float]:

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ldt.config import choice, required, section
+from ldt.config_fields import check_seed, choice, required, section
 from ldt.errors import InputError
-from ldt.options import check_seed
 
 
 @dataclass
@@ -31,7 +30,7 @@ class TextConfig:
 
 
 @dataclass
-class Config:
+class EncodeJob:
     """What to encode and how to store it.
 
     `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share

@@ -4,7 +4,6 @@ Runs on one process or many (torchrun, srun): each output shard is a unit of its
 the same files, and running the command again after a stop or a kill goes on with the shards that are missing.
 """
 
-import datetime
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,44 +14,28 @@ import torch
 from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.ahead import ahead
 from ldt.data.images import ImageSource
+from ldt.data.prefetch import ahead
 from ldt.data.shards import mds
 from ldt.data.shards.layout import Samples
 from ldt.data.shards.manifest import HEAD, RECIPE, VALIDATION, Manifest, make_table, read_head
+from ldt.data.shards.shard_writer import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
 from ldt.data.shards.statistics import Sums
-from ldt.data.shards.unit import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
-from ldt.dist import World, on_rank_zero, process_group, raise_first
-from ldt.encode_config import Config
-from ldt.encode_plan import Plan, Unit
+from ldt.dist import World, on_rank_zero, raise_first
+from ldt.encoding.config import EncodeJob
+from ldt.encoding.plan import Plan, Unit
 from ldt.errors import InputError
 from ldt.files import parse_json, remove_unfinished, write_atomic
-from ldt.index_shards import index_shards
-from ldt.progress import counted
-from ldt.text import describe
-
-__all__ = ["Config", "run"]
-
-PATIENCE = datetime.timedelta(days=7)  # ranks meet when all is encoded, and the slowest has a shard or more to go
+from ldt.models.text_encoder import describe
+from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
-
-
-def run(config: Config) -> int:
-    """Encode; returns the exit code."""
-    with process_group(patience=PATIENCE) as world:
-        log.configure(world.rank)
-        if config.index:
-            index_shards(config, world)
-        else:
-            Encoder(config, world).run()
-    return 0
 
 
 class Encoder:
     """This rank's part of the work, and rank 0's before and after it."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: EncodeJob, world: World) -> None:
         self.config, self.world, self.output = config, world, Path(config.output)
         self.plan = Plan(config, world.device)
 
@@ -73,9 +56,9 @@ class Encoder:
         done = sum(self._sidecar(u) is not None for u in units)
         logger.info(
             "%s in %s into %s of %s%s",
-            counted(len(images), "image", "images"),
-            counted(len(images.classes), f"class ({images.classes[0]})", f"classes ({images.classes[0]}, …)"),
-            counted(len(units), "shard", "shards"),
+            pluralize(len(images), "image", "images"),
+            pluralize(len(images.classes), f"class ({images.classes[0]})", f"classes ({images.classes[0]}, …)"),
+            pluralize(len(units), "shard", "shards"),
             "×".join(map(str, self.plan.layout.latent_shape)),
             f"; {done:,} are there" if done else "",
         )

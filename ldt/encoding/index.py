@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from ldt.autoencoder import Autoencoder
 from ldt.data.shards import adopt
 from ldt.data.shards.manifest import Manifest, make_table
+from ldt.data.shards.shard_writer import Sidecar
 from ldt.data.shards.statistics import Sums
-from ldt.data.shards.unit import Sidecar
 from ldt.dist import World, all_gather, on_rank_zero, raise_first
-from ldt.encode_config import Config
+from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.files import class_names
-from ldt.nn.condition import TextShape
-from ldt.text import describe, load_text_encoder
+from ldt.models.autoencoder import Autoencoder
+from ldt.models.text_encoder import describe, load_text_encoder
+from ldt.nn.text_shape import TextShape
 
 
-def index_shards(config: Config, world: World) -> None:
+def index_shards(config: EncodeJob, world: World) -> None:
     """Check every sample of shards written elsewhere, divided among ranks, and write their manifest."""
     directory = Path(config.index)
     autoencoder = Autoencoder.load(config.autoencoder)

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldt.autoencoder import Autoencoder
 from ldt.data.images import ImageSource, open_images, prepare
 from ldt.data.latent_files import LatentFiles, open_latents
 from ldt.data.shards.layout import Layout
 from ldt.data.shards.manifest import VALIDATION
 from ldt.data.split import Split
-from ldt.encode_config import Config
+from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
-from ldt.text import describe, load_text_encoder
+from ldt.models.autoencoder import Autoencoder
+from ldt.models.text_encoder import describe, load_text_encoder
 
 EXAMPLES = 256
 
@@ -33,7 +33,7 @@ class Unit:
 class Plan:
     """The images or latents, the networks that they go through, and which sample becomes which place of which shard."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: EncodeJob, device: torch.device) -> None:
         self.config = config
         self.autoencoder = Autoencoder.load(config.autoencoder).to(device)
         self.images: ImageSource | LatentFiles

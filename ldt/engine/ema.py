@@ -7,38 +7,14 @@ reconstructed afterwards (appendix C.2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldt.errors import InputError
-from ldt.options import choice
-
-
-@dataclass
-class EMAConfig:
-    """`widths`: relative standard deviations of the power profiles, the first is the one that is sampled from;
-    `half_life`: in samples. Every `snapshot_every_samples` (0: never) the averages are stored for later reconstruction.
-    """
-
-    kind: str = choice("power", "half_life")
-    widths: list[float] = field(default_factory=lambda: [0.05, 0.10])
-    half_life: int = 500_000
-    snapshot_every_samples: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.widths or len(set(self.widths)) < len(self.widths):
-            raise InputError(f"ema.widths={self.widths} must be one or several different widths, such as [0.05, 0.10]")
-        for width in self.widths:
-            if not 0 < width < 0.28:
-                raise InputError(f"ema.widths={self.widths}: each must lie between 0 and 0.28, such as 0.05 or 0.10")
-        if self.half_life < 1:
-            raise InputError(f"ema.half_life={self.half_life} must be at least 1 sample")
-        if self.snapshot_every_samples < 0:
-            raise InputError(f"ema.snapshot_every_samples={self.snapshot_every_samples} can't be negative; 0 is never")
+from ldt.engine.config import EMAConfig
 
 
 @dataclass(frozen=True)

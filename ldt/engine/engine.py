@@ -10,86 +10,25 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldt.dist import World, all_reduce_sum
-from ldt.errors import InputError
-from ldt.memory import BUCKET
-from ldt.muon import Muon
+from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.memory import BUCKET
+from ldt.engine.muon import Muon
+from ldt.engine.partition import Partition
 from ldt.nn.build import compile_blocks, matrices_of, parameter_count
 from ldt.nn.transformer import Block
-from ldt.options import choice
-from ldt.partition import Partition
 
 MicroBatch = TypeVar("MicroBatch")
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
-@dataclass
-class EngineConfig:
-    """Where and how the same arithmetic is done; none of it defines the run.
-
-    `compile`: every block of the denoiser by torch.compile, which keeps what it compiled for the next start. On CUDA
-    fp32 means TF32 in matrix products, unless `deterministic`. `activation_memory_gb` (10⁹ bytes; 0: no limit) is what
-    a micro-batch may keep for the backward pass: as many blocks as need be are computed again there. A rank that makes
-    no progress for `stall_seconds` (a hung collective, loader or disk) ends the job; 0 waits forever.
-    """
-
-    zero_stage: int = 1
-    precision: str = choice("fp32", "bf16")
-    compile: bool = False
-    deterministic: bool = False
-    activation_memory_gb: float = 0.0
-    stall_seconds: float = 900.0
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise InputError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        if self.activation_memory_gb < 0:
-            raise InputError(f"engine.activation_memory_gb={self.activation_memory_gb} must be positive, or 0 for any")
-        if self.stall_seconds < 0:
-            raise InputError(f"engine.stall_seconds={self.stall_seconds} must be positive, or 0 to wait forever")
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise InputError(
-                "engine.precision=bf16 needs engine.zero_stage of 1 to 3 (DeepSpeed keeps no float32 weights at stage "
-                "0 and would stop learning); set engine.zero_stage=1"
-            )
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 1711.05101). Warm-up and decay are counted in samples.
-
-    `muon_lr`: above 0 the matrices in a Transformer's blocks are Muon's, with this rate where AdamW's is `lr`.
-    """
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    warmup_samples: int = 0
-    decay: str = choice("constant", "cosine", "linear")
-    final_lr: float = 0.0
-    muon_lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise InputError(f"optimizer.lr={self.lr} must be positive")
-        if self.clip < 0:
-            raise InputError(f"optimizer.clip={self.clip} must be positive, or 0 for no clipping")
-        if self.muon_lr < 0:
-            raise InputError(f"optimizer.muon_lr={self.muon_lr} must be positive, such as 0.03, or 0 for AdamW alone")
-        if self.warmup_samples < 0:
-            raise InputError(f"optimizer.warmup_samples={self.warmup_samples} can't be negative")
-
-
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What a step is known by.
 
     loss: mean over the global batch; grad_norm: before clipping; applied: whether the weights were changed;
@@ -162,7 +101,7 @@ class Engine:
         self.partition = Partition(self.deepspeed, config.zero_stage)
         if matrices:
             self._adam.muon = Muon(self.partition, matrices, world)
-        self.partition.materialise_moments(0)
+        self.partition.init_optimizer_state(0)
         self.mark: Callable[[str], None] = lambda phase: None  # told when a phase of the step ends, by benchmarks
 
     def step(
@@ -173,7 +112,7 @@ class Engine:
         global_batch: int,
         loss_limit: float = math.inf,
         also: Sequence[int] = (),
-    ) -> Step:
+    ) -> StepResult:
         """One optimizer step. `weighted_loss` is the weighted sum of a micro-batch's per-sample losses, a scalar.
 
         DeepSpeed divides the gradient by the number of ranks and of micro-batches, ours is the mean over the global
@@ -207,7 +146,7 @@ class Engine:
         self.mark("check")
         self.deepspeed.step()
         self.mark("optimizer")
-        return Step(step_loss, grad_norm, not self._adam.skip, sums)
+        return StepResult(step_loss, grad_norm, not self._adam.skip, sums)
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the gradient's squared norm: a float64 scalar."""

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build, checkpoint_blocks
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
+from ldt.nn.text_shape import TextShape
 
 BUCKET = 100_000_000
 """Gradients that are reduced together; DeepSpeed keeps buffers of that many numbers."""
@@ -141,7 +142,7 @@ def _saved_bytes(
             _to_bfloat16(model)
         checkpoint_blocks(model, recomputed_blocks)
         words = None
-        if text is not None and config.told_text:
+        if text is not None and config.uses_text:
             words = torch.zeros(1, text.length, *([] if text.vocabulary else [text.width]))
             words = words.long() if text.vocabulary else words
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldt.dist import World, all_gather, all_gather_tensor
-from ldt.partition import Partition
+from ldt.engine.partition import Partition
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -54,7 +54,7 @@ class Muon:
         self.world, self.stage, self.stacked = world, partition.stage, stacked
         self.shapes = {name: shape for name, shape in partition.shapes().items() if name in stacked}
         self.owners = {f.name: f.owner for f in partition.all if f.name in stacked}
-        self.fragments = [f for f in partition.whole() if f.name in stacked]
+        self.fragments = [f for f in partition.load_targets() if f.name in stacked]
         self.places = all_gather({f.name: (f.start, f.count, f.offset) for f in partition.all if f.name in stacked})
         self.makers = share_out({name: rows * columns for name, (rows, columns) in self.shapes.items()}, world.size)
 

@@ -57,7 +57,7 @@ class Partition:
         """Name and full shape of every trainable parameter, in the model's order."""
         return {f.name: f.shape for f in self.all}
 
-    def whole(self) -> list[Fragment]:
+    def load_targets(self) -> list[Fragment]:
         """What must be loaded on this rank: its own fragments, or at stage 0 the whole replica."""
         if self.stage > 0:
             return self.owned
@@ -85,7 +85,7 @@ class Partition:
         """How many steps the optimizer has taken; 0 before the first."""
         return max((int(s["step"]) for s in self._base_optimizer().state.values() if "step" in s), default=0)
 
-    def materialise_moments(self, steps: int) -> None:
+    def init_optimizer_state(self, steps: int) -> None:
         """Make Adam's state (it appears at the first step otherwise), ready to be filled from a checkpoint."""
         optimizer = self._base_optimizer()
         for p in self._owners():
@@ -95,7 +95,7 @@ class Partition:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Model weights ← float32 masters, on all ranks (collective)."""
         optimizer = self.engine.optimizer
         if self.stage in (1, 2):
@@ -107,22 +107,22 @@ class Partition:
             optimizer.checkpoint_event_epilogue()
 
     @contextmanager
-    def swapped(self, average: list[Tensor]) -> Iterator[None]:
+    def using_weights(self, average: list[Tensor]) -> Iterator[None]:
         """Run the block with `average` (one tensor an owned fragment) in place of the weights (collective)."""
         if self.stage == 0:
-            saved = [f.owner.detach().clone() for f in self.whole() if f.owner is not None]
-            _spread(self.whole(), self.owned, average)
+            saved = [f.owner.detach().clone() for f in self.load_targets() if f.owner is not None]
+            _spread(self.load_targets(), self.owned, average)
         else:
             saved = [f.master.clone() for f in self.owned]
             for f, value in zip(self.owned, average, strict=True):
                 f.master.copy_(value)
-            self.publish()
+            self.sync_model_weights()
         try:
             yield
         finally:
-            for f, value in zip(self.whole(), saved, strict=True):
+            for f, value in zip(self.load_targets(), saved, strict=True):
                 f.master.copy_(value.view(-1))
-            self.publish()
+            self.sync_model_weights()
 
     def _owners(self) -> list[Tensor]:
         """All tensors that the optimizer updates on this rank; between steps stage 3 hides them from it."""

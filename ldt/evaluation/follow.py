@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldt.checkpoint import MANIFEST, MANIFEST_HASH, listed
-from ldt.claims import Claim, forget, want
+from ldt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, listed
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
-from ldt.rundir import read_outcome
+from ldt.run.claims import Claim, forget, want
+from ldt.run.outcome import read_outcome
 
-POLL = 5.0
+POLL_PERIOD_S = 5.0
 ENDED = ("done", "failed", "wrong_input")  # a stopped run goes on after its requeue
 
 
@@ -35,7 +35,7 @@ def follow(run_dir: Path, key: str, world: World) -> Iterator[Path]:
         elif over:
             return
         else:
-            time.sleep(POLL)
+            time.sleep(POLL_PERIOD_S)
 
 
 def _next(run_dir: Path, key: str) -> tuple[Path, Claim] | None:

@@ -5,166 +5,39 @@ derived from them all. What is there already is not computed again. Statistics a
 image ids, so that they do not depend on the number of processes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldt import log
-from ldt.checkpoint import MANIFEST, MODEL, Loaded, listed, load_denoiser, newest, versions
+from ldt.checkpoint.load import Loaded
+from ldt.checkpoint.manifest import versions
 from ldt.config import to_dict
-from ldt.data.shards.manifest import HEAD, read_head
-from ldt.dist import World, barrier, broadcast, process_group
+from ldt.data.shards.manifest import read_head
+from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError
-from ldt.files import misfit, natural, parse_json
-from ldt.metrics.detectors import Detector, make_detector
+from ldt.evaluation.config import EvaluateConfig, is_images
+from ldt.files import natural, parse_json, replacing, schema_error, write_json
+from ldt.metrics.detectors import Detector
+from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
-from ldt.metrics.scores import check, compute, score_names
-from ldt.metrics.store import FeatureStore
-from ldt.options import choice, section
-from ldt.rundir import write_json
-from ldt.sample import DrawConfig, block_ids, image_model, sample_images
-from ldt.watch import follow
+from ldt.metrics.scores import compute, score_names
+from ldt.sampling.draw import block_ids, image_model, sample_images
 
 logger = log.get_logger(__name__)
 
 Section = dict[str, Any]
 
 
-@dataclass
-class EvaluateConfig(DrawConfig):
-    """How checkpoints are scored.
-
-    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`: of the inception
-    and timm detectors; `resize`: of inception; `model`: of timm. `checkpoint`: newest, all, or one's number of samples.
-    `reference`: real images (directory, tar or embedded:NAME, brought to size by `fit`), latent shards (the images
-    behind them) or an .npz of statistics; empty for the images that the run's data were encoded from. `output`: the
-    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
-    """
-
-    images: int = 50_000
-    metrics: list[str] = field(default_factory=lambda: ["frechet"])
-    detector: str = choice("efficientnet_lite0", "inception", "timm")
-    model: str = "vit_large_patch14_dinov2.lvd142m"
-    weights_file: str = ""
-    resize: str = choice("tensorflow", "bilinear", "clean")
-    checkpoint: str = "newest"
-    reference: str = ""
-    fit: str = choice("as_encoded", "crop", "pad")
-    output: str = ""
-    cache_dir: str = "~/.cache/ldt/references"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images < 2:
-            raise InputError(f"evaluate.images={self.images} must be at least 2; published scores use 50000")
-        if _is_images(self.reference) and self.fit == "as_encoded":
-            raise InputError(
-                f"evaluate.reference={self.reference} needs evaluate.fit=crop or pad: how its images come to the "
-                "size of the generated ones"
-            )
-        if not _is_images(self.reference) and self.fit != "as_encoded":
-            raise InputError(f"evaluate.fit={self.fit} belongs to images given as evaluate.reference")
-
-
-def _is_images(reference: str) -> bool:
-    """Whether a reference is a set of images, rather than statistics, latent shards or the run's own data."""
-    return bool(reference) and not reference.endswith(".npz") and not (Path(reference) / HEAD).exists()
-
-
-@dataclass
-class Config:
-    """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
-
-    `watch` follows the run directory and scores each new checkpoint until the run is done.
-
-    The other sections are those of a training config, so that the same file serves both; of them only `log.wandb` is
-    read: the scores are then tracked too, as a run of their own beside the training's.
-    """
-
-    run: str = ""
-    run_dir: str = ""
-    watch: bool = False
-    evaluate: EvaluateConfig = section(EvaluateConfig)
-    seed: int = 0
-    data: Section = field(default_factory=dict)
-    model: Section = field(default_factory=dict)
-    objective: Section = field(default_factory=dict)
-    train: Section = field(default_factory=dict)
-    engine: Section = field(default_factory=dict)
-    optimizer: Section = field(default_factory=dict)
-    ema: Section = field(default_factory=dict)
-    checkpoint: Section = field(default_factory=dict)
-    log: Section = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not (self.run or self.run_dir):
-            raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
-
-
 NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file", "model", "compile")
 """Keys that say where things are and how they are computed, not what."""
-
-
-def run(config: Config) -> int:
-    """Score the checkpoints asked for, all ranks together."""
-    with process_group() as world:
-        evaluate(config, world)
-    return 0
-
-
-def evaluate(config: Config, world: World) -> list[Section]:
-    """`run` inside of a process group; rank 0 gets the results."""
-    torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
-    settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
-    detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
-    check(settings.metrics, detector)
-    if config.watch:
-        key = _short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
-        paths = follow(run_dir, key, world)
-    else:
-        paths = iter(broadcast(select(run_dir, settings.checkpoint)))
-    reference, results, tracking, start = None, [], None, time.time()
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            loaded = load_denoiser(path, settings.weights, world.device)
-            output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
-            if reference is None:  # all checkpoints of a run have the same
-                reference = open_reference(settings, loaded, detector, world)
-            result = score_once(settings, loaded, reference, detector, output, world)
-            if world.rank != 0 or result is None:
-                continue
-            results.append(result)
-            if config.log.get("wandb") and result["time"] >= start:
-                if tracking is None:
-                    tracker = log.Wandb(output.parent, to_dict(settings), "evaluation")
-                    tracking = stack.enter_context(log.Tracking(tracker))
-                tracking.log(result)
-    return results
-
-
-def select(path: Path, which: str) -> list[Path]:
-    """The checkpoints meant by a run directory and `newest`, `all` or a number of samples; or the one that is given."""
-    if (path / MANIFEST).exists() or (path / MODEL).exists():
-        return [path]
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
-    if which == "newest":
-        return [newest(path)]
-    whole = [p for p in listed(path / "checkpoints") if (p / MANIFEST).exists()]
-    chosen = whole if which == "all" else [p for p in whole if which.isdigit() and int(p.name) == int(which)]
-    if not chosen:
-        there = ", ".join(str(int(p.name)) for p in whole) or "none"
-        raise InputError(f"evaluate.checkpoint={which} is not among the checkpoints of {path}: {there}")
-    return chosen
 
 
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
@@ -172,7 +45,7 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
     path, fit = config.reference, config.fit
     if path.endswith(".npz"):
         return load_reference(Path(path), detector)
-    if not _is_images(path):
+    if not is_images(path):
         if not path and loaded.config["data"].get("sources"):
             raise InputError(
                 "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
@@ -185,9 +58,9 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
                 "evaluate.fit"
             )
         path, fit = recipe["images.path"], recipe["images.fit"]
-    sampling = loaded.sampling
+    spec = loaded.spec
     cache_dir = Path(config.cache_dir).expanduser()
-    return reference_of_images(path, sampling.image_size, sampling.image_channels, fit, detector, cache_dir, world)
+    return reference_of_images(path, spec.image_size, spec.image_channels, fit, detector, cache_dir, world)
 
 
 def score_once(
@@ -196,7 +69,7 @@ def score_once(
     """Score a checkpoint unless its result is there; rank 0 writes it, says where and returns it."""
     identity = {k: v for k, v in to_dict(config).items() if k not in NOT_IN_RESULT}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
-    file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{_short_hash(identity)}.json"
+    file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
         start = time.time()
@@ -214,7 +87,7 @@ def score_once(
             "reference_images": reference.images,
             "moments_hash": moments.hash,
             "checkpoint_hash": loaded.hash,
-            "autoencoder_hash": loaded.sampling.autoencoder_hash,
+            "autoencoder_hash": loaded.spec.autoencoder_hash,
             "world_size": world.size,
             "device": _device_name(world.device),
             "seconds": round(time.time() - start, 3),
@@ -270,10 +143,9 @@ def derive_jsonl(output: Path) -> None:
     """
     directory, written = output.parent / "evaluations", None
     while written != (files := sorted(directory.glob("*.json"))):
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
         results = [r for p in files if (r := _whole_result(p)) is not None]
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
-        temporary.replace(output)
+        with replacing(output) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in results))
         written = files
 
 
@@ -293,7 +165,7 @@ def _whole_result(file: Path) -> dict[str, Any] | None:
     """What a result file says; None, with a word about it, if it is damaged."""
     try:
         result = parse_json(file.read_bytes())
-        wrong = misfit(result, {"samples_seen": natural, "checkpoint_hash": str})
+        wrong = schema_error(result, {"samples_seen": natural, "checkpoint_hash": str})
     except (OSError, ValueError) as error:
         wrong = str(error)
     if wrong:
@@ -302,7 +174,7 @@ def _whole_result(file: Path) -> dict[str, Any] | None:
     return dict(result)
 
 
-def _short_hash(identity: dict[str, Any]) -> str:
+def short_hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

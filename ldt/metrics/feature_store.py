@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from ldt.files import replacing
+
 Arrays = dict[str, NDArray[np.float32]]
 
 
@@ -40,9 +42,8 @@ class FeatureStore:
 
     def write(self, k: int, arrays: Arrays) -> None:
         """Block k, atomically."""
-        temporary = self._file(k).with_suffix(".tmp")
-        temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
-        temporary.replace(self._file(k))
+        with replacing(self._file(k)) as temporary:
+            temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
     def read(self, blocks: int) -> Iterator[Arrays]:
         """Blocks 0 to blocks − 1."""

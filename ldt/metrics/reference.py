@@ -18,10 +18,10 @@ from ldt import log
 from ldt.data.images import open_images, prepare
 from ldt.dist import World, barrier, broadcast, in_block_order
 from ldt.errors import InputError
-from ldt.files import load_npy, misfit, parse_json
+from ldt.files import load_npy, parse_json, replacing, schema_error
 from ldt.metrics.detectors import Detector
+from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.moments import MomentStream
-from ldt.metrics.store import FeatureStore
 
 logger = log.get_logger(__name__)
 BLOCK = 64
@@ -118,12 +118,10 @@ def _save(file: Path, store: FeatureStore, blocks: int, detector: Detector, made
         arrays |= {f"mu{suffix}": moments.mean_D, f"sigma{suffix}": moments.covariance_DD}
         arrays["count"] = np.int64(moments.count)  # type: ignore[assignment]
     arrays["made_by"] = np.array(json.dumps(made_by | {"detector_hash": detector.hash}))
-    with _features_file(file).open("wb") as f:
+    with replacing(_features_file(file)) as temporary, temporary.open("wb") as f:
         np.save(f, store.column("features", blocks), allow_pickle=False)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as f:
+    with replacing(file) as temporary, temporary.open("wb") as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
-    temporary.replace(file)
 
 
 def _features_file(file: Path) -> Path:
@@ -148,7 +146,7 @@ def load(file: Path, detector: Detector) -> Reference:
         raise InputError(f"{file} is not readable as .npz ({error}); remove it or get it again") from None
     if "features" not in by_name:
         raise InputError(f"{file} holds no reference statistics (mu and sigma); remove it or give another file")
-    if made_by and (wrong := misfit(made_by, {"detector_hash": str, "detector": str, "hash": str}, "made_by")):
+    if made_by and (wrong := schema_error(made_by, {"detector_hash": str, "detector": str, "hash": str}, "made_by")):
         raise InputError(f"{file} is damaged ({wrong}); remove it or get it again")
     if made_by and made_by["detector_hash"] != detector.hash:
         raise InputError(

@@ -2,11 +2,11 @@
 
 from ldt.errors import InputError
 from ldt.metrics.detectors import Detector
+from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.moments import Moments, MomentStream
 from ldt.metrics.reference import Reference
-from ldt.metrics.sets import inception_score, kernel_distance, precision_recall
-from ldt.metrics.store import FeatureStore
+from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "precision_recall")
 NEEDS = {"spatial_frechet": "spatial", "inception_score": "logits"}

@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt.errors import InputError
-from ldt.nn.condition import TextShape
+from ldt.nn.text_shape import TextShape
 
 BYTES = "bytes"
 

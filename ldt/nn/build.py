@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ldt.errors import InputError
-from ldt.nn.condition import TextShape
 from ldt.nn.config import ModelConfig
+from ldt.nn.text_shape import TextShape
 from ldt.nn.transformer import Attention, Modulation, SwiGLU, Transformer
 from ldt.nn.unet import UNet
 
@@ -19,9 +19,9 @@ def build(
 
     text: of the data's captions, None where they have none.
     """
-    if config.told_class and classes < 1:
+    if config.uses_class and classes < 1:
         raise InputError("the data have no classes; encode images with at least one, or name the classes of the shards")
-    if config.told_text and text is None:
+    if config.uses_text and text is None:
         raise InputError(
             f"model.condition_on={config.condition_on} needs captions, and the data have none; encode them with "
             "text.encoder=bytes or another, or use model.condition_on=class"
@@ -29,7 +29,7 @@ def build(
     make = UNet if config.name == "unet" else Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(config, latent_shape, classes, text if config.told_text else None)
+        return make(config, latent_shape, classes, text if config.uses_text else None)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+from ldt.config_fields import choice, section
 from ldt.errors import InputError
 from ldt.nn.attention import KERNELS
-from ldt.options import choice, section
 
 DEEPEST, WIDEST = 1024, 1 << 17  # nobody has trained larger ones, and a slip of the keyboard would fill the memory
 
@@ -109,9 +109,9 @@ class ModelConfig:
             )
 
     @property
-    def told_class(self) -> bool:
+    def uses_class(self) -> bool:
         return self.condition_on != "text"
 
     @property
-    def told_text(self) -> bool:
+    def uses_text(self) -> bool:
         return self.condition_on != "class"

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldt.diffusion.schedules import STEPS, step_of_time
-from ldt.nn.condition import TextShape
+from ldt.nn.text_shape import TextShape
 
 FREQUENCIES = 256
 

@@ -3,10 +3,11 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build
-from ldt.nn.condition import Condition, TextShape
 from ldt.nn.config import ModelConfig
+from ldt.nn.text_shape import TextShape
 
 PATCHES = (2, 4, 8)
 DIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -77,9 +78,9 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     channels, height, width = latent_shape
     D, p = config.width, config.patch
     image = (height // p) * (width // p)
-    text = text if config.told_text else None
+    text = text if config.uses_text else None
     in_context = config.conditioning == "in_context"
-    extra = (1 + config.told_class + (text.length if text else 0)) if in_context else 0
+    extra = (1 + config.uses_class + (text.length if text else 0)) if in_context else 0
     N = image + extra
     output = channels * (2 if config.learned_sigma else 1)
     hidden = -(-int(D * config.mlp_ratio * 2 / 3) // 16) * 16

@@ -12,11 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldt.diffusion.condition import Condition, text_mask
 from ldt.errors import InputError
 from ldt.nn.attention import attend, choose_kernel
-from ldt.nn.condition import Condition, TextShape, text_mask
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, TextEmbedding, TimeEmbedding, TimeSinusoids, sincos_2d
+from ldt.nn.text_shape import TextShape
 
 
 class Transformer(nn.Module):
@@ -32,14 +33,14 @@ class Transformer(nn.Module):
         self.config, self.channels = config, channels
         self.rows, self.columns = height // config.patch, width // config.patch
         in_context = config.conditioning == "in_context"
-        self.prefix = (1 + config.told_class + (text.length if text else 0)) if in_context else 0
+        self.prefix = (1 + config.uses_class + (text.length if text else 0)) if in_context else 0
         tokens = self.prefix + self.rows * self.columns
         output = channels * (2 if config.learned_sigma else 1)
 
         self.patchify = nn.Linear(channels * config.patch**2, config.width)
         make_time = TimeEmbedding if config.time_embedding == "mlp" else TimeSinusoids
         self.time = make_time(config.width, config.time, config.time_frequencies)
-        self.label = nn.Embedding(classes + 1, config.width) if config.told_class else None  # last row: the null label
+        self.label = nn.Embedding(classes + 1, config.width) if config.uses_class else None  # last row: the null label
         self.text = TextEmbedding(text, config.width) if text else None
         self.position = _position(config, self.rows, self.columns, tokens)
         head_dim = config.width // config.heads

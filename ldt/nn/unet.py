@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldt.diffusion.condition import Condition, text_mask
 from ldt.errors import InputError
-from ldt.nn.condition import Condition, TextShape, text_mask
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import TextEmbedding, network_time
+from ldt.nn.text_shape import TextShape
 
 
 class UNet(nn.Module):
@@ -31,7 +32,7 @@ class UNet(nn.Module):
                 f"times, and its size {latent_shape[1]}x{latent_shape[2]} is not a multiple of {halvings}"
             )
         context = config.unet.context
-        self.label = nn.Embedding(classes + 1, context) if config.told_class else None  # last row: the null label
+        self.label = nn.Embedding(classes + 1, context) if config.uses_class else None  # last row: the null label
         self.text = TextEmbedding(text, context) if text else None
         self.net = _make(config, latent_shape)
         if self.label is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldt.checkpoint import MANIFEST_HASH, Damaged, Sampling, listed, read_manifest
+from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, LatentSpec, listed, read_manifest
 from ldt.config import from_dict
 from ldt.errors import InputError
 from ldt.files import parse_json, real
@@ -65,11 +65,11 @@ class History:
         if self.checkpoint is None:
             return math.nan
         try:
-            sampling = Sampling.read(self.checkpoint.manifest["sampling"])
+            spec = LatentSpec.read(self.checkpoint.manifest["sampling"])
             model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
         except InputError:
             return math.nan
-        return 3.0 * flops(model, sampling.latent_shape, sampling.text_shape)
+        return 3.0 * flops(model, spec.latent_shape, spec.text_shape)
 
     @property
     def samples_seen(self) -> int:

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 import numpy as np
 
 from ldt import __version__
-from ldt.pictures import to_pil
+from ldt.image_files import to_pil
 from ldt.reporting.curves import Chart, best_score, score_names, unlike
 from ldt.reporting.history import History, number
 from ldt.reporting.html import Markup, content_hash, join, script_json, table, tag
 from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, Pixels, data_uri
-from ldt.reporting.record import COLOURS, configs, pill, provenance, swatch
-from ldt.reporting.words import count, data_words, date, duration, model_words, outcome_words, score
+from ldt.reporting.provenance import COLOURS, configs, pill, provenance, swatch
+from ldt.reporting.summary import count, data_words, date, duration, model_words, outcome_words, score
 
 CRISP_BELOW = 64
 """Images of fewer pixels a side are shown with sharp pixels."""

@@ -16,7 +16,7 @@ from ldt.data.images import ImageSource, open_images, prepare
 from ldt.data.shards.manifest import read_head
 from ldt.data.split import Split
 from ldt.errors import InputError
-from ldt.pictures import grid
+from ldt.image_files import grid
 from ldt.reporting.history import History
 
 GAP = 2

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from ldt.files import replacing
 from ldt.reporting.curves import Chart
 
 COLOURS = ("#2f6db5", "#c2571a", "#2e8b62", "#8d55a8", "#a87c12", "#b8456b", "#3f8f9c", "#6b6b6b")
@@ -24,10 +25,8 @@ def write_plots(charts: list[Chart], directory: Path) -> list[Path]:
     for chart in charts:
         for axis in AXES:
             path = directory / f"{chart.id}{'' if axis == 'samples' else f'_by_{axis}'}.png"
-            temporary = path.with_name(f".{path.name}.tmp")
-            with rc_context({"text.parse_math": False}):  # a run may be called $x
+            with rc_context({"text.parse_math": False}), replacing(path) as temporary:  # a run may be called $x
                 _figure(chart, axis).savefig(temporary, format="png", dpi=160)
-            temporary.replace(path)
             written.append(path)
     return written
 

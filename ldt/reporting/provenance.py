@@ -9,7 +9,7 @@ from ldt.config import flatten
 from ldt.reporting.curves import SETTINGS, score_names
 from ldt.reporting.history import History, Record, number
 from ldt.reporting.html import Markup, join, pairs, table, tag
-from ldt.reporting.words import count, date, score
+from ldt.reporting.summary import count, date, score
 
 COLOURS = 8
 """Runs have as many colours (page.css); the next ones share."""
@@ -70,10 +70,10 @@ def _origin(run: History) -> list[tuple[str, Any]]:
         return items
     manifest = run.checkpoint.manifest
     progress, written = manifest.get("progress", {}), manifest.get("written_by", {})
-    sampling = manifest.get("sampling", {})
+    spec = manifest.get("sampling", {})
     where = f"world {written.get('world_size')} at ZeRO stage {written.get('zero_stage')}"
     versions = ", ".join(f"{k} {v}" for k, v in written.items() if k not in ("time", "world_size", "zero_stage"))
-    encoder = [sampling.get("autoencoder", "–"), ", weights ", tag("code", sampling.get("autoencoder_hash", "–"))]
+    encoder = [spec.get("autoencoder", "–"), ", weights ", tag("code", spec.get("autoencoder_hash", "–"))]
     skipped = progress.get("skipped")
     return items + [
         (

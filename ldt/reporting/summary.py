@@ -4,7 +4,7 @@ import math
 from datetime import UTC, datetime
 
 from ldt.config import flatten
-from ldt.progress import short
+from ldt.progress import si_format
 from ldt.reporting.history import History, Record, number
 
 
@@ -52,7 +52,7 @@ def model_words(run: History) -> str:
     if not model:
         return "A run whose config could not be read."
     size = parameters(run)
-    words = f"A {short(size)}-parameter {model.get('name', 'model')}" if size else f"A {model.get('name', 'model')}"
+    words = f"A {si_format(size)}-parameter {model.get('name', 'model')}" if size else f"A {model.get('name', 'model')}"
     shape = _unet_shape(model) if model.get("name") == "unet" else _transformer_shape(model)
     words += f" ({', '.join(shape)})" if shape else ""
     return f"{words}, predicting {objective['prediction']}." if "prediction" in objective else f"{words}."
@@ -80,10 +80,10 @@ def data_words(run: History) -> str:
     path = data.get("path") or " and ".join(str(s) for k, s in flatten(data).items() if k.endswith(".path")) or "?"
     if not run.checkpoint:
         return f"Data: {path}."
-    sampling = run.checkpoint.manifest.get("sampling", {})
-    shape = "×".join(map(str, sampling.get("latent_shape", [])))
-    side, classes = sampling.get("image_size"), len(sampling.get("classes", []))
-    kind = "grey" if sampling.get("image_channels") == 1 else "colour"
+    spec = run.checkpoint.manifest.get("sampling", {})
+    shape = "×".join(map(str, spec.get("latent_shape", [])))
+    side, classes = spec.get("image_size"), len(spec.get("classes", []))
+    kind = "grey" if spec.get("image_channels") == 1 else "colour"
     noun = "class" if classes == 1 else "classes"
     return f"Data: {path}, {kind} images of {side} pixels in {classes} {noun} as {shape} latents."
 

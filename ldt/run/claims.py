@@ -3,7 +3,7 @@
     checkpoints/<samples_seen>.wanted-<key>    somebody will need it; any number of processes may say so
     checkpoints/<samples_seen>.claim-<key>     exactly one process is at work on it
 
-`key` names the work. A file speaks as long as its owner touches it; after `STALE` seconds without that its owner is
+`key` names the work. A file counts as long as its owner touches it; after `STALE_TIMEOUT_S` without that, its owner is
 taken for dead. Exclusive creation and rename decide, not locks, which network file systems forget.
 """
 
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-STALE = 600.0
-BEAT = 60.0
+STALE_TIMEOUT_S = 600.0
+HEARTBEAT_PERIOD_S = 60.0
 
 
 class Heartbeat:
@@ -62,7 +62,7 @@ class Claim:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._heartbeat = Heartbeat(file, BEAT)
+        self._heartbeat = Heartbeat(file, HEARTBEAT_PERIOD_S)
 
     @classmethod
     def take(cls, checkpoint: Path, key: str) -> Self | None:
@@ -115,6 +115,6 @@ def _read(file: Path) -> str:
 
 def _stale(file: Path) -> bool:
     try:
-        return time.time() - file.stat().st_mtime > STALE
+        return time.time() - file.stat().st_mtime > STALE_TIMEOUT_S
     except FileNotFoundError:
         return True

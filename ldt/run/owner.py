@@ -2,7 +2,7 @@
 
 `RUN/owner.json` is created exclusively and touched while its owner lives; before every commit the owner reads it
 again. A dead owner's file is taken over: at once if it was an earlier start of the same scheduler job or a process of
-this machine that is gone, else after it has not been touched for `SILENCE` seconds. Changes are watched rather than
+this machine that is gone, else after it has not been touched for `SILENCE_TIMEOUT_S`. Changes are watched rather than
 compared to this machine's clock, which need not agree with the file system's.
 """
 
@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldt.claims import Heartbeat, remove_dead
+from ldt.cluster.job import this_job
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
 from ldt.files import parse_json
 from ldt.log import get_logger
+from ldt.run.claims import Heartbeat, remove_dead
+from ldt.run.directory import OWNER
 
 logger = get_logger(__name__)
 
-OWNER = "owner.json"
-BEAT = 10.0
-SILENCE = 30.0
+HEARTBEAT_PERIOD_S = 10.0
+SILENCE_TIMEOUT_S = 30.0
 
 
 class Owner:
@@ -58,7 +59,7 @@ def owned(run_dir: Path, world: World) -> Iterator[Owner]:
     if problem:
         raise InputError(problem)
     owner = Owner(file, token)
-    with Heartbeat(file, BEAT) if token else contextlib.nullcontext():
+    with Heartbeat(file, HEARTBEAT_PERIOD_S) if token else contextlib.nullcontext():
         try:
             yield owner
         finally:
@@ -68,7 +69,7 @@ def owned(run_dir: Path, world: World) -> Iterator[Owner]:
 
 def _take(file: Path) -> str:
     """Create the file; returns what proves it is ours."""
-    token = uuid.uuid4().hex
+    token, job = uuid.uuid4().hex, this_job()
     me = {
         "token": token,
         "host": platform.node(),
@@ -76,7 +77,7 @@ def _take(file: Path) -> str:
         "machine": _machine(),
         "born": _born(os.getpid()),
     }
-    me |= {"job": _job(), "restart": _restart(), "time": time.time()}
+    me |= {"job": job.id, "restart": job.restart, "time": time.time()}
     for _ in range(3):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,15 +112,16 @@ def _bury(file: Path) -> None:
 
 def _gone(owner: dict[str, Any]) -> bool:
     """Whether the owner is surely dead: an earlier start of this very job, or a process that is not there any more."""
-    if owner.get("job") and owner["job"] == _job() and owner.get("restart") != _restart():
+    job = this_job()
+    if job.id and owner.get("job") == job.id and owner.get("restart") != job.restart:
         return True
     return bool(owner.get("machine") == _machine() and owner.get("born") != _born(owner.get("pid")))
 
 
 def _beats(file: Path) -> bool:
-    """Whether the file is touched, or goes away, within `SILENCE` seconds."""
-    first, end = _modified(file), time.monotonic() + SILENCE
-    logger.warning("%s has an owner; waiting up to %.0f s to see whether it is alive", file.parent, SILENCE)
+    """Whether the file is touched, or goes away, within `SILENCE_TIMEOUT_S` seconds."""
+    first, end = _modified(file), time.monotonic() + SILENCE_TIMEOUT_S
+    logger.warning("%s has an owner; waiting up to %.0f s to see whether it is alive", file.parent, SILENCE_TIMEOUT_S)
     while time.monotonic() < end:
         time.sleep(0.5)
         if _modified(file) != first:
@@ -140,14 +142,6 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _job() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
-
-
-def _restart() -> str:
-    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def _machine() -> str:

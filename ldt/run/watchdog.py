@@ -19,7 +19,7 @@ from ldt.log import get_logger
 
 logger = get_logger(__name__)
 
-GRACE = 5.0  # seconds for the other ranks to report too
+GRACE_PERIOD_S = 5.0  # seconds for the other ranks to report too
 
 
 class Watchdog:
@@ -65,7 +65,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(self._limit / 4, 1.0)):
-            faulthandler.dump_traceback_later(2 * self._limit + GRACE, exit=True, file=self._stacks)
+            faulthandler.dump_traceback_later(2 * self._limit + GRACE_PERIOD_S, exit=True, file=self._stacks)
             waited = time.monotonic() - self._since
             if waited > self._limit:
                 self._end(waited)
@@ -75,7 +75,7 @@ class Watchdog:
             faulthandler.dump_traceback(self._stacks)
             report = {"rank": self._world.rank, "where": self._where, "seconds": round(waited, 1)}
             self._report(self._world.rank).write_text(json.dumps(report))
-            time.sleep(GRACE)
+            time.sleep(GRACE_PERIOD_S)
             reports = [r for r in map(self._read, range(self._world.size)) if r]
             summary = self._summary(reports)
             logger.error("%s", summary)

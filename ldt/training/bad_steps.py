@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ldt.engine import FLOAT32_MAX, Step
+from ldt.engine.engine import FLOAT32_MAX, StepResult
 from ldt.errors import RunError
 
 RECENT_LOSSES = 100
@@ -44,7 +44,7 @@ class BadSteps:
             recent.append(loss)
             del recent[:-RECENT_LOSSES]
 
-    def judge(self, first: int, result: Step) -> str:
+    def judge(self, first: int, result: StepResult) -> str:
         """Why the step at `first` was skipped."""
         if first in self.avoid:
             return "passed over after a roll-back"
@@ -55,7 +55,7 @@ class BadSteps:
             return "the gradient is not finite"
         return "loss spike"
 
-    def give_way(self, batch: int) -> str:
+    def mark_for_skipping(self, batch: int) -> str:
         """Avoid the bad steps from now on; says which positions they are. `RunError` the second time."""
         what = f"{len(self._row)} bad steps in a row at positions {self._row[0]} to {self._row[-1] + batch - 1}"
         if self._rolled_back:

@@ -4,13 +4,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from ldt.diffusion.objectives import ObjectiveConfig
-from ldt.ema import EMAConfig
-from ldt.engine import EngineConfig, OptimizerConfig
+from ldt.config_fields import check_seed, required, section
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
 from ldt.errors import InputError
-from ldt.evaluate import EvaluateConfig
+from ldt.evaluation.config import EvaluateConfig
 from ldt.nn.config import ModelConfig
-from ldt.options import check_seed, required, section
 
 
 @dataclass
@@ -104,7 +103,7 @@ class LogConfig:
 
 
 @dataclass
-class Config:
+class TrainJob:
     """A training run."""
 
     run_dir: str = required()

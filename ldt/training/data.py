@@ -7,7 +7,7 @@ from ldt.data.shards import LatentShards, Manifest, MixedShards, Shards, open_sh
 from ldt.data.shards.sources import changed_sources
 from ldt.dist import World, on_rank_zero
 from ldt.errors import InputError
-from ldt.train_config import DataConfig
+from ldt.training.config import DataConfig
 
 
 def open_data(config: DataConfig, world: World) -> Shards:

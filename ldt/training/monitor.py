@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldt.data.draws import Batch
+from ldt.data.batch import Batch
 from ldt.data.loader import ValidationLoader
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum
-from ldt.pictures import class_grid, write_picture
-from ldt.sample import DrawConfig, ImageModel, default_labels, sample_images
+from ldt.image_files import class_grid, write_picture
+from ldt.sampling.config import DrawConfig
+from ldt.sampling.draw import ImageModel, default_labels, sample_images
 
 TIME_BINS = 10
 PREVIEW_COLUMNS = 8
@@ -41,7 +42,7 @@ def validation_loss(
 
 def draw_preview(model: ImageModel, settings: DrawConfig, world: World, path: Path) -> None:
     """Write a grid of samples, always of the same noise and labels (collective)."""
-    classes = len(model.sampling.classes)
+    classes = len(model.spec.classes)
     images = min(10, classes) * PREVIEW_COLUMNS
     mine = -(-images // world.size)  # the same number on every rank: ZeRO-3 gathers weights together
     drawn = sample_images(model, range(world.rank * mine, (world.rank + 1) * mine), settings)

@@ -5,21 +5,22 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ldt import log, memory
-from ldt.checkpoint import Sampling
-from ldt.data.loader import Loader, Share, ValidationLoader
+from ldt import log
+from ldt.checkpoint.manifest import LatentSpec
+from ldt.data.loader import Loader, RankSlice, ValidationLoader
 from ldt.data.shards import Manifest, Shards
 from ldt.dist import World, all_gather
+from ldt.engine import memory
 from ldt.nn.build import checkpoint_blocks, parameter_count
 from ldt.nn.sizes import flops
-from ldt.progress import counted, short
-from ldt.train_config import Config
-from ldt.train_data import describe_data, open_held_out
+from ldt.progress import pluralize, si_format
+from ldt.training.config import TrainJob
+from ldt.training.data import describe_data, open_held_out
 
 logger = log.get_logger(__name__)
 
 
-def fit_into_memory(denoiser: nn.Module, config: Config, sampling: Sampling, averages: int, world: World) -> int:
+def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, averages: int, world: World) -> int:
     """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed.
 
     averages: how many of the weights are kept.
@@ -28,8 +29,8 @@ def fit_into_memory(denoiser: nn.Module, config: Config, sampling: Sampling, ave
     budget = 1e9 * engine.activation_memory_gb
     if micro_batch != "auto" and not budget:
         return int(micro_batch)
-    classes = len(sampling.classes)
-    cost = memory.activations(config.model, sampling.latent_shape, classes, sampling.text_shape, engine.precision)
+    classes = len(spec.classes)
+    cost = memory.activations(config.model, spec.latent_shape, classes, spec.text_shape, engine.precision)
     if not budget:
         parameters = parameter_count(denoiser)
         state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages)
@@ -44,7 +45,7 @@ def fit_into_memory(denoiser: nn.Module, config: Config, sampling: Sampling, ave
 
 
 def make_loaders(
-    config: Config, shards: Shards, micro_batch: int, world: World
+    config: TrainJob, shards: Shards, micro_batch: int, world: World
 ) -> tuple[Loader, ValidationLoader | None]:
     """The loader of the training data and, if there is validation, that of the held-out split."""
     loader = Loader(
@@ -76,23 +77,25 @@ def make_loaders(
 
 
 def describe(
-    config: Config, shards: Shards, parameters: int, kernel: str, share: Share, samples_seen: int, world: World
+    config: TrainJob, shards: Shards, parameters: int, kernel: str, share: RankSlice, samples_seen: int, world: World
 ) -> Iterator[str]:
     """The lines that a run begins with."""
-    sampling = sampling_of(shards.manifest)
+    spec = sampling_of(shards.manifest)
     kind = "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})"
-    cost = short(flops(config.model, sampling.latent_shape, sampling.text_shape))
-    yield f"model: {kind}, {short(parameters)} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
-    classes, shape = counted(len(sampling.classes), "class", "classes"), "×".join(map(str, sampling.latent_shape))
-    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {sampling.image_size} pixels"
+    cost = si_format(flops(config.model, spec.latent_shape, spec.text_shape))
+    size = si_format(parameters)
+    yield f"model: {kind}, {size} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
+    classes, shape = pluralize(len(spec.classes), "class", "classes"), "×".join(map(str, spec.latent_shape))
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {spec.image_size} pixels"
     yield from describe_data(shards, config.train.global_batch)
-    if sampling.text and not config.model.told_text:
+    if spec.text and not config.model.uses_text:
         yield "the data's captions are not used: model.condition_on=class"
     total = config.train.total_samples
+    processes = pluralize(world.size, "process", "processes")
     yield (
-        f"run: {counted(world.size, 'process', 'processes')} on {world.device.type}, ZeRO-{config.engine.zero_stage}, "
+        f"run: {processes} on {world.device.type}, ZeRO-{config.engine.zero_stage}, "
         f"{config.engine.precision}; global batch {config.train.global_batch} in "
-        f"{counted(share.count, 'micro-batch', 'micro-batches')} of up to {share.size} a process; "
+        f"{pluralize(share.count, 'micro-batch', 'micro-batches')} of up to {share.size} a process; "
         f"{max(total - samples_seen, 0):,} of {total:,} samples to go"
     )
     yield from describe_idle(world, config.train.global_batch)
@@ -107,9 +110,9 @@ def describe_idle(world: World, batch: int) -> Iterator[str]:
         yield f"{world.size - batch} of {world.size} processes have nothing to do: train.global_batch={batch}"
 
 
-def sampling_of(manifest: Manifest) -> Sampling:
+def sampling_of(manifest: Manifest) -> LatentSpec:
     """What a checkpoint must know of the data to make images without them."""
-    return Sampling(
+    return LatentSpec(
         latent_shape=manifest.latent_shape,
         classes=list(manifest.classes),
         mean_C=manifest.mean_C.tolist(),

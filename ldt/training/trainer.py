@@ -16,68 +16,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldt import ema as averaging
-from ldt import log, rundir
-from ldt.bad_steps import REMEDY, BadSteps
-from ldt.checkpoint import (
-    Content,
-    Progress,
-    Retention,
-    Writer,
-    newest_whole,
-    read_manifest,
-    restore,
-    start_from,
-)
-from ldt.checkpoint.writer import remove_leftovers
+from ldt import log, tracking
+from ldt.checkpoint.manifest import TrainState, read_manifest
+from ldt.checkpoint.restore import newest_whole, restore, start_from
+from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
 from ldt.config import from_dict, to_dict, to_yaml
-from ldt.data.draws import Batch, digest_text
-from ldt.data.loader import Step as LoadedStep
+from ldt.data.batch import Batch, digest_text
+from ldt.data.loader import StepInputs
+from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, barrier, broadcast, process_group
-from ldt.engine import Engine, Step, learning_rate
+from ldt.dist import World, barrier, broadcast
+from ldt.engine import ema as averaging
+from ldt.engine.engine import Engine, StepResult, learning_rate
+from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, parameter_count
-from ldt.nn.condition import Condition
-from ldt.owner import Owner, owned
-from ldt.partition import MOMENTS
-from ldt.preflight import check_room, check_shared, compare_ranks
-from ldt.probes import Meter, draw_preview, peak_memory, validation_loss
-from ldt.progress import ProgressLine, counted
-from ldt.rundir import DONE, FAILED, STOPPED, WRONG_INPUT
-from ldt.sample import ImageModel, load_autoencoder, load_text
-from ldt.stop import StopRequests
-from ldt.train_config import Config
-from ldt.train_data import open_data, other_data
-from ldt.train_start import describe, fit_into_memory, make_loaders, sampling_of
-from ldt.watchdog import Watchdog
-
-__all__ = ["Config", "Trainer", "attempt", "run"]
+from ldt.progress import ProgressLine, pluralize
+from ldt.run import directory, identity, outcome
+from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
+from ldt.run.owner import Owner, owned
+from ldt.run.preflight import check_room, check_shared
+from ldt.run.stop import StopRequests
+from ldt.run.watchdog import Watchdog
+from ldt.sampling.draw import ImageModel, load_autoencoder, load_text
+from ldt.training.bad_steps import REMEDY, BadSteps
+from ldt.training.config import TrainJob
+from ldt.training.data import open_data, other_data
+from ldt.training.monitor import Meter, draw_preview, peak_memory, validation_loss
+from ldt.training.setup import describe, fit_into_memory, make_loaders, sampling_of
 
 logger = log.get_logger(__name__)
 
 
-def run(config: Config) -> int:
-    """Train until `train.total_samples` or until asked to stop; returns the exit code."""
-    run_dir = Path(config.run_dir)
-    with process_group() as world:
-        compare_ranks(to_yaml(config), world)
-        code, message, seen = attempt(config, world)
-        if world.rank == 0:
-            memory = peak_memory(world.device) / 1e9
-            logger.info("written: %s; peak memory of a process %.1f GB", rundir.what_is_there(run_dir), memory)
-            logger.info("next: ldt sample %s; ldt evaluate %s; ldt report %s", run_dir, run_dir, run_dir)
-            print(f"{message} at {seen:,} samples: {run_dir}")
-    return code
-
-
-def attempt(config: Config, world: World) -> tuple[int, str, int]:
+def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
     """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
         if world.rank == 0:
-            rundir.begin(run_dir)
+            outcome.begin(run_dir)
         check_shared(run_dir, world)
         try:
             with in_a_sentence():
@@ -85,33 +62,33 @@ def attempt(config: Config, world: World) -> tuple[int, str, int]:
         except BaseException as error:
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
-            rundir.write_outcome(run_dir, code, message=words)
+            outcome.write_outcome(run_dir, code, message=words)
             raise
         if world.rank == 0:
-            rundir.write_outcome(run_dir, code, seen, message)
+            outcome.write_outcome(run_dir, code, seen, message)
     return code, message, seen
 
 
 class Trainer:
     """One attempt at a run: its parts, and the loop that drives them."""
 
-    def __init__(self, config: Config, world: World, owner: Owner) -> None:
+    def __init__(self, config: TrainJob, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
         self.shards = open_data(config.data, world)
-        self.sampling = sampling_of(self.shards.manifest)
+        self.spec = sampling_of(self.shards.manifest)
         self.objective = Objective(config.objective)
-        self.autoencoder = load_autoencoder(self.sampling, world.device) if config.log.samples_every_samples else None
+        self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
-        shape, classes, text = self.sampling.latent_shape, len(self.sampling.classes), self.sampling.text_shape
+        shape, classes, text = self.spec.latent_shape, len(self.spec.classes), self.spec.text_shape
         denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters = parameter_count(denoiser)
         self.profiles = averaging.profiles(config.ema)
-        micro_batch = fit_into_memory(denoiser, config, self.sampling, len(self.profiles), world)
+        micro_batch = fit_into_memory(denoiser, config, self.spec, len(self.profiles), world)
         number = 0
         if world.rank == 0:
-            number = rundir.prepare(self.run_dir, to_yaml(config), world.size)
+            number = directory.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
         self.attempt = broadcast(number)
@@ -123,7 +100,7 @@ class Trainer:
         self.progress = self._restore()
         self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics = self.run_dir / "metrics.jsonl"
-        self.tracking = log.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
+        self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
         self.meter = Meter()
 
     def train(self) -> tuple[int, str, int]:
@@ -195,7 +172,7 @@ class Trainer:
         """Of the next step."""
         return learning_rate(self.config.optimizer, self.progress.samples_seen + self.batch, self.total)
 
-    def advance(self, step: LoadedStep, request: str = "") -> tuple[Step, str, str]:
+    def advance(self, step: StepInputs, request: str = "") -> tuple[StepResult, str, str]:
         """One step of the optimizer, the clock and the averages (collective).
 
         Returns with the step's result the digest of what it saw and why to stop after it, agreed on by all ranks.
@@ -216,7 +193,7 @@ class Trainer:
         self.engine.mark("averages")
         return result, digest_text((high << 32) + low), (request or "by another rank") if requests else ""
 
-    def _skip(self, step: LoadedStep, result: Step, digest: str) -> bool:
+    def _skip(self, step: StepInputs, result: StepResult, digest: str) -> bool:
         """Note a step that changed no weights; true if there were too many in a row and the run was rolled back."""
         self.progress.skipped.append(step.first)
         reason = self.guard.judge(step.first, result)
@@ -241,14 +218,14 @@ class Trainer:
     def _roll_back(self) -> None:
         """Return to the newest checkpoint and pass over the positions of the bad steps (collective)."""
         self.writer.finish()
-        positions = self.guard.give_way(self.batch)
+        positions = self.guard.mark_for_skipping(self.batch)
         if newest_whole(self.run_dir / "checkpoints", self.world) is None:
             raise RunError(f"{positions}, before there was a checkpoint to return to; {REMEDY}")
         logger.warning("%s; rolling back to the newest checkpoint and passing over them", positions)
         self.progress = self._restore()
 
     def _stalled(self, summary: str) -> None:
-        rundir.write_outcome(self.run_dir, FAILED, self.progress.samples_seen, summary)
+        outcome.write_outcome(self.run_dir, FAILED, self.progress.samples_seen, summary)
 
     def weighted_loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Sum of the samples' losses, padding left out: a scalar."""
@@ -264,18 +241,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- start and resumption
 
-    def _restore(self) -> Progress:
+    def _restore(self) -> TrainState:
         """Go on from the newest whole checkpoint of the run directory, or start."""
         fingerprint = self.shards.manifest.fingerprint
         found = newest_whole(self.run_dir / "checkpoints", self.world)
         if found is None:
             if self.config.train.init_from:
                 start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
-            progress = Progress(samples_seen=0, data_fingerprint=fingerprint)
+            progress = TrainState(samples_seen=0, data_fingerprint=fingerprint)
         else:
             # keys that are new since then take their defaults
-            saved = to_dict(from_dict(Config, read_manifest(found)["config"]))
-            rundir.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
+            saved = to_dict(from_dict(TrainJob, read_manifest(found)["config"]))
+            identity.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
             progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
             raise InputError(other_data(self.config.data, progress.data_fingerprint, fingerprint, str(found)))
@@ -283,7 +260,7 @@ class Trainer:
             cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
             if found or cut:
                 where = f"from {found}" if found else "without a checkpoint"
-                aside = f"; {counted(cut, 'later log line', 'later log lines')} set aside" if cut else ""
+                aside = f"; {pluralize(cut, 'later log line', 'later log lines')} set aside" if cut else ""
                 logger.info("resuming at %s samples %s%s", f"{progress.samples_seen:,}", where, aside)
         barrier()
         progress.attempt = self.attempt
@@ -291,7 +268,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- what the loop writes
 
-    def _log_step(self, result: Step, lr: float, digest: str) -> None:
+    def _log_step(self, result: StepResult, lr: float, digest: str) -> None:
         rate, wait_fraction = self.meter.read()
         record = {
             "samples_seen": self.progress.samples_seen,
@@ -310,7 +287,7 @@ class Trainer:
 
     def _log_validation(self) -> None:
         assert self.validation is not None
-        with self.engine.partition.swapped(self.averages["ema"]):
+        with self.engine.partition.using_weights(self.averages["ema"]):
             losses = validation_loss(
                 self.validation, self.objective, lambda b: self._loss_B(self.engine.module, b), self.world.device
             )
@@ -319,10 +296,10 @@ class Trainer:
 
     def _draw_preview(self) -> None:
         assert self.autoencoder is not None
-        text = load_text(self.sampling, self.config.model.told_text, self.world.device)
-        model = ImageModel(self.engine.module, self.objective, self.sampling, self.autoencoder, self.world.device, text)
+        text = load_text(self.spec, self.config.model.uses_text, self.world.device)
+        model = ImageModel(self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, text)
         path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
-        with self.engine.partition.swapped(self.averages["ema"]):
+        with self.engine.partition.using_weights(self.averages["ema"]):
             draw_preview(model, self.config.evaluate, self.world, path)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -343,7 +320,7 @@ class Trainer:
             contents.append(Content(self.run_dir / "ema", self.averages))
         facts = {
             "progress": asdict(self.progress),
-            "sampling": asdict(self.sampling),
+            "sampling": asdict(self.spec),
             "config": to_dict(config),
             "averages": {name: profile.describe() for name, profile in self.profiles.items()},
         }

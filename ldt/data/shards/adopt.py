@@ -7,17 +7,17 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.data.shards import mds, walk
+from ldt.data.shards import foreign_tar, mds
 from ldt.data.shards.layout import Index, Layout, Samples
+from ldt.data.shards.shard_writer import Sidecar
 from ldt.data.shards.statistics import Sums
-from ldt.data.shards.unit import Sidecar
 from ldt.errors import InputError
 from ldt.files import MOST_CLASSES
 
 BLOCK = 1024  # samples whose float32 copies are in memory at a time
 
-FIND: dict[str, Callable[[NDArray[np.uint8], str], Layout]] = {"tar": walk.find_layout, "mds": mds.find_layout}
-WALK: dict[str, Callable[[NDArray[np.uint8], Layout, str], Index]] = {"tar": walk.walk, "mds": mds.index}
+FIND: dict[str, Callable[[NDArray[np.uint8], str], Layout]] = {"tar": foreign_tar.find_layout, "mds": mds.find_layout}
+WALK: dict[str, Callable[[NDArray[np.uint8], Layout, str], Index]] = {"tar": foreign_tar.walk, "mds": mds.index}
 
 
 def find_shards(directory: Path) -> tuple[str, list[str]]:

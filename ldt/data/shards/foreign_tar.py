@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout
 from ldt.errors import InputError
-from ldt.nn.condition import TextShape
+from ldt.nn.text_shape import TextShape
 
 CLS, TXT, NPY = "cls", "txt", ".npy"
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.nn.condition import TextShape
+from ldt.nn.text_shape import TextShape
 
 LABEL, MOMENTS, FLIPPED, CAPTION, TEXT = "label", "moments", "moments_flipped", "caption", "text"
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
-from ldt.files import load_npy, misfit, natural, real, write_atomic
-from ldt.nn.condition import TextShape
+from ldt.files import load_npy, natural, real, schema_error, write_atomic
+from ldt.nn.text_shape import TextShape
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
@@ -51,7 +51,7 @@ class Manifest:
     table: structured array, one row a shard: name (bytes), bytes, samples, xxh64 of the file, and content, an xxh64 of
     labels and moments alone, which is the same in both formats. mean_C, std_C: float64, statistics over all posterior
     draws, with which latents are whitened. class_counts: samples of each class. recipe: how it was made. captions:
-    whether samples have them; text: what an encoder made of them, as `ldt.text.describe` tells it, or nothing.
+    whether samples have them; text: the encoder of them, as `ldt.models.text_encoder.describe` tells it, or nothing.
     """
 
     format: str
@@ -143,7 +143,7 @@ class Manifest:
 
     @classmethod
     def _from_head(cls, head: dict[str, Any], directory: str | Path) -> "Manifest":
-        if wrong := misfit(head, _SHAPE, "its head"):
+        if wrong := schema_error(head, _SHAPE, "its head"):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
         table = _load_table(directory, head["table_xxh64"])
         if head["format"] not in ("tar", "mds") or head["dtype"] not in STORED:
@@ -169,7 +169,7 @@ class Manifest:
             captions=head.get("captions", False),
             text=head.get("text", {}),
         )
-        if manifest.text != {} and (wrong := misfit(manifest.text, _TEXT, "its text")):
+        if manifest.text != {} and (wrong := schema_error(manifest.text, _TEXT, "its text")):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
         if not len(manifest.mean_C) == len(manifest.std_C) == manifest.latent_shape[0]:
             raise InputError(

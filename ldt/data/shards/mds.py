@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ldt.data.shards.layout import CAPTION, FLIPPED, LABEL, MOMENTS, STORED, TEXT, Index, Layout, Samples
 from ldt.errors import InputError
-from ldt.nn.condition import TextShape
+from ldt.nn.text_shape import TextShape
 
 SUFFIX = ".mds"
 SIZE_LIMIT = 1 << 26  # written into each shard's description by MDSWriter; has no effect on reading

@@ -16,7 +16,7 @@ import xxhash
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.statistics import Sums
-from ldt.files import misfit, natural, parse_json, real, write_atomic
+from ldt.files import natural, parse_json, real, schema_error, write_atomic
 
 HASH = "sidecar_xxh64"
 PACK = {"tar": tar.pack, "mds": mds.pack}
@@ -89,7 +89,7 @@ def read_sidecar(directory: Path, name: str) -> Sidecar | None:
     """The sidecar of a finished unit, or None where the unit has to be done."""
     try:
         facts = parse_json(sidecar_path(directory, name).read_bytes())
-        if not isinstance(facts, dict) or facts.pop(HASH, "") != sidecar_hash(facts) or misfit(facts, _SHAPE):
+        if not isinstance(facts, dict) or facts.pop(HASH, "") != sidecar_hash(facts) or schema_error(facts, _SHAPE):
             return None
         sidecar = Sidecar(**facts)
         size = (directory / name).stat().st_size

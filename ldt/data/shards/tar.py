@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ldt.data.shards.foreign_tar import walk
 from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, Samples
-from ldt.data.shards.walk import walk
 from ldt.errors import InputError
 
 SUFFIX = ".tar"

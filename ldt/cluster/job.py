@@ -1,0 +1,41 @@
+"""The scheduler job that this process belongs to, and how it goes back into the queue."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ldt.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class Job(NamedTuple):
+    """SLURM's job id, how often that job was restarted, and its nodes; all empty outside of a job."""
+
+    id: str = ""
+    restart: str = ""
+    nodes: str = ""
+
+
+def this_job(env: Mapping[str, str] = os.environ) -> Job:
+    """The job that this process runs in."""
+    if "SLURM_JOB_ID" not in env:
+        return Job()
+    return Job(env["SLURM_JOB_ID"], env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_JOB_NODELIST", ""))
+
+
+def requeue(job: Job, max_restarts: int) -> None:
+    """Put the job back into the queue, once for all its tasks, and wait to be ended by SLURM.
+
+    submitit's own checkpointing asks rank 0 alone, in a signal handler; here all ranks have saved together by now.
+    """
+    if int(job.restart) >= max_restarts:
+        logger.warning("stopped on request, but not requeued: the job was already restarted %s times", job.restart)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ["SLURM_PROCID"] == "0":
+        subprocess.run(["scontrol", "requeue", job.id], check=True)
+    time.sleep(60)

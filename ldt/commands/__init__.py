@@ -1,0 +1,1 @@
+"""The commands, one module each: a `Config` and `run(config) -> exit code`."""

@@ -1,0 +1,107 @@
+"""Score checkpoints of a run against real images, or follow a run and score each new one."""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldt import tracking
+from ldt.checkpoint.load import load_denoiser
+from ldt.checkpoint.manifest import MANIFEST, MODEL, listed, newest
+from ldt.config import to_dict
+from ldt.config_fields import section
+from ldt.dist import World, broadcast, process_group
+from ldt.errors import InputError
+from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.follow import follow
+from ldt.evaluation.scorer import open_reference, score_once, short_hash
+from ldt.metrics.detectors import make_detector
+from ldt.metrics.scores import check
+
+Section = dict[str, Any]
+
+
+@dataclass
+class EvaluateJob:
+    """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
+
+    `watch` follows the run directory and scores each new checkpoint until the run is done.
+
+    The other sections are those of a training config, so that the same file serves both; of them only `log.wandb` is
+    read: the scores are then tracked too, as a run of their own beside the training's.
+    """
+
+    run: str = ""
+    run_dir: str = ""
+    watch: bool = False
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    seed: int = 0
+    data: Section = field(default_factory=dict)
+    model: Section = field(default_factory=dict)
+    objective: Section = field(default_factory=dict)
+    train: Section = field(default_factory=dict)
+    engine: Section = field(default_factory=dict)
+    optimizer: Section = field(default_factory=dict)
+    ema: Section = field(default_factory=dict)
+    checkpoint: Section = field(default_factory=dict)
+    log: Section = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (self.run or self.run_dir):
+            raise InputError("nothing to evaluate; give a run directory, a checkpoint, or a config with run_dir")
+
+
+def run(config: EvaluateJob) -> int:
+    """Score the checkpoints asked for, all ranks together."""
+    with process_group() as world:
+        evaluate(config, world)
+    return 0
+
+
+def evaluate(config: EvaluateJob, world: World) -> list[Section]:
+    """`run` inside of a process group; rank 0 gets the results."""
+    torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
+    settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
+    detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
+    check(settings.metrics, detector)
+    if config.watch:
+        key = short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
+        paths = follow(run_dir, key, world)
+    else:
+        paths = iter(broadcast(select(run_dir, settings.checkpoint)))
+    reference, results, mirror, start = None, [], None, time.time()
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            loaded = load_denoiser(path, settings.weights, world.device)
+            output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
+            if reference is None:  # all checkpoints of a run have the same
+                reference = open_reference(settings, loaded, detector, world)
+            result = score_once(settings, loaded, reference, detector, output, world)
+            if world.rank != 0 or result is None:
+                continue
+            results.append(result)
+            if config.log.get("wandb") and result["time"] >= start:
+                if mirror is None:
+                    wandb = tracking.Wandb(output.parent, to_dict(settings), "evaluation")
+                    mirror = stack.enter_context(tracking.Tracking(wandb))
+                mirror.log(result)
+    return results
+
+
+def select(path: Path, which: str) -> list[Path]:
+    """The checkpoints meant by a run directory and `newest`, `all` or a number of samples; or the one that is given."""
+    if (path / MANIFEST).exists() or (path / MODEL).exists():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
+    if which == "newest":
+        return [newest(path)]
+    whole = [p for p in listed(path / "checkpoints") if (p / MANIFEST).exists()]
+    chosen = whole if which == "all" else [p for p in whole if which.isdigit() and int(p.name) == int(which)]
+    if not chosen:
+        there = ", ".join(str(int(p.name)) for p in whole) or "none"
+        raise InputError(f"evaluate.checkpoint={which} is not among the checkpoints of {path}: {there}")
+    return chosen

@@ -1,0 +1,30 @@
+"""Train a denoiser on latent shards, or resume where it stopped."""
+
+from pathlib import Path
+
+from ldt import log
+from ldt.config import to_yaml
+from ldt.dist import process_group
+from ldt.run import directory
+from ldt.run.preflight import compare_ranks
+from ldt.training.config import TrainJob
+from ldt.training.monitor import peak_memory
+from ldt.training.trainer import attempt
+
+__all__ = ["TrainJob", "run"]
+
+logger = log.get_logger(__name__)
+
+
+def run(config: TrainJob) -> int:
+    """Train until `train.total_samples` or until asked to stop; returns the exit code."""
+    run_dir = Path(config.run_dir)
+    with process_group() as world:
+        compare_ranks(to_yaml(config), world)
+        code, message, seen = attempt(config, world)
+        if world.rank == 0:
+            memory = peak_memory(world.device) / 1e9
+            logger.info("written: %s; peak memory of a process %.1f GB", directory.what_is_there(run_dir), memory)
+            logger.info("next: ldt sample %s; ldt evaluate %s; ldt report %s", run_dir, run_dir, run_dir)
+            print(f"{message} at {seen:,} samples: {run_dir}")
+    return code

@@ -1,0 +1,61 @@
+"""The keys of objectives and samplers."""
+
+from dataclasses import dataclass
+
+from ldt.config_fields import choice
+from ldt.errors import InputError
+
+
+@dataclass
+class ObjectiveConfig:
+    """`loss` names the space of the squared error; `same` compares what the network predicts.
+
+    `timesteps` are drawn in t; the discrete schedules (ddpm, scaled_linear, ldm) round them up to their next step.
+    `logit_mean` m above 0 trains more where there is more noise; it shifts the times by e^m, as `shift` when sampling.
+    `weighting` min_snr is Hang et al. 2303.09556: the error of the clean latent counts min(SNR, `min_snr_gamma`).
+    """
+
+    prediction: str = choice("flow", "eps", "v", "x")
+    loss: str = choice("same", "flow", "eps", "v", "x")
+    schedule: str = choice("rectified_flow", "cosine", "linear_vp", "ddpm", "scaled_linear", "ldm")
+    timesteps: str = choice("logit_normal", "uniform")
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    weighting: str = choice("constant", "min_snr")
+    min_snr_gamma: float = 5.0
+    condition_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.condition_drop <= 1:
+            raise InputError(f"objective.condition_drop={self.condition_drop} must be a probability between 0 and 1")
+        if self.logit_std <= 0:
+            raise InputError(f"objective.logit_std={self.logit_std} must be positive")
+        if self.min_snr_gamma <= 0:
+            raise InputError(f"objective.min_snr_gamma={self.min_snr_gamma} must be positive, such as 5")
+
+
+@dataclass
+class SamplerConfig:
+    """How to go from noise to data.
+
+    `guidance` 1 is none. Outside (`guidance_low`, `guidance_high`] of t the conditional prediction is used alone.
+    `shift` s moves the times to s·t / (1 + (s − 1)·t): above 1 spends more steps where there is more noise.
+    """
+
+    sampler: str = choice("heun", "euler", "ddim", "ddpm", "dpmpp_2m", "sde", "dpmpp_2m_sde")
+    steps: int = 25
+    guidance: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps={self.steps} must be at least 1")
+        if self.shift <= 0:
+            raise InputError(f"shift={self.shift} must be positive; 1 leaves the times as they are")
+        if not 0 <= self.guidance_low < self.guidance_high <= 1:
+            raise InputError(
+                f"guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be "
+                "two times in increasing order between 0 (data) and 1 (noise)"
+            )

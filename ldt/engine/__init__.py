@@ -1,0 +1,1 @@
+"""DeepSpeed around a denoiser: optimizer step, partition, averages, memory."""

@@ -1,0 +1,50 @@
+"""The keys of an evaluation."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldt.config_fields import choice
+from ldt.data.shards.manifest import HEAD
+from ldt.errors import InputError
+from ldt.sampling.config import DrawConfig
+
+
+@dataclass
+class EvaluateConfig(DrawConfig):
+    """How checkpoints are scored.
+
+    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`: of the inception
+    and timm detectors; `resize`: of inception; `model`: of timm. `checkpoint`: newest, all, or one's number of samples.
+    `reference`: real images (directory, tar or embedded:NAME, brought to size by `fit`), latent shards (the images
+    behind them) or an .npz of statistics; empty for the images that the run's data were encoded from. `output`: the
+    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
+    """
+
+    images: int = 50_000
+    metrics: list[str] = field(default_factory=lambda: ["frechet"])
+    detector: str = choice("efficientnet_lite0", "inception", "timm")
+    model: str = "vit_large_patch14_dinov2.lvd142m"
+    weights_file: str = ""
+    resize: str = choice("tensorflow", "bilinear", "clean")
+    checkpoint: str = "newest"
+    reference: str = ""
+    fit: str = choice("as_encoded", "crop", "pad")
+    output: str = ""
+    cache_dir: str = "~/.cache/ldt/references"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 2:
+            raise InputError(f"evaluate.images={self.images} must be at least 2; published scores use 50000")
+        if is_images(self.reference) and self.fit == "as_encoded":
+            raise InputError(
+                f"evaluate.reference={self.reference} needs evaluate.fit=crop or pad: how its images come to the "
+                "size of the generated ones"
+            )
+        if not is_images(self.reference) and self.fit != "as_encoded":
+            raise InputError(f"evaluate.fit={self.fit} belongs to images given as evaluate.reference")
+
+
+def is_images(reference: str) -> bool:
+    """Whether a reference is a set of images, rather than statistics, latent shards or the run's own data."""
+    return bool(reference) and not reference.endswith(".npz") and not (Path(reference) / HEAD).exists()

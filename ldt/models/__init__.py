@@ -1,0 +1,1 @@
+"""Networks that are not trained here: autoencoders and text encoders."""

@@ -1,0 +1,55 @@
+"""How a start of a run ended: the word behind its exit code, in outcome.json because launchers lose exit codes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ldt.cluster.job import this_job
+from ldt.files import parse_json, write_json
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+RUNNING = "running"
+WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "stopped"}
+"""Exit codes of `ldt train` and the words for them in outcome.json."""
+
+
+def begin(run_dir: Path) -> None:
+    """Say that this start of the job is at work; whatever an earlier one said is over."""
+    write_json(run_dir / "outcome.json", {"outcome": RUNNING, **this_start(), "time": time.time()})
+
+
+def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, message: str = "") -> None:
+    """Say in a file what the exit code says: launchers lose codes. The first word on a start is the last.
+
+    Any rank may speak; a rank that fails because another one is gone doesn't talk over that one's reason.
+    """
+    if read_outcome(run_dir).get("outcome") == RUNNING:
+        outcome = {"outcome": WORDS[code], "code": code, "samples_seen": samples_seen, "message": message}
+        write_json(run_dir / "outcome.json", outcome | this_start() | {"time": time.time()})
+
+
+def read_outcome(run_dir: Path) -> dict[str, Any]:
+    """What outcome.json says; empty where there is none yet."""
+    try:
+        outcome = parse_json((run_dir / "outcome.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return outcome if isinstance(outcome, dict) else {}
+
+
+def this_start() -> dict[str, str]:
+    """Which start of which scheduler job this is; empty outside of one."""
+    job = this_job()
+    return {"job": job.id, "restart": job.restart}
+
+
+def verdict(run_dir: Path, launcher_code: int) -> int:
+    """The exit code that this start of the job has earned, from its outcome rather than from its launcher.
+
+    A start that still says "running" after its launcher has ended was a crash.
+    """
+    outcome = read_outcome(run_dir)
+    if {k: outcome.get(k) for k in ("job", "restart")} != this_start():
+        return WRONG_INPUT if launcher_code == WRONG_INPUT else FAILED
+    code = outcome.get("code")
+    return code if code in (DONE, FAILED, WRONG_INPUT, STOPPED) else FAILED
