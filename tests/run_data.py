@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldt.checkpoint.manifest import LatentSpec, TrainState
+from ldt.checkpoint.manifest import TrainState
 from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict
+from ldt.data.latent_spec import LatentSpec
 from ldt.data.shards.manifest import VERSION, head_hash
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.dist import process_group
@@ -74,7 +75,7 @@ def _make_run(root: Path) -> None:
         with Writer(engine.partition, world) as writer:
             for samples_seen in (1000, 2000):
                 progress = asdict(TrainState(samples_seen, data_fingerprint="test", attempt=1))
-                facts = {"progress": progress, "sampling": asdict(spec), "config": config}
+                facts = {"progress": progress, "sampling": spec.to_json(), "config": config}
                 writer.begin([Content(root / "run" / "checkpoints", kinds)], facts)
                 writer.finish()
                 for average in kinds["ema"]:

@@ -24,7 +24,7 @@ def everything(directory):
     shard = np.repeat(np.arange(len(m.counts)), m.counts)
     records = shards.read(shard, np.concatenate([np.arange(n) for n in m.counts]))
     return (
-        m.fingerprint, m.classes, m.class_counts, m.mean_C.tolist(), m.std_C.tolist(), m.autoencoder_hash, m.image_size,
+        m.fingerprint, m.classes, m.class_counts, m.mean_C, m.std_C, m.autoencoder_hash, m.image_size,
         m.image_channels, m.autoencoder, m.recipe, records.label_n.tolist(), records.moments_n2CHW.tobytes(),
     )  # fmt: skip
 

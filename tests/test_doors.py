@@ -10,10 +10,10 @@ import torch
 from run_data import make_autoencoder, randomised
 
 from ldt.checkpoint.load import Loaded, load_denoiser
-from ldt.checkpoint.manifest import LatentSpec
 from ldt.cli import main
 from ldt.convert.diffusers_dit import write_pipeline
 from ldt.convert.dit import convert, model_config, read
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
 from ldt.diffusion.objectives import Objective

@@ -100,7 +100,7 @@ def test_each_row_is_what_the_formulas_say(data):
         shape = record.mean_nCHW[0].shape
         eps = rng.normal(5, Purpose.POSTERIOR, [g], 16).reshape(shape)
         draw = record.mean_nCHW[0].astype(np.float64) + record.std_nCHW[0] * eps.astype(np.float64)
-        white = (draw - manifest.mean_C[:, None, None]) / manifest.std_C[:, None, None]
+        white = (draw - np.array(manifest.mean_C)[:, None, None]) / np.array(manifest.std_C)[:, None, None]
         np.testing.assert_allclose(row["latent_BCHW"], white, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(row["noise_BCHW"], rng.normal(5, Purpose.NOISE, [g], 16).reshape(shape))
         uniform = rng.uniform(5, Purpose.TIMESTEP, [g], 1)[0, 0]

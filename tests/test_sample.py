@@ -11,9 +11,9 @@ from PIL import Image
 from run_data import kept_logger, make_autoencoder, shared_run
 
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import LatentSpec
 from ldt.cli import main
 from ldt.commands.sample import SampleJob, run
+from ldt.data.latent_spec import LatentSpec
 from ldt.errors import InputError
 from ldt.image_files import class_grid
 from ldt.sampling.config import DrawConfig

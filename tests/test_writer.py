@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import LatentSpec, TrainState, listed, read_manifest, verify
+from ldt.checkpoint.manifest import TrainState, listed, read_manifest, verify
 from ldt.checkpoint.restore import verify_together
 from ldt.checkpoint.tensors import Reader
 from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers, remove_old
+from ldt.data.latent_spec import LatentSpec
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.engine.config import EngineConfig, OptimizerConfig
 from ldt.engine.engine import Engine

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from ldt.checkpoint.manifest import LatentSpec, TrainState, listed
+from ldt.checkpoint.manifest import TrainState, listed
 from ldt.checkpoint.restore import restore, verify_together
 from ldt.checkpoint.writer import Content, Retention, Writer
 from ldt.config import to_dict
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
@@ -145,7 +146,7 @@ class Bench:
         spec = LatentSpec(LATENT, [], [0.0] * LATENT[0], [1.0] * LATENT[0], "", "", 0, 0)
         facts = {
             "progress": asdict(TrainState(samples_seen, "bench")),
-            "sampling": asdict(spec),
+            "sampling": spec.to_json(),
             "config": {"model": to_dict(self.model), "objective": to_dict(ObjectiveConfig())},
             "averages": {},
         }

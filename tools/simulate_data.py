@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ldt.data.latent_spec import LatentSpec
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
 from ldt.data.shards.manifest import Manifest, make_table
@@ -69,10 +70,9 @@ def simulate(
 def start(*, shards: int, shard_samples: int, batch: int, streams: int = 64, window: int = 65536) -> dict[str, float]:
     """Milliseconds (the best of 5) and peak megabytes of each part of a rank's start, rank 17 of 1024."""
     rows = [(f"shard-{i:08d}.tar", 4096, shard_samples, i * 7919, i * 104729) for i in range(shards)]
-    ones = np.ones(4)
     classes, shape = [str(i) for i in range(1000)], (4, 32, 32)
-    manifest = Manifest("tar", shape, "fp16", False, classes, [shards] * 1000, 0 * ones, ones, "vae", "0" * 16, 256, 3,
-                        make_table(rows))  # fmt: skip
+    spec = LatentSpec(shape, classes, [0.0] * 4, [1.0] * 4, "vae", "0" * 16, 256, 3, class_counts=[shards] * 1000)
+    manifest = Manifest(**vars(spec), format="tar", dtype="fp16", flips=False, table=make_table(rows))
     slots, counts = np.arange(17 * batch // 1024, 18 * batch // 1024), manifest.counts
     middle = shards * shard_samples // 2 // batch * batch
     halves = [counts[: shards // 2], counts[shards // 2 :]]

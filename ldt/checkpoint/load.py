@@ -19,7 +19,7 @@ from ldt.checkpoint.manifest import (
     MODEL,
     WEIGHTS,
     Damaged,
-    LatentSpec,
+    read_spec,
     resolve,
     verify,
     verify_file,
@@ -27,6 +27,7 @@ from ldt.checkpoint.manifest import (
 )
 from ldt.checkpoint.tensors import Reader, write_safetensors
 from ldt.config import from_dict
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
 from ldt.errors import InputError
@@ -72,7 +73,7 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
         directory = resolve(directory)
         tensors, facts, digest = read_weights(directory, weights)
     config = facts["config"]
-    spec = LatentSpec.read(facts["sampling"])
+    spec = read_spec(facts["sampling"])
     model = from_dict(ModelConfig, config["model"])
     classes, text = len(spec.classes), spec.text_shape
     try:
@@ -129,7 +130,7 @@ def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], s
         facts: dict[str, Any] = parse_json((directory / MODEL).read_bytes())
         if wrong := schema_error(facts, _EXPORTED_SHAPE, MODEL):
             raise Damaged(wrong)
-        LatentSpec.read(facts["sampling"])
+        read_spec(facts["sampling"])
         verify_file(directory / WEIGHTS, facts["file"])
         return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
     except (Damaged, OSError, ValueError, SafetensorError) as error:

@@ -15,25 +15,15 @@ import numpy as np
 import xxhash
 
 from ldt import __version__
+from ldt.data.latent_spec import LARGEST_LATENT, LatentSpec
 from ldt.errors import InputError
 from ldt.files import natural, parse_json, real, schema_error
-from ldt.nn.text_shape import TextShape
 
 FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
-LARGEST_LATENT = 1 << 24  # numbers; far above any image's
-
-_TEXT = {
-    "encoder": str,
-    "hash": str,
-    "length": natural,
-    "width": natural,
-    "vocabulary": natural,
-    "examples": [lambda v: isinstance(v, list) and len(v) == 2 and natural(v[0]) and isinstance(v[1], str)],
-}
-SAMPLING_SHAPE = {
+_SCHEMA = {
     "latent_shape": lambda v: (
         isinstance(v, list) and len(v) == 3 and all(map(natural, v)) and 0 < math.prod(v) <= LARGEST_LATENT
     ),
@@ -45,57 +35,17 @@ SAMPLING_SHAPE = {
     "image_size": natural,
     "image_channels": natural,
 }
-_SHAPE = {
+_SCHEMA = {
     "rng_version": natural,
     "optimizer_steps": natural,
     "parameters": {...: [natural]},
     "tensors": [str],
     "files": {...: {"bytes": natural, "xxh64": str, "ranges": {...: [natural]}}},
     "progress": {"samples_seen": natural, "data_fingerprint": str},
-    "sampling": SAMPLING_SHAPE,
+    "sampling": dict,
     "config": {"model": dict, "objective": dict},
     "written_by": {"world_size": natural, "zero_stage": natural, "ldt": str},
 }
-
-
-@dataclass
-class LatentSpec:
-    """What it takes to make images from a checkpoint without the data it was trained on.
-
-    class_counts: training samples of each class, empty in old checkpoints;
-    text: the encoder of the captions and some of them with their labels, as `ldt.data.shards.Manifest.text` has it.
-    """
-
-    latent_shape: tuple[int, int, int]
-    classes: list[str]
-    mean_C: list[float]
-    std_C: list[float]
-    autoencoder: str
-    autoencoder_hash: str
-    image_size: int
-    image_channels: int
-    class_counts: list[int] = field(default_factory=list)
-    text: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, facts: Any) -> "LatentSpec":
-        """From parsed JSON; `Damaged` where it says something else."""
-        _check(facts, SAMPLING_SHAPE, "sampling")
-        try:
-            spec = cls(**facts | {"latent_shape": tuple(facts["latent_shape"])})
-        except TypeError as error:
-            raise Damaged(f"sampling: {error}") from None
-        _check([spec.class_counts], [[natural]], "spec.class_counts")
-        if spec.text != {}:
-            _check(spec.text, _TEXT, "spec.text")
-        channels = spec.latent_shape[0]
-        if not len(spec.mean_C) == len(spec.std_C) == channels:
-            raise Damaged(f"sampling.mean_C and std_C are not of {channels} channels")
-        return spec
-
-    @property
-    def text_shape(self) -> TextShape | None:
-        return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
 
 
 @dataclass
@@ -122,6 +72,14 @@ class TrainState:
         shape = {"samples_seen": natural, "data_fingerprint": str, "skipped": [natural], "attempt": natural}
         _check(vars(progress), shape | {"recent_losses": [real]}, "progress")
         return progress
+
+
+def read_spec(facts: Any) -> LatentSpec:
+    """The facts of the training data in a manifest; `Damaged` where they are not as they should be."""
+    try:
+        return LatentSpec.from_json(facts)
+    except ValueError as error:
+        raise Damaged(f"sampling: {error}") from None
 
 
 class Damaged(Exception):
@@ -182,9 +140,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format version {manifest['version']}; this ldt reads up to {VERSION}: upgrade ldt"
         )
     try:
-        _check(manifest, _SHAPE, "it")
+        _check(manifest, _SCHEMA, "it")
         _check_ranges(manifest)
-        LatentSpec.read(manifest["sampling"])
+        read_spec(manifest["sampling"])
         TrainState.read(manifest["progress"])
     except Damaged as error:
         raise Damaged(f"{path / MANIFEST} is not as it should be: {error}") from None

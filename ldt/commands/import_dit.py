@@ -5,17 +5,17 @@ the model keeps those channels to itself. DiT's latents are an autoencoder's tim
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldt.checkpoint.load import save_exported
-from ldt.checkpoint.manifest import LatentSpec
 from ldt.config import to_dict
 from ldt.config_fields import required
 from ldt.convert.dit import SCALE, _class_names, convert, grid_rows, model_config, read
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
@@ -70,7 +70,7 @@ def run(config: ImportJob) -> int:
     objective = ObjectiveConfig(prediction="eps", schedule="ddpm", timesteps="uniform")
     facts: dict[str, Any] = {
         "config": {"model": to_dict(model), "objective": to_dict(objective)},
-        "sampling": asdict(spec),
+        "sampling": spec.to_json(),
         "samples_seen": 0,
         "weights": "imported",
         "made_from": {Path(config.weights).name: "DiT"},

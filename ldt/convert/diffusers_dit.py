@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldt.checkpoint.load import Loaded
-from ldt.checkpoint.manifest import LatentSpec
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.objectives import Objective
 from ldt.diffusion.schedules import DiscreteVP
 from ldt.errors import InputError

@@ -87,8 +87,8 @@ def fill(
     elements = int(np.prod(manifest.latent_shape))
     np.multiply(records.std_nCHW, rng.normal(seed, Purpose.POSTERIOR, key_n, elements).reshape(shape), out=latent)
     latent += records.mean_nCHW
-    latent -= manifest.mean_C.astype(np.float32)[:, None, None]
-    latent /= manifest.std_C.astype(np.float32)[:, None, None]
+    latent -= np.array(manifest.mean_C, np.float32)[:, None, None]
+    latent /= np.array(manifest.std_C, np.float32)[:, None, None]
     batch.noise_BCHW.numpy()[:n] = rng.normal(seed, Purpose.NOISE, key_n, elements).reshape(shape)
     # 23 bits and a half: exact in float32, never 0 and never 1
     step = rng.bits(seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)

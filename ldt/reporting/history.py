@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, LatentSpec, listed, read_manifest
+from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, listed, read_manifest, read_spec
 from ldt.config import from_dict
 from ldt.errors import InputError
 from ldt.files import parse_json, real
@@ -65,7 +65,7 @@ class History:
         if self.checkpoint is None:
             return math.nan
         try:
-            spec = LatentSpec.read(self.checkpoint.manifest["sampling"])
+            spec = read_spec(self.checkpoint.manifest["sampling"])
             model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
         except InputError:
             return math.nan

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldt import log, rng
 from ldt.checkpoint.load import Loaded
-from ldt.checkpoint.manifest import LatentSpec
+from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.diffusion.samplers import sample

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ldt import log
-from ldt.checkpoint.manifest import LatentSpec
+from ldt.data.latent_spec import LatentSpec
 from ldt.data.loader import Loader, RankSlice, ValidationLoader
-from ldt.data.shards import Manifest, Shards
+from ldt.data.shards import Shards
 from ldt.dist import World, all_gather
 from ldt.engine import memory
 from ldt.nn.build import checkpoint_blocks, parameter_count
@@ -80,7 +80,7 @@ def describe(
     config: TrainJob, shards: Shards, parameters: int, kernel: str, share: RankSlice, samples_seen: int, world: World
 ) -> Iterator[str]:
     """The lines that a run begins with."""
-    spec = sampling_of(shards.manifest)
+    spec = shards.manifest.spec
     kind = "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})"
     cost = si_format(flops(config.model, spec.latent_shape, spec.text_shape))
     size = si_format(parameters)
@@ -108,19 +108,3 @@ def describe_idle(world: World, batch: int) -> Iterator[str]:
         yield f"1 of this machine's {gpus} GPUs is used; torchrun --nproc_per_node {gpus} -m ldt train … uses all"
     if batch < world.size:
         yield f"{world.size - batch} of {world.size} processes have nothing to do: train.global_batch={batch}"
-
-
-def sampling_of(manifest: Manifest) -> LatentSpec:
-    """What a checkpoint must know of the data to make images without them."""
-    return LatentSpec(
-        latent_shape=manifest.latent_shape,
-        classes=list(manifest.classes),
-        mean_C=manifest.mean_C.tolist(),
-        std_C=manifest.std_C.tolist(),
-        autoencoder=manifest.autoencoder,
-        autoencoder_hash=manifest.autoencoder_hash,
-        image_size=manifest.image_size,
-        image_channels=manifest.image_channels,
-        class_counts=list(manifest.class_counts),
-        text=manifest.text,
-    )

@@ -44,7 +44,7 @@ from ldt.training.bad_steps import REMEDY, BadSteps
 from ldt.training.config import TrainJob
 from ldt.training.data import open_data, other_data
 from ldt.training.monitor import Meter, draw_preview, peak_memory, validation_loss
-from ldt.training.setup import describe, fit_into_memory, make_loaders, sampling_of
+from ldt.training.setup import describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class Trainer:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
         self.shards = open_data(config.data, world)
-        self.spec = sampling_of(self.shards.manifest)
+        self.spec = self.shards.manifest.spec
         self.objective = Objective(config.objective)
         self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -320,7 +320,7 @@ class Trainer:
             contents.append(Content(self.run_dir / "ema", self.averages))
         facts = {
             "progress": asdict(self.progress),
-            "sampling": asdict(self.spec),
+            "sampling": self.spec.to_json(),
             "config": to_dict(config),
             "averages": {name: profile.describe() for name, profile in self.profiles.items()},
         }

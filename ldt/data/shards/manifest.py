@@ -14,70 +14,41 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ldt.data.latent_spec import LatentSpec
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote, is_remote
 from ldt.errors import InputError
-from ldt.files import load_npy, natural, real, schema_error, write_atomic
-from ldt.nn.text_shape import TextShape
+from ldt.files import load_npy, natural, schema_error, write_atomic
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
 HEAD, TABLE = "manifest.json", "shards.npy"
 RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
 VALIDATION = "validation"
-_SHAPE = {
-    "format": str,
-    "latent_shape": lambda v: isinstance(v, list) and len(v) == 3 and all(natural(n) and 0 < n < 1 << 16 for n in v),
-    "dtype": str,
-    "flips": bool,
-    "classes": [str],
-    "class_counts": [natural],
-    "mean_C": [real],
-    "std_C": [real],
-    "autoencoder": str,
-    "autoencoder_hash": str,
-    "image_size": natural,
-    "image_channels": natural,
-    "recipe": dict,
-}
-_TEXT = {"encoder": str, "hash": str, "length": natural, "width": natural, "vocabulary": natural, "examples": list}
+_SCHEMA = {"format": str, "dtype": str, "flips": bool, "class_counts": [natural], "recipe": dict}
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Manifest(LatentSpec):
     """What a shard directory holds.
 
-    table: structured array, one row a shard: name (bytes), bytes, samples, xxh64 of the file, and content, an xxh64 of
-    labels and moments alone, which is the same in both formats. mean_C, std_C: float64, statistics over all posterior
-    draws, with which latents are whitened. class_counts: samples of each class. recipe: how it was made. captions:
-    whether samples have them; text: the encoder of them, as `ldt.models.text_encoder.describe` tells it, or nothing.
+    format: tar or mds; dtype: of the stored moments; flips: whether those of the mirrored images are there too; table:
+    structured array, one row a shard: name (bytes), bytes, samples, xxh64 of the file, and content, an xxh64 of labels
+    and moments alone, which is the same in both formats. recipe: how it was made. captions: whether samples have them.
     """
 
     format: str
-    latent_shape: tuple[int, int, int]
     dtype: str
     flips: bool
-    classes: list[str]
-    class_counts: list[int]
-    mean_C: NDArray[np.float64]
-    std_C: NDArray[np.float64]
-    autoencoder: str
-    autoencoder_hash: str
-    image_size: int
-    image_channels: int
     table: NDArray[np.void] = field(repr=False)
     recipe: dict[str, Any] = field(default_factory=dict)
     captions: bool = False
-    text: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
+        """How a sample lies in a shard."""
         return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape)
-
-    @property
-    def text_shape(self) -> TextShape | None:
-        return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -110,17 +81,9 @@ class Manifest:
             "format": self.format,
             "samples": self.samples,
             "shards": len(self.table),
-            "latent_shape": list(self.latent_shape),
             "dtype": self.dtype,
             "flips": self.flips,
-            "classes": self.classes,
-            "class_counts": self.class_counts,
-            "mean_C": self.mean_C.tolist(),
-            "std_C": self.std_C.tolist(),
-            "autoencoder": self.autoencoder,
-            "autoencoder_hash": self.autoencoder_hash,
-            "image_size": self.image_size,
-            "image_channels": self.image_channels,
+            **{k: v for k, v in self.to_json().items() if k != "text"},
             "fingerprint": self.fingerprint,
             "table_xxh64": xxhash.xxh64_hexdigest(out.getvalue()),
             "recipe": self.recipe,
@@ -143,8 +106,12 @@ class Manifest:
 
     @classmethod
     def _from_head(cls, head: dict[str, Any], directory: str | Path) -> "Manifest":
-        if wrong := schema_error(head, _SHAPE, "its head"):
+        if wrong := schema_error(head, _SCHEMA, "its head"):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
+        try:
+            spec = LatentSpec.from_json(head)
+        except ValueError as error:
+            raise InputError(f"{place(directory, HEAD)} is damaged: {error}; encode or index the data again") from None
         table = _load_table(directory, head["table_xxh64"])
         if head["format"] not in ("tar", "mds") or head["dtype"] not in STORED:
             raise InputError(
@@ -152,29 +119,14 @@ class Manifest:
                 f"mds and {', '.join(STORED)}; encode or index the data again"
             )
         manifest = cls(
+            **vars(spec),
             format=head["format"],
-            latent_shape=tuple(head["latent_shape"]),
             dtype=head["dtype"],
             flips=head["flips"],
-            classes=head["classes"],
-            class_counts=head["class_counts"],
-            mean_C=np.array(head["mean_C"], np.float64),
-            std_C=np.array(head["std_C"], np.float64),
-            autoencoder=head["autoencoder"],
-            autoencoder_hash=head["autoencoder_hash"],
-            image_size=head["image_size"],
-            image_channels=head["image_channels"],
             table=table,
             recipe=head["recipe"],
             captions=head.get("captions", False),
-            text=head.get("text", {}),
         )
-        if manifest.text != {} and (wrong := schema_error(manifest.text, _TEXT, "its text")):
-            raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
-        if not len(manifest.mean_C) == len(manifest.std_C) == manifest.latent_shape[0]:
-            raise InputError(
-                f"{place(directory, HEAD)} is damaged: mean_C and std_C are not of its channels; encode again"
-            )
         if head["fingerprint"] != manifest.fingerprint:
             raise InputError(
                 f"{place(directory, HEAD)} does not belong to the table beside it; encode or index the data again"

@@ -102,8 +102,8 @@ def _combined(manifests: dict[str, Manifest], parts: dict[str, int]) -> MixedMan
     first = all_of[0]
     facts = {f.name: getattr(first, f.name) for f in fields(Manifest)} | {
         "class_counts": np.rint(p_S @ share_SK * sum(m.samples for m in all_of)).astype(int).tolist(),
-        "mean_C": seven_digits(mean_C),
-        "std_C": seven_digits(np.sqrt(p_S @ (std_SC**2 + mean_SC**2) - mean_C**2)),
+        "mean_C": seven_digits(mean_C).tolist(),
+        "std_C": seven_digits(np.sqrt(p_S @ (std_SC**2 + mean_SC**2) - mean_C**2)).tolist(),
         "table": np.concatenate([m.table for m in all_of]),
         "recipe": {},
         "text": first.text and first.text | {"examples": _examples(all_of, p_S)},

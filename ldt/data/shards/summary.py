@@ -1,5 +1,6 @@
 """What a shard directory holds and whether it is whole: for `ldt inspect`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,5 @@ def is_shard_directory(path: Path) -> bool:
     return path.is_dir() and (marked or any(path.glob("*.tar")) or any(path.glob("*.mds")))
 
 
-def _text(values: NDArray[np.float64]) -> str:
-    return " ".join(f"{v:.5g}" for v in values.tolist())
+def _text(values: Sequence[float] | NDArray[np.float64]) -> str:
+    return " ".join(f"{v:.5g}" for v in np.asarray(values).tolist())

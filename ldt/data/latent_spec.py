@@ -1,0 +1,85 @@
+"""The facts of a data set that outlive its shards: the manifest has them, and so does every checkpoint."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ldt.files import natural, real, schema_error
+from ldt.nn.text_shape import TextShape
+
+LARGEST_LATENT = 1 << 24  # numbers; far above any image's
+
+SCHEMA = {
+    "latent_shape": lambda v: (
+        isinstance(v, list) and len(v) == 3 and all(map(natural, v)) and 0 < math.prod(v) <= LARGEST_LATENT
+    ),
+    "classes": [str],
+    "mean_C": [real],
+    "std_C": [real],
+    "autoencoder": str,
+    "autoencoder_hash": str,
+    "image_size": natural,
+    "image_channels": natural,
+}
+TEXT_SCHEMA = {
+    "encoder": str,
+    "hash": str,
+    "length": natural,
+    "width": natural,
+    "vocabulary": natural,
+    "examples": [lambda v: isinstance(v, list) and len(v) == 2 and natural(v[0]) and isinstance(v[1], str)],
+}
+OPTIONAL_SCHEMA = {
+    "class_counts": [natural],
+    "text": lambda v: v == {} or not schema_error(v, TEXT_SCHEMA),
+}
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What it takes to make images of a model's latents without the data that it was trained on.
+
+    latent_shape: channels, height, width; mean_C, std_C: statistics over all posterior draws, with which latents are
+    whitened; image_size, image_channels: of the images behind them; class_counts: training samples of each class,
+    empty in old checkpoints; text: the encoder of the captions, as `ldt.models.text_encoder.describe` tells it, with
+    some examples [label, caption], empty for data without captions.
+    """
+
+    latent_shape: tuple[int, int, int]
+    classes: list[str]
+    mean_C: list[float]
+    std_C: list[float]
+    autoencoder: str
+    autoencoder_hash: str
+    image_size: int
+    image_channels: int
+    class_counts: list[int] = field(default_factory=list)
+    text: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, facts: Any) -> "LatentSpec":
+        """The inverse of `to_json`; ValueError says what is not as it should be."""
+        if wrong := schema_error(facts, SCHEMA):
+            raise ValueError(wrong)
+        present = {key: shape for key, shape in OPTIONAL_SCHEMA.items() if key in facts}
+        if wrong := schema_error(facts, present):
+            raise ValueError(wrong)
+        known = {f.name: facts[f.name] for f in fields(LatentSpec) if f.name in facts}
+        spec = LatentSpec(**known | {"latent_shape": tuple(facts["latent_shape"])})
+        if not len(spec.mean_C) == len(spec.std_C) == spec.latent_shape[0]:
+            raise ValueError(f"mean_C and std_C are not of {spec.latent_shape[0]} channels")
+        return spec
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as they stand in manifests: of this class alone where a class extends it."""
+        return {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
+
+    @property
+    def spec(self) -> "LatentSpec":
+        """The facts alone."""
+        return LatentSpec(**{f.name: getattr(self, f.name) for f in fields(LatentSpec)})
+
+    @property
+    def text_shape(self) -> TextShape | None:
+        """Shape of an encoded caption; None for data without captions."""
+        return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
