@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ldt import __version__, config, log
+from ldt.checkpoint.checkpoint import saved_config
 from ldt.cluster.launchers import place
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.run import stop
@@ -154,11 +155,10 @@ def _run(name: str, words: list[str]) -> int:
     if not words:
         raise InputError(f"it needs arguments; usage: ldt {name} {command.usage}; ldt {name} --help lists the keys")
     path, overrides, given = _split(name, command, flags.words)
-    if command.reads_run_config and path is None:
-        path = _config_of_run(overrides, given)
+    base = _config_of_run(overrides, given) if command.reads_run_config and path is None else {}
     overrides += [f"{field}={value}" for field in command.options if (value := getattr(flags, field)) is not None]
     overrides += ["watch=true"] if flags.watch else []
-    settings: Any = config.load(job, path, overrides, given)
+    settings: Any = config.load(job, path, overrides, given, base)
     rank = place().rank
     if flags.dry_run:
         if rank == 0:
@@ -210,11 +210,10 @@ def _is_setting(word: str, command: Command) -> bool:
     return bool(separator) and not is_path
 
 
-def _config_of_run(overrides: list[str], given: dict[str, Any]) -> str | None:
-    """The config.yaml of the run directory among the arguments, or of the one that holds the checkpoint."""
+def _config_of_run(overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The config that the run, checkpoint or exported model among the arguments was made with."""
     run = given.get("run") or next((o.removeprefix("run=") for o in overrides if o.startswith("run=")), "")
-    found = [p for d in (Path(run), *Path(run).parents[:2]) if (p := d / "config.yaml").is_file()] if run else []
-    return str(found[0]) if found else None
+    return saved_config(Path(run)) if run else {}
 
 
 def _help() -> str:

@@ -29,9 +29,11 @@ def load(
     path: str | Path | None,
     overrides: Sequence[str] = (),
     given: dict[str, Any] | None = None,
+    base: dict[str, Any] | None = None,
 ) -> Schema:
-    """The schema filled from a YAML file, then from `key=value` overrides, then with `given` values as they are."""
+    """The schema filled from a saved config or a YAML file, then by `key=value` overrides, then by `given` values."""
     merged = OmegaConf.structured(schema)
+    _update(merged, base or {}, schema, "the saved config")
     if path is not None:
         _update(merged, _read_yaml(Path(path)), schema, str(path))
     _update(merged, _parse_overrides(overrides, schema), schema, "the command line")

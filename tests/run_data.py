@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ldt.checkpoint.manifest import TrainState
@@ -66,7 +67,10 @@ def _make_run(root: Path) -> None:
         "model": to_dict(model),
         "objective": to_dict(ObjectiveConfig()),
         "data": {"path": str(root / "shards")},
+        "evaluate": {"images": 60, "steps": 2, "block": 30, "cache_dir": str(root / "cache")},
     }
+    (root / "run").mkdir()
+    (root / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     denoiser = randomised(build(model, spec.latent_shape, len(CLASSES), seed=0))
     with process_group() as world:
         engine = Engine(denoiser, EngineConfig(zero_stage=0), OptimizerConfig(), world, 1)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from shard_data import write_shards
 
-from ldt.checkpoint.manifest import newest, read_manifest
+from ldt.checkpoint.checkpoint import resolve
+from ldt.checkpoint.manifest import read_manifest
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
@@ -55,7 +56,7 @@ def test_a_bad_step_is_skipped_alike_everywhere_and_noted(pool, spoiled, tmp_pat
     assert all(r["skipped_last"] - r["skipped_first"] == BATCH - 1 for r in bad)
     assert all(np.isfinite(r["loss"]) for r in lines if "loss" in r)
     assert [r["samples_seen"] for r in lines] == list(range(8, 129, 8)), "every position exactly once"
-    assert read_manifest(newest(tmp_path))["progress"]["skipped"] == [r["skipped_first"] for r in bad]
+    assert read_manifest(resolve(tmp_path))["progress"]["skipped"] == [r["skipped_first"] for r in bad]
 
 
 def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp_path):
@@ -94,7 +95,7 @@ def test_loss_spikes_are_skipped_once_there_is_enough_to_judge_by(pool, tmp_path
     before = [r["loss"] for r in lines if "loss" in r and r["samples_seen"] <= RECENT_LOSSES * BATCH]
     assert max(before) > 1e6, "without enough losses to judge by they are trained on"
     assert max(r["loss"] for r in lines if "loss" in r and r["samples_seen"] > RECENT_LOSSES * BATCH) < 1e6
-    assert len(read_manifest(newest(tmp_path / "run"))["progress"]["recent_losses"]) == RECENT_LOSSES
+    assert len(read_manifest(resolve(tmp_path / "run"))["progress"]["recent_losses"]) == RECENT_LOSSES
 
 
 def test_the_limit_is_robust():

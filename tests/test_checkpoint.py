@@ -14,8 +14,9 @@ import xxhash
 from safetensors import safe_open
 from shard_data import write_shards
 
+from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import Damaged, listed, newest, read_manifest, verify
+from ldt.checkpoint.manifest import Damaged, listed, read_manifest
 from ldt.checkpoint.tensors import Reader
 from ldt.cli import INTERRUPTED, main
 from ldt.config import load
@@ -76,7 +77,7 @@ def copy(straight, tmp_path):
 
 
 def tensors(run_dir):
-    path = newest(Path(run_dir))
+    path = resolve(Path(run_dir))
     reader = Reader(path, read_manifest(path))
     return {kind: reader.full(kind) for kind in reader.manifest["tensors"]}
 
@@ -136,8 +137,8 @@ def test_precision_and_shard_format_may_change_too(pool, data, fifty, tmp_path):
 
 def test_it_can_be_read_alone(straight):
     """By safetensors alone, and as a denoiser without process group, data or DeepSpeed."""
-    path = newest(straight[0])
-    manifest = verify(path)
+    path = resolve(straight[0])
+    manifest = Checkpoint.read(path).verify().manifest
     (name,) = manifest["files"]
     with safe_open(path / name, framework="pt") as f:
         ema = f.get_tensor("ema/patchify.weight")
@@ -150,7 +151,7 @@ def test_it_can_be_read_alone(straight):
 
 
 def test_every_flipped_cut_or_missing_byte_is_found(copy):
-    path = newest(copy)
+    path = resolve(copy)
     generator = torch.Generator().manual_seed(0)
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
@@ -159,19 +160,19 @@ def test_every_flipped_cut_or_missing_byte_is_found(copy):
             bit = 1 << int(torch.randint(8, (1,), generator=generator))
             file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
             with pytest.raises(Damaged, match=path.name):
-                verify(path)
+                Checkpoint.read(path).verify()
             file.write_bytes(content[:at])
             with pytest.raises(Damaged, match=path.name):
-                verify(path)
+                Checkpoint.read(path).verify()
         file.unlink()
         with pytest.raises(Damaged, match=path.name):
-            verify(path)
+            Checkpoint.read(path).verify()
         file.write_bytes(content)
-        verify(path)
+        Checkpoint.read(path).verify()
 
 
 def test_inspection_says_whole_damaged_or_not_ours(copy, tmp_path, capsys):
-    newest_checkpoint = newest(copy)
+    newest_checkpoint = resolve(copy)
     assert main(["inspect", str(newest_checkpoint)]) == 0
     assert capsys.readouterr().out.strip().endswith(f"whole: {newest_checkpoint}")
     assert main(["inspect", str(copy)]) == 0
@@ -245,15 +246,15 @@ def rewrite_manifest(path, **changes):
 
 
 def test_a_newer_format_is_refused(copy):
-    path = newest(copy)
+    path = resolve(copy)
     rewrite_manifest(path, version=99)
     with pytest.raises(InputError, match="format version 99; this ldt reads up to 2: upgrade ldt"):
-        verify(path)
+        Checkpoint.read(path).verify()
 
 
 def test_a_run_of_other_random_numbers_is_not_continued(pool, data, copy):
     """It would go on with other noise, and say nothing."""
-    rewrite_manifest(newest(copy), rng_version=1)
+    rewrite_manifest(resolve(copy), rng_version=1)
     settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=168"]
     assert "with random numbers of version 1, this ldt draws version 2" in pool(1).run(refused_case, settings=settings)
 
@@ -291,7 +292,7 @@ def check_stopped(run_dir, straight):
     """A checkpoint at the last step of the log, and the beginning of the run that was never stopped."""
     assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "stopped"
     log = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "loss" in r]
-    assert newest(run_dir).name == f"{log[-1]['samples_seen']:012d}"
+    assert resolve(run_dir).name == f"{log[-1]['samples_seen']:012d}"
     n = min(len(log), len(straight[1]))
     assert [r["digest"] for r in log[:n]] == [r["digest"] for r in straight[1][:n]]
     assert not (run_dir / "owner.json").exists()

@@ -173,7 +173,7 @@ def test_exported_models(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_run_writes(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "SILENCE", 0.0)
+    monkeypatch.setattr(owner, "SILENCE_TIMEOUT_S", 0.0)
     whole = run_dir / "metrics.jsonl"
 
     def status() -> None:

@@ -166,7 +166,7 @@ def test_the_time_to_go_is_there_on_eighty_columns():
     [(0, "0 "), (999, "999 "), (74_000, "74.0 k"), (330_300_000, "330 M"), (5.57e9, "5.57 G"), (3e15, "3000 T")],
 )
 def test_numbers_are_short(number, said):
-    assert progress.short(number) == said
+    assert progress.si_format(number) == said
 
 
 def test_wandb_offline_holds_the_records(tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_restart_is_the_same_wandb_run_and_all_else_one_of_its_own(tmp_path, o
 MIRRORED = """
 import os, signal, sys
 from pathlib import Path
-from ldt import log
+from ldt import log, tracking
 log.configure(0)
 with tracking.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
     tracker.log({"samples_seen": 64, "loss": 1.0})
@@ -307,7 +307,7 @@ def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, caps
 
 
 def test_tensorboard_that_is_not_there_is_said_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     for rank in (0, 1):  # all ranks together, so that none waits for one that has left
         with pytest.raises(InputError, match=r"pip install ldt-train\[tensorboard\]"):
             tracking.track(tmp_path, {"log": {"tensorboard": True}}, rank)

@@ -18,8 +18,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from ldt.dist import discover
-from ldt import owner
-owner.BEAT = 0.2
+from ldt.run import owner
+owner.HEARTBEAT_PERIOD_S = 0.2
 with owner.owned(Path(sys.argv[1]), discover({})):
     print("mine", flush=True)
     time.sleep(60)
@@ -49,7 +49,7 @@ def test_a_second_job_is_refused_and_told_who_has_it(tmp_path, holder, world):
 
 
 def test_a_killed_process_of_this_machine_is_replaced_at_once(tmp_path, holder, world, monkeypatch):
-    monkeypatch.setattr(owner, "SILENCE", 1e6)
+    monkeypatch.setattr(owner, "SILENCE_TIMEOUT_S", 1e6)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with owned(tmp_path, world) as mine:
@@ -58,7 +58,7 @@ def test_a_killed_process_of_this_machine_is_replaced_at_once(tmp_path, holder, 
 
 
 def test_an_earlier_start_of_the_same_job_is_replaced_at_once(tmp_path, holder, world, monkeypatch):
-    monkeypatch.setattr(owner, "SILENCE", 1e6)
+    monkeypatch.setattr(owner, "SILENCE_TIMEOUT_S", 1e6)
     content = json.loads((tmp_path / "owner.json").read_text()) | {"job": "7", "restart": "0", "machine": "elsewhere"}
     (tmp_path / "owner.json").write_text(json.dumps(content))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -68,7 +68,7 @@ def test_an_earlier_start_of_the_same_job_is_replaced_at_once(tmp_path, holder, 
 
 
 def test_a_silent_owner_of_another_machine_is_replaced_after_a_while(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(owner, "SILENCE", 1.0)
+    monkeypatch.setattr(owner, "SILENCE_TIMEOUT_S", 1.0)
     (tmp_path / "owner.json").write_text(json.dumps({"token": "x", "host": "far", "machine": "elsewhere", "pid": 1}))
     started = time.monotonic()
     with owned(tmp_path, world) as mine:
@@ -85,7 +85,7 @@ def test_an_owner_that_was_replaced_may_not_commit(tmp_path, world):
 
 
 def test_the_file_is_touched_while_it_is_owned(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(owner, "BEAT", 0.05)
+    monkeypatch.setattr(owner, "HEARTBEAT_PERIOD_S", 0.05)
     with owned(tmp_path, world):
         os.utime(tmp_path / "owner.json", (0, 0))
         end = time.monotonic() + 30

@@ -10,7 +10,8 @@ from test_checkpoint import refused_case, train_case
 from test_loader import assert_same
 
 from ldt import cli
-from ldt.checkpoint.manifest import newest, read_manifest
+from ldt.checkpoint.checkpoint import resolve
+from ldt.checkpoint.manifest import read_manifest
 from ldt.config import load, to_dict
 from ldt.data.batch import digest_text
 from ldt.data.loader import Loader, ValidationLoader
@@ -124,7 +125,7 @@ def test_a_run_goes_on_at_any_world_and_says_what_it_saw(pool, root, tmp_path):
         )
     assert [r["digest"] for r in log] == [r["digest"] for r in whole]
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
-    manifest = read_manifest(newest(tmp_path / "parts"))
+    manifest = read_manifest(resolve(tmp_path / "parts"))
     assert manifest["sampling"]["std_C"] == mixed(root).manifest.std_C
     assert manifest["progress"]["data_fingerprint"] == mixed(root).manifest.fingerprint
     for change, said in [

@@ -11,8 +11,9 @@ from PIL import Image
 from run_data import make_autoencoder, opened
 from test_checkpoint import refused_case, train_case
 
+from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import read_manifest, resolve
+from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
 from ldt.data.batch import digest_text
 from ldt.data.loader import Loader

@@ -108,7 +108,7 @@ def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path):
     other = Claim.take(checkpoint, "b")
     assert other is not None, "other work is not affected"
     (file,) = tmp_path.glob("*.claim-a")
-    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    os.utime(file, (time.time() - claims.STALE_TIMEOUT_S - 1,) * 2)
     assert Claim.take(checkpoint, "a") is not None
     assert not list(tmp_path.glob(".*")), "the dead owner's claim is buried"
 
@@ -118,7 +118,7 @@ def test_a_claim_taken_over_meanwhile_is_not_taken_over_again(tmp_path, monkeypa
     checkpoint = tmp_path / "000000000001"
     Claim.take(checkpoint, "a")
     file = tmp_path / "000000000001.claim-a"
-    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    os.utime(file, (time.time() - claims.STALE_TIMEOUT_S - 1,) * 2)
     look = claims._stale
 
     def slow(path):
@@ -136,5 +136,5 @@ def test_a_stale_wish_pins_nothing(tmp_path):
     want(checkpoint, "a")
     assert pinned(checkpoint)
     (file,) = tmp_path.iterdir()
-    os.utime(file, (time.time() - claims.STALE - 1,) * 2)
+    os.utime(file, (time.time() - claims.STALE_TIMEOUT_S - 1,) * 2)
     assert not pinned(checkpoint)

@@ -19,7 +19,7 @@ SETTINGS = ["seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_bat
 
 def main(directory: str) -> None:
     """Rank 0 waits for rank 1 in a collective, rank 1 for data that never come."""
-    watchdog.GRACE = 2.0
+    watchdog.GRACE_PERIOD_S = 2.0
     with process_group() as world:
         stalled = Path(directory) / "outcome"
         with Watchdog(Path(directory), 2.0, world, stalled.write_text) as dog:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import TrainState, listed, read_manifest, verify
+from ldt.checkpoint.manifest import TrainState, listed, read_manifest
 from ldt.checkpoint.restore import verify_together
 from ldt.checkpoint.tensors import Reader
 from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers, remove_old
@@ -91,7 +92,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all(pool, tmp_path, rank):
     assert problems == ["the checkpoint at 200 samples could not be saved on 1 rank(s)"] * 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000100", "000000000300"], "and nothing half-written"
     for path in listed(tmp_path):
-        assert verify(path)["progress"]["samples_seen"] == int(path.name)
+        assert Checkpoint.read(path).verify().samples_seen == int(path.name)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from pathlib import Path
 from ranks import start_ranks
 from shard_data import write_shards
 
-from ldt.checkpoint.manifest import Damaged, listed, verify
+from ldt.checkpoint.checkpoint import Checkpoint
+from ldt.checkpoint.manifest import Damaged, listed
 from ldt.log import progress, read_jsonl
 
 BATCH, SHARDS = 8, [40, 23, 30]
@@ -117,7 +118,7 @@ def one_round(root: Path, fault: str, chance: random.Random, total: int) -> Roun
         raise Failed(f"left alone at last, the run ended with {out.codes}")
     for path in listed(run_dir / "checkpoints"):
         try:
-            verify(path)
+            Checkpoint.read(path).verify()
         except Damaged as error:
             raise Failed(f"after {fault}: {error}") from None
     return out

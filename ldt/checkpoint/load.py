@@ -14,14 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.manifest import (
-    MANIFEST_HASH,
     MODEL,
     WEIGHTS,
     Damaged,
     read_spec,
-    resolve,
-    verify,
     verify_file,
     versions,
 )
@@ -54,11 +52,6 @@ class Loaded:
     samples_seen: int
     path: Path
     hash: str
-
-    @property
-    def home(self) -> Path:
-        """Where what is made with it goes: the run directory, or the exported model's own."""
-        return self.path if (self.path / MODEL).exists() else self.path.parent.parent
 
 
 def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
@@ -110,7 +103,8 @@ def _check_fit(directory: Path, expected: dict[str, torch.Size], tensors: dict[s
 def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """One kind of weights of a checkpoint, whole; what `model.json` says of them; the checkpoint's hash."""
     try:
-        manifest = verify(checkpoint)
+        read = Checkpoint.read(checkpoint).verify()
+        manifest = read.manifest
         if kind not in manifest["tensors"]:
             raise InputError(f"checkpoint {checkpoint} holds no {kind} weights, but {', '.join(manifest['tensors'])}")
         tensors = Reader(checkpoint, manifest).full(kind)
@@ -119,9 +113,9 @@ def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     facts = {
         "config": manifest["config"],
         "sampling": manifest["sampling"],
-        "samples_seen": manifest["progress"]["samples_seen"],
+        "samples_seen": read.samples_seen,
     }
-    return tensors, facts, (checkpoint / MANIFEST_HASH).read_text()
+    return tensors, facts, read.hash
 
 
 def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:

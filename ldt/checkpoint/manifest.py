@@ -103,21 +103,6 @@ def listed(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.name.isdigit() and p.is_dir())
 
 
-def newest(run_dir: Path) -> Path:
-    """The newest complete checkpoint of a run directory."""
-    candidates = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
-    if not candidates:
-        raise InputError(f"run {run_dir} has no complete checkpoint yet; train first, or give the path of a checkpoint")
-    return candidates[-1]
-
-
-def resolve(path: Path) -> Path:
-    """The checkpoint meant by a path: itself, or the newest of a run directory."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
-    return path if (path / MANIFEST).exists() else newest(path)
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The checked manifest of a checkpoint directory; `Damaged` if it is missing or altered."""
     try:
@@ -191,11 +176,3 @@ def verify_file(path: Path, entry: dict[str, Any]) -> None:
         raise Damaged(f"{path} can't be read: {error.strerror}") from None
     if digest.hexdigest() != entry["xxh64"]:
         raise Damaged(f"{path} differs from its hash in the manifest")
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose bytes are right; `Damaged` names what is not."""
-    manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        verify_file(path / name, entry)
-    return manifest

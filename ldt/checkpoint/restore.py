@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from ldt import rng
+from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import read_exported, read_weights
-from ldt.checkpoint.manifest import MODEL, Damaged, TrainState, listed, read_manifest, resolve, verify_file
+from ldt.checkpoint.manifest import MODEL, Damaged, TrainState, listed, read_manifest, verify_file
 from ldt.checkpoint.tensors import Reader
 from ldt.dist import World, all_gather, barrier, broadcast
 from ldt.engine.partition import MOMENTS, Partition

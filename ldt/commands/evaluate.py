@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ldt import tracking
+from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve, results_of
 from ldt.checkpoint.load import load_denoiser
-from ldt.checkpoint.manifest import MANIFEST, MODEL, listed, newest
+from ldt.checkpoint.manifest import MANIFEST, MODEL
 from ldt.config import to_dict
 from ldt.config_fields import section
 from ldt.dist import World, broadcast, process_group
@@ -76,7 +77,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     with contextlib.ExitStack() as stack:
         for path in paths:
             loaded = load_denoiser(path, settings.weights, world.device)
-            output = Path(settings.output) if settings.output else loaded.home / "evaluations.jsonl"
+            output = Path(settings.output) if settings.output else results_of(loaded.path) / "evaluations.jsonl"
             if reference is None:  # all checkpoints of a run have the same
                 reference = open_reference(settings, loaded, detector, world)
             result = score_once(settings, loaded, reference, detector, output, world)
@@ -95,13 +96,11 @@ def select(path: Path, which: str) -> list[Path]:
     """The checkpoints meant by a run directory and `newest`, `all` or a number of samples; or the one that is given."""
     if (path / MANIFEST).exists() or (path / MODEL).exists():
         return [path]
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory or a checkpoint in it")
-    if which == "newest":
-        return [newest(path)]
-    whole = [p for p in listed(path / "checkpoints") if (p / MANIFEST).exists()]
-    chosen = whole if which == "all" else [p for p in whole if which.isdigit() and int(p.name) == int(which)]
+    if which == "newest" or not path.exists():
+        return [resolve(path)]
+    clocks = {p: Checkpoint.read(p).samples_seen for p in checkpoints_of(path)}
+    chosen = [p for p, seen in clocks.items() if which == "all" or which == str(seen)]
     if not chosen:
-        there = ", ".join(str(int(p.name)) for p in whole) or "none"
+        there = ", ".join(map(str, clocks.values())) or "none"
         raise InputError(f"evaluate.checkpoint={which} is not among the checkpoints of {path}: {there}")
     return chosen

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ldt import log
+from ldt.checkpoint.checkpoint import Checkpoint, resolve, run_of
 from ldt.checkpoint.load import load_denoiser, read_weights, save_exported
-from ldt.checkpoint.manifest import Damaged, listed, resolve, verify
+from ldt.checkpoint.manifest import Damaged, listed
 from ldt.checkpoint.tensors import Reader
 from ldt.config_fields import choice, required
 from ldt.convert.diffusers_dit import write_pipeline
@@ -58,61 +59,75 @@ def run(config: ExportJob) -> int:
         write_pipeline(load_denoiser(config.run, config.weights), target)
         print(f"for diffusers.DiTPipeline.from_pretrained: {target}")
         return 0
-    checkpoint = resolve(Path(config.run))
+    path = resolve(Path(config.run))
     facts: dict[str, Any]
-    if config.ema_width:
-        tensors, facts = reconstruct(checkpoint, config.ema_width)
-    else:
-        tensors, facts, digest = read_weights(checkpoint, config.weights)
-        facts |= {"weights": config.weights, "made_from": {str(int(checkpoint.name)): digest}}
+    try:
+        checkpoint = Checkpoint.read(path)
+        if config.ema_width:
+            tensors, facts = reconstruct(checkpoint.verify(), config.ema_width)
+        else:
+            tensors, facts, digest = read_weights(path, config.weights)
+            facts |= {"weights": config.weights, "made_from": {str(checkpoint.samples_seen): digest}}
+    except Damaged as error:
+        raise InputError(f"checkpoint {path} is damaged: {error}; use the one before it") from None
     save_exported(target, tensors, facts)
     millions = sum(t.numel() for t in tensors.values()) / 1e6
     print(f"{millions:.2f} M parameters ({facts['weights']}) at {facts['samples_seen']} samples: {target}")
     return 0
 
 
-def reconstruct(checkpoint: Path, width: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def reconstruct(checkpoint: Checkpoint, width: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The average of any width at a checkpoint, combined from those stored up to there; and what `model.json` says."""
     sources = _stored_averages(checkpoint)
-    widths = sorted({w for _, _, w, _ in sources})
+    widths = sorted({width for *_, width in sources})
     if not widths[0] <= width <= widths[-1]:
+        alone = "" if run_of(checkpoint.path) else "; it lies outside of its run, whose snapshots may hold more"
         raise InputError(
-            f"ema_width={width} lies outside of the widths that {checkpoint} was trained with, {widths[0]} to "
-            f"{widths[-1]}; choose one between them"
+            f"ema_width={width} lies outside of the widths that {checkpoint.path} was trained with, {widths[0]} to "
+            f"{widths[-1]}{alone}; choose one between them"
         )
-    samples_seen = int(checkpoint.name)
-    coefficients = ema.reconstruction([(int(path.name), w) for path, _, w, _ in sources], samples_seen, width)
+    stored = [(source.samples_seen, source_width) for source, _, source_width in sources]
+    coefficients = ema.reconstruction(stored, checkpoint.samples_seen, width)
     out: dict[str, Tensor] = {}
+    made_from = {}
     with log.progress(len(sources), "average", "reconstruct") as bar:
-        for (path, kind, _, manifest), coefficient in zip(sources, coefficients, strict=True):
-            for name, tensor in Reader(path, manifest).full(kind).items():
+        for (source, kind, _), coefficient in zip(sources, coefficients, strict=True):
+            for name, tensor in Reader(source.path, source.manifest).full(kind).items():
                 out.setdefault(name, torch.zeros_like(tensor, dtype=torch.float64)).add_(tensor, alpha=coefficient)
+            made_from[f"{source.samples_seen:012d}/{kind}"] = coefficient
             bar.update()
-    manifest = sources[-1][-1]
     facts = {
-        "config": manifest["config"],
-        "sampling": manifest["sampling"],
-        "samples_seen": samples_seen,
+        "config": checkpoint.config,
+        "sampling": checkpoint.manifest["sampling"],
+        "samples_seen": checkpoint.samples_seen,
         "weights": f"power average of width {width:g}",
-        "made_from": {f"{path.name}/{kind}": c for (path, kind, _, _), c in zip(sources, coefficients, strict=True)},
+        "made_from": made_from,
     }
     return {name: tensor.float() for name, tensor in out.items()}, facts
 
 
-def _stored_averages(checkpoint: Path) -> list[tuple[Path, str, float, dict[str, Any]]]:
-    """Power averages stored up to the checkpoint, one a time and width: (directory, kind, width, manifest)."""
-    directories = {p.name: p for root in (checkpoint.parent, checkpoint.parent.parent / "ema") for p in listed(root)}
-    directories[checkpoint.name] = checkpoint
-    out = []
-    for name in sorted(n for n in directories if n <= checkpoint.name):
+def _stored_averages(checkpoint: Checkpoint) -> list[tuple[Checkpoint, str, float]]:
+    """Power averages stored up to the checkpoint, one a time and width: (checkpoint, kind, width), oldest first.
+
+    Those of the checkpoint itself and, where it lies in a run, of the run's other checkpoints and snapshots.
+    """
+    run_dir = run_of(checkpoint.path)
+    found = {}
+    for path in [] if run_dir is None else [*listed(run_dir / "checkpoints"), *listed(run_dir / "ema")]:
         try:
-            manifest = verify(directories[name])
+            other = Checkpoint.read(path).verify()
         except Damaged as error:
             logger.warning("left out: %s", error)
             continue
-        for kind, profile in manifest.get("averages", {}).items():
+        found[other.samples_seen] = other
+    found[checkpoint.samples_seen] = checkpoint
+    out = []
+    for _, source in sorted((seen, source) for seen, source in found.items() if seen <= checkpoint.samples_seen):
+        for kind, profile in source.manifest.get("averages", {}).items():
             if profile["kind"] == "power":
-                out.append((directories[name], kind, float(profile["width"]), manifest))
+                out.append((source, kind, float(profile["width"])))
     if not out:
-        raise InputError(f"{checkpoint} holds no power averages to reconstruct others from; train with ema.kind=power")
+        raise InputError(
+            f"{checkpoint.path} holds no power averages to reconstruct others from; train with ema.kind=power"
+        )
     return out

@@ -1,4 +1,4 @@
-"""What a path holds and whether it is whole: a directory of latent shards, a checkpoint, or a run with checkpoints.
+"""What a path holds and whether it is whole: latent shards, a checkpoint, a run with checkpoints, an exported model.
 
 Exit codes: 0 whole, 1 damaged or unfinished (what is wrong is printed), 2 not one of ours.
 """
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ldt import log
-from ldt.checkpoint.manifest import Damaged, verify
+from ldt.checkpoint.checkpoint import Checkpoint
+from ldt.checkpoint.load import read_exported
+from ldt.checkpoint.manifest import MANIFEST, MODEL, Damaged
 from ldt.config_fields import required
 from ldt.data.shards import open_shards
 from ldt.data.shards.manifest import RECIPE
@@ -39,33 +41,60 @@ def run(config: InspectJob) -> int:
     path = Path(config.path)
     if is_shard_directory(path):
         return _inspect_shards(config)
-    if path.parent.name == "checkpoints" and path.is_dir():
+    if (path / MODEL).is_file():
+        return _inspect_exported(path)
+    if (path / MANIFEST).is_file() or (path.parent.name == "checkpoints" and path.is_dir()):
         return _inspect_checkpoint(path)
     if (path / "checkpoints").is_dir():
-        checkpoints = sorted(p for p in (path / "checkpoints").iterdir() if p.is_dir())
+        checkpoints = sorted(p for p in (path / "checkpoints").iterdir() if p.is_dir() and not p.name.startswith("."))
         return max((_inspect_checkpoint(p) for p in checkpoints), default=WHOLE)
-    raise InputError(f"{path} holds neither latent shards nor checkpoints; give the output of `ldt encode` or a run")
+    raise InputError(
+        f"{path} holds neither latent shards nor a checkpoint, a run or an exported model; give the output of "
+        "`ldt encode`, `ldt train` or `ldt export`"
+    )
 
 
 def _inspect_checkpoint(path: Path) -> int:
     try:
-        manifest = verify(path)
+        checkpoint = Checkpoint.read(path).verify()
     except Damaged as error:
         print(f"damaged: {error}")
         return DAMAGED
+    manifest = checkpoint.manifest
     written, numbers = manifest["written_by"], [math.prod(s) for s in manifest["parameters"].values()]
     facts = {
-        "samples seen": manifest["progress"]["samples_seen"],
+        "samples seen": checkpoint.samples_seen,
         "parameters": sum(numbers),
         "tensors": ", ".join(manifest["tensors"]),
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "written by": f"{written['world_size']} ranks at ZeRO stage {written['zero_stage']}, ldt {written['ldt']}",
     }
-    facts |= _data_of(manifest["config"].get("data", {}))
-    for name, value in facts.items():
-        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+    _print_facts(facts | _data_of(checkpoint.config.get("data", {})))
     print(f"whole: {path}")
     return WHOLE
+
+
+def _inspect_exported(path: Path) -> int:
+    try:
+        tensors, facts, _ = read_exported(path)
+    except InputError as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    sources = facts.get("made_from", {})
+    shown = {
+        "samples seen": facts["samples_seen"],
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "weights": facts.get("weights", "unknown"),
+        "made from": ", ".join(list(sources)[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else ""),
+    }
+    _print_facts(shown | _data_of(facts["config"].get("data", {})))
+    print(f"whole: {path}")
+    return WHOLE
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
 
 
 def _data_of(data: dict[str, Any]) -> dict[str, str]:
@@ -73,7 +102,7 @@ def _data_of(data: dict[str, Any]) -> dict[str, str]:
     sources = data.get("sources") or {}
     whole = sum(source["weight"] for source in sources.values())
     shares = {f"source {name}": f"{100 * s['weight'] / whole:.2f} % {s['path']}" for name, s in sorted(sources.items())}
-    return shares or {"data": data.get("path", "")}
+    return shares or {"data": data.get("path", "unknown")}
 
 
 def _inspect_shards(config: InspectJob) -> int:
@@ -83,8 +112,7 @@ def _inspect_shards(config: InspectJob) -> int:
         print(f"{'unfinished' if (Path(config.path) / RECIPE).exists() else 'damaged'}: {error}")
         return DAMAGED
     summary = summarize(shards)
-    for name, value in summary.facts.items():
-        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+    _print_facts(summary.facts)
     for problem in summary.problems:
         print(f"damaged: {problem}")
     if summary.problems:

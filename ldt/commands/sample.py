@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldt import log
+from ldt.checkpoint.checkpoint import results_of
 from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.config import to_dict
 from ldt.config_fields import choice, required
@@ -136,7 +137,7 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
 def _output(config: SampleJob, loaded: Loaded, world: World) -> Path:
     """Where the images go, found free before any is made."""
     suffix = {"grid": ".png", "folder": "", "npz": ".npz"}[config.format]
-    default = loaded.home / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
+    default = results_of(loaded.path) / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
     output = Path(config.output) if config.output else default
     if config.format == "folder" and broadcast(output.exists()):
         raise InputError(f"output {output} exists; remove it, or give another output=")

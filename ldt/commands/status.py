@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldt.checkpoint.manifest import MANIFEST, listed
+from ldt.checkpoint.checkpoint import checkpoints_of
+from ldt.checkpoint.manifest import MANIFEST
 from ldt.config_fields import required
 from ldt.errors import InputError
 from ldt.files import natural, real, schema_error
@@ -88,7 +89,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
             "message": "it says it runs, but its process is gone: look at its job",
             "to_go": "",
         }
-    whole = [p for p in listed(run_dir / "checkpoints") if (p / MANIFEST).exists()]
+    whole = checkpoints_of(run_dir)
     if whole:
         age = now - (whole[-1] / MANIFEST).stat().st_mtime
         facts["last_checkpoint"] = f"{int(whole[-1].name):,} samples, {_ago(age)}; {len(whole)} there"

@@ -30,7 +30,7 @@ def follow(run_dir: Path, key: str, world: World) -> Iterator[Path]:
             with claimed[1] if claimed else contextlib.nullcontext():
                 yield path
                 if world.rank == 0:
-                    _mark(path, key).touch()
+                    _mark(run_dir, path, key).touch()
                     forget(path, key)
         elif over:
             return
@@ -40,29 +40,29 @@ def follow(run_dir: Path, key: str, world: World) -> Iterator[Path]:
 
 def _next(run_dir: Path, key: str) -> tuple[Path, Claim] | None:
     """The oldest checkpoint that nobody has worked on or is working on; all that wait are kept from deletion."""
-    waiting = [p for p in listed(run_dir / "checkpoints") if _waits(p, key)]
+    waiting = [p for p in listed(run_dir / "checkpoints") if _waits(run_dir, p, key)]
     for path in waiting:
         want(path, key)
     for path in waiting:
         claim = Claim.take(path, key)
         if claim is not None:
-            if _waits(path, key):
+            if _waits(run_dir, path, key):
                 return path, claim
             with claim:  # somebody was faster, or it was deleted before it was wanted
                 forget(path, key)
     return None
 
 
-def _waits(path: Path, key: str) -> bool:
+def _waits(run_dir: Path, path: Path, key: str) -> bool:
     try:
-        return (path / MANIFEST).exists() and not _mark(path, key).exists()
+        return (path / MANIFEST).exists() and not _mark(run_dir, path, key).exists()
     except FileNotFoundError:  # deleted meanwhile
         return False
 
 
-def _mark(path: Path, key: str) -> Path:
+def _mark(run_dir: Path, path: Path, key: str) -> Path:
     """The file that says that this very checkpoint is done with."""
-    directory = path.parent.parent / "evaluations"
+    directory = run_dir / "evaluations"
     directory.mkdir(exist_ok=True)
     return directory / f".{path.name}-{(path / MANIFEST_HASH).read_text()[:8]}.done-{key}"
 

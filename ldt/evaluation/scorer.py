@@ -46,11 +46,17 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
     if path.endswith(".npz"):
         return load_reference(Path(path), detector)
     if not is_images(path):
-        if not path and loaded.config["data"].get("sources"):
+        data = loaded.config.get("data", {})
+        if not path and not data:
+            raise InputError(
+                f"{loaded.path} does not know which data it was trained on, as an imported model; give "
+                "evaluate.reference and evaluate.fit"
+            )
+        if not path and data.get("sources"):
             raise InputError(
                 "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
             )
-        shards = Path(path or loaded.config["data"]["path"])
+        shards = Path(path or data["path"])
         recipe = read_head(shards)["recipe"]
         if "images.path" not in recipe:
             raise InputError(

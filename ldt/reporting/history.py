@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ldt.checkpoint.manifest import MANIFEST_HASH, Damaged, listed, read_manifest, read_spec
+from ldt.checkpoint.checkpoint import Checkpoint
+from ldt.checkpoint.manifest import Damaged, listed
 from ldt.config import from_dict
 from ldt.errors import InputError
 from ldt.files import parse_json, real
@@ -18,15 +19,6 @@ from ldt.nn.sizes import flops
 Record = dict[str, Any]
 GRID_NAME = re.compile(r"\d+\.png")
 SECONDS_AN_HOUR = 3600.0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's manifest and the hash of that manifest."""
-
-    path: Path
-    manifest: Record
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -65,8 +57,8 @@ class History:
         if self.checkpoint is None:
             return math.nan
         try:
-            spec = read_spec(self.checkpoint.manifest["sampling"])
-            model = from_dict(ModelConfig, self.checkpoint.manifest["config"]["model"])
+            spec = self.checkpoint.spec
+            model = from_dict(ModelConfig, self.checkpoint.config["model"])
         except InputError:
             return math.nan
         return 3.0 * flops(model, spec.latent_shape, spec.text_shape)
@@ -81,7 +73,7 @@ class History:
     @property
     def checkpoint_samples(self) -> int:
         """The newest checkpoint's clock; 0 without one."""
-        return int(self.checkpoint.manifest["progress"]["samples_seen"]) if self.checkpoint else 0
+        return self.checkpoint.samples_seen if self.checkpoint else 0
 
 
 def read_history(path: Path, name: str) -> History:
@@ -195,8 +187,7 @@ def _read_checkpoint(path: Path, notes: list[str]) -> Checkpoint | None:
     """The newest checkpoint whose manifest is whole."""
     for directory in reversed(listed(path / "checkpoints")):
         try:
-            manifest = read_manifest(directory)
-            return Checkpoint(directory, manifest, (directory / MANIFEST_HASH).read_text().strip())
+            return Checkpoint.read(directory)
         except (Damaged, InputError, OSError) as error:
             notes.append(f"Checkpoint {directory.name} is left out: {error}.")
     notes.append("There is no checkpoint yet.")
