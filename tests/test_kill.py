@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from shard_data import write_shards
+from shard_data import make_loader, write_shards
 
-from ldt.data.loader import Loader
 from ldt.data.shards import MixedShards, open_shards
 
 COUNTS = [7, 12, 1, 10]  # epochs end within batches of 8
@@ -33,7 +32,7 @@ def open_data(path: Path):
 
 def main(path: Path, log: Path, rank: int, ranks: int, start: int) -> None:
     """One rank: append each step's real samples to a file of its own, as a training step would have used them."""
-    with Loader(open_data(path), rank=rank, ranks=ranks, **SETTINGS) as loader, log.open("a") as f:
+    with make_loader(open_data(path), rank=rank, ranks=ranks, **SETTINGS) as loader, log.open("a") as f:
         for step in itertools.islice(loader.steps(start), STEPS - start // 8):
             rows = [
                 [int(i), float(v.double().sum()), int(label)]

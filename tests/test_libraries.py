@@ -9,11 +9,10 @@ import pytest
 import streaming_package
 import torch
 import webdataset
-from shard_data import make_samples, write_shards
+from shard_data import make_loader, make_samples, write_shards
 from test_encode import autoencoder  # noqa: F401
 
 from ldt import cli
-from ldt.data.loader import Loader
 from ldt.data.shards import mds, open_shards
 from ldt.data.shards.layout import Layout
 from ldt.errors import InputError
@@ -66,7 +65,7 @@ def test_their_shards_train_in_ldt(index, tmp_path, format, capsys):
     expected = np.concatenate([s.moments_n2CHW for s in written]).astype(np.float32)
     np.testing.assert_array_equal(records.moments_n2CHW, expected)
     assert records.label_n.tolist() == np.concatenate([s.label_n for s in written]).tolist()
-    with Loader(shards, batch=4, seed=0) as loader:
+    with make_loader(shards, batch=4, seed=0) as loader:
         step = next(iter(loader.steps()))
         assert torch.isfinite(step.micro_batches[0].latent_BCHW).all()
 

@@ -6,11 +6,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from shard_data import write_shards
+from shard_data import make_loader, make_validation_loader, write_shards
 
 from ldt import rng
 from ldt.data.batch import digest_text
-from ldt.data.loader import Loader, RankSlice, ValidationLoader
+from ldt.data.loader import RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import open_shards
 from ldt.errors import InputError
@@ -32,9 +32,9 @@ def collect(path, ranks=1, steps=8, start=0, **settings):
     """All real rows of all ranks, in global order, and the digest of each step."""
     rows, digests = [], [0] * steps
     for rank in range(ranks):
-        with Loader(open_shards(path), rank=rank, ranks=ranks, **(SETTINGS | settings)) as loader:
+        with make_loader(open_shards(path), rank=rank, ranks=ranks, **(SETTINGS | settings)) as loader:
             for k, step in enumerate(itertools.islice(loader.steps(start), steps)):
-                assert step.first == start + k * SETTINGS["batch"]
+                assert step.first == start + k * settings.get("batch", SETTINGS["batch"])
                 assert len(step.micro_batches) == loader.micro_batches
                 digests[k] += step.digest
                 for batch in step.micro_batches:
@@ -77,8 +77,21 @@ def test_resume_anywhere_with_other_ranks(data):
         others, other_digests = collect(data / "mds", ranks=3, steps=12 - start, start=start * 8, micro_batch=2)
         assert_same(rows[start * 8 :], others)
         assert digests[start:] == other_digests
-    with Loader(open_shards(data / "tar"), **SETTINGS) as loader, pytest.raises(InputError, match="multiple"):
-        next(loader.steps(7))
+
+
+@pytest.mark.parametrize("start", [8, 7, 13, 30])
+def test_another_global_batch_from_any_index_on(data, start):
+    """The same steps at any world size, and from the next epoch on every sample once: the order is of the index."""
+    steps = (90 - start) // 5
+    alone, digests = collect(data / "tar", steps=steps, start=start, batch=5)
+    together, other_digests = collect(data / "mds", ranks=3, steps=steps, start=start, batch=5, micro_batch=1)
+    assert digests == other_digests
+    assert_same(alone, together)
+    index = [int(row["index_B"]) for row in alone]
+    assert index == list(range(start, start + 5 * steps))
+    order = Order(COUNTS, SETTINGS["seed"], 5, SETTINGS["streams"], SETTINGS["window"])
+    shard_n, sample_n = order.locate([i for i in index if i // 30 == 1])
+    assert len(set(zip(shard_n.tolist(), sample_n.tolist(), strict=True))) == 30
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"window": 5}, {"streams": 2}, {"label_drop": 0.6}])
@@ -125,7 +138,9 @@ def test_share_gives_every_row_once_and_equal_shapes():
 def test_validation_shows_each_sample_once_with_fixed_draws(data, ranks, limit):
     def passes(ranks, rank, micro_batch):
         shards = open_shards(data / "tar")
-        with ValidationLoader(shards, seed=5, micro_batch=micro_batch, rank=rank, ranks=ranks, limit=limit) as loader:
+        with make_validation_loader(
+            shards, seed=5, micro_batch=micro_batch, rank=rank, ranks=ranks, limit=limit
+        ) as loader:
             return [[[{k: v[i].clone() for k, v in b.tensors()} for i in range(len(b))] for b in loader.batches()]
                     for _ in range(2)]  # fmt: skip
 
@@ -152,7 +167,7 @@ def test_damage_surfaces_in_the_consumer_and_threads_end(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     before = threading.active_count()
     with (
-        Loader(open_shards(tmp_path), batch=4, seed=0, streams=1, window=4) as loader,
+        make_loader(open_shards(tmp_path), batch=4, seed=0, streams=1, window=4) as loader,
         pytest.raises(InputError, match="shard-00000001"),
     ):
         for _ in itertools.islice(loader.steps(), 20):
@@ -161,7 +176,7 @@ def test_damage_surfaces_in_the_consumer_and_threads_end(tmp_path):
 
 
 def test_a_second_run_over_the_same_loader_starts_clean(data):
-    with Loader(open_shards(data / "tar"), **SETTINGS) as loader:
+    with make_loader(open_shards(data / "tar"), **SETTINGS) as loader:
         first = [s.digest for s in itertools.islice(loader.steps(), 3)]
         assert [s.digest for s in itertools.islice(loader.steps(), 3)] == first
         assert [s.digest for s in itertools.islice(loader.steps(16), 1)] == first[2:]

@@ -9,9 +9,8 @@ import threading
 import fsspec
 import numpy as np
 import pytest
-from shard_data import write_shards
+from shard_data import make_loader, write_shards
 
-from ldt.data.loader import Loader
 from ldt.data.shards import open_shards, open_validation, remote
 from ldt.errors import InputError
 
@@ -59,7 +58,7 @@ def downloads(monkeypatch):
 
 
 def digests(shards, steps=12):
-    with Loader(shards, **SETTINGS) as loader:
+    with make_loader(shards, **SETTINGS) as loader:
         return [step.digest for step in itertools.islice(loader.steps(), steps)]
 
 

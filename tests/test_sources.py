@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shard_data import write_shards
+from shard_data import make_loader, make_validation_loader, write_shards
 from test_checkpoint import refused_case, train_case
 from test_loader import assert_same
 
@@ -14,7 +14,6 @@ from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.manifest import read_manifest
 from ldt.config import load, to_dict
 from ldt.data.batch import digest_text
-from ldt.data.loader import Loader, ValidationLoader
 from ldt.data.shards import Manifest, MixedShards, open_shards
 from ldt.errors import InputError
 from ldt.run.identity import identity
@@ -43,7 +42,7 @@ def mixed(root, **formats):
 def collect(shards, ranks=1, steps=40, start=0, **settings):
     rows, digests = [], [0] * steps
     for rank in range(ranks):
-        with Loader(shards, rank=rank, ranks=ranks, **(SETTINGS | settings)) as loader:
+        with make_loader(shards, rank=rank, ranks=ranks, **(SETTINGS | settings)) as loader:
             for k, step in enumerate(itertools.islice(loader.steps(start), steps)):
                 digests[k] += step.digest
                 for batch in step.micro_batches:
@@ -83,7 +82,7 @@ def test_rows_are_the_sources_samples_each_once_an_epoch(root):
 
 
 def collect_places(shards, samples):
-    with Loader(shards, **SETTINGS) as loader:
+    with make_loader(shards, **SETTINGS) as loader:
         return loader.order.locate(np.arange(samples))
 
 
@@ -106,7 +105,7 @@ def test_statistics_are_those_of_the_mixture(root):
 
 def test_held_out_samples_of_all_sources_come_once(root):
     shards = MixedShards({n: open_shards(root / "tar" / n / "validation") for n in WEIGHTS}, WEIGHTS)
-    with ValidationLoader(shards, seed=5, micro_batch=4) as loader:
+    with make_validation_loader(shards, seed=5, micro_batch=4) as loader:
         index = [int(i) for b in loader.batches() for i, w in zip(b.index_B, b.weight_B, strict=True) if w]
     assert index == list(range(7))
 

@@ -9,6 +9,7 @@ import torch
 import webdataset
 from PIL import Image
 from run_data import make_autoencoder, opened
+from shard_data import make_loader
 from test_checkpoint import refused_case, train_case
 
 from ldt.checkpoint.checkpoint import resolve
@@ -16,7 +17,6 @@ from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
 from ldt.data.batch import digest_text
-from ldt.data.loader import Loader
 from ldt.data.shards import Manifest, open_shards
 from ldt.errors import InputError
 from ldt.models.text_encoder import ByteEncoder, load_text_encoder
@@ -167,7 +167,7 @@ def draws(data, format, ranks, condition_on, steps=60, drop=0.2, seed=3):
     """Everything the network is told in some steps, by index, and the digests."""
     told, digests = {}, []
     loaders = [
-        Loader(open_shards(data / format), batch=8, seed=seed, window=9, streams=2, rank=r, ranks=ranks,
+        make_loader(open_shards(data / format), batch=8, seed=seed, window=9, streams=2, rank=r, ranks=ranks,
                label_drop=drop, condition_on=condition_on)
         for r in range(ranks)
     ]  # fmt: skip
@@ -230,7 +230,7 @@ def run_dir(pool, data, tmp_path_factory):
 def test_a_checkpoint_of_text_is_enough_to_sample_from(run_dir, tmp_path, capsys):
     manifest = read_manifest(resolve(run_dir))
     assert manifest["sampling"]["text"]["encoder"] == "bytes"
-    assert load_denoiser(run_dir).sampling.text_shape == (12, 0, 257)
+    assert load_denoiser(run_dir).spec.text_shape == (12, 0, 257)
     assert (run_dir / "samples" / "000000000080.png").exists()
     command = ["sample", str(run_dir), "images=4", "block=4", "steps=2", "--quiet"]
     (tmp_path / "prompts.txt").write_text("a coat\n\n")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ldt import rng as rng_of_ldt
-from ldt.data.batch import Batch, digest, fill
-from ldt.data.loader import Loader, LocationCache, RankSlice
+from ldt.data.batch import Batch, SampleDraws, digest
+from ldt.data.loader import LocationCache, RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples a second of each reader, hot cache, latents of 4x32x32 fp16 (16 KB a sample), and ratios to the limit."""
-    from shard_data import write_shards
+    from shard_data import make_loader, write_shards
 
     shape = (4, 32, 32)
     counts = [arguments.shard_samples] * (arguments.samples // arguments.shard_samples)
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 ),
                 256,
             )
-            with Loader(opened, batch=arguments.batch, seed=0, threads=arguments.threads) as loader:
+            with make_loader(opened, batch=arguments.batch, seed=0, threads=arguments.threads) as loader:
                 steps = loader.steps()
                 for _ in itertools.islice(steps, 8):
                     pass
@@ -73,16 +73,15 @@ def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
     shape = shards.manifest.latent_shape
     elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
-    key_n = np.arange(batch)
-    places, steps = LocationCache(order, RankSlice.of(batch, 0, 1, 0)), itertools.count()
-    shard_n, sample_n = places.of(0)
-    fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False)
+    locations, steps = LocationCache(order, RankSlice.of(batch, 0, 1, 0)), itertools.count()
+    first, draws = locations.of(0), SampleDraws(0, 0.1)
+    draws.fill(rows, shards, first)
     parts: dict[str, Callable[[], Any]] = {
-        "locate": lambda: places.of(batch * next(steps)),
-        "read": lambda: shards.read(shard_n, sample_n),
-        "one normal draw of two": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, key_n, elements),
-        "digest": lambda: digest(rows, sample_n),
-        "all of fill": lambda: fill(rows, shards, key_n, shard_n, sample_n, 0, 0.1, flip=False),
+        "locate": lambda: locations.of(batch * next(steps)),
+        "read": lambda: shards.read(first.shard_n, first.sample_n),
+        "one normal draw of two": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, elements),
+        "digest": lambda: digest(rows, first.sample_n),
+        "all of fill": lambda: draws.fill(rows, shards, first),
     }
     return {f"us/sample: {name}": 1e6 / _rate(action, batch, 0.7) for name, action in parts.items()}
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from ldt.data.batch import SampleDraws
+from ldt.data.loader import Loader, RankSlice, ValidationLoader, make_order
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import Manifest, make_table
+from ldt.data.shards.sources import Shards
 from ldt.files import write_atomic
 
 PACK = {"tar": tar.pack, "mds": mds.pack}
@@ -71,3 +75,20 @@ def write_shards(
     )
     manifest.save(directory)
     return written
+
+
+def make_loader(
+    shards: Shards, *, batch: int, seed: int, streams: int = 8, window: int = 1 << 16, rank: int = 0, ranks: int = 1,
+    micro_batch: int = 0, label_drop: float = 0.0, condition_on: str = "class", **how: Any,
+) -> Loader:  # fmt: skip
+    """A training loader of one rank. how: device, threads and ahead of `Loader`."""
+    order, share = make_order(shards, seed, batch, streams, window), RankSlice.of(batch, rank, ranks, micro_batch)
+    return Loader(shards, order, share, SampleDraws(seed, label_drop, condition_on, shards.manifest.flips), **how)
+
+
+def make_validation_loader(
+    shards: Shards, *, seed: int, micro_batch: int, rank: int = 0, ranks: int = 1, limit: int = 0
+) -> ValidationLoader:
+    """A validation loader of one rank over the first `limit` samples, 0 for all."""
+    total = min(limit or shards.manifest.samples, shards.manifest.samples)
+    return ValidationLoader(shards, SampleDraws(seed), RankSlice.of(total, rank, ranks, micro_batch))

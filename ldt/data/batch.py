@@ -5,7 +5,7 @@ and the digest proves it: a sum over samples, so it does not depend on how they 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,40 +70,69 @@ class Batch:
         return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
-def fill(
-    batch: Batch, shards: Shards, key_n: Ints, shard_n: Ints, sample_n: Ints, seed: int, drop: float,
-    flip: bool, condition_on: str = "class",
-) -> None:  # fmt: skip
-    """Write the samples of `key_n` into the first rows of a CPU batch.
+class Located(NamedTuple):
+    """Samples to read: key_n, by which their draws are made; shard_n and sample_n, where they lie. All int64 [n]."""
 
-    latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same bits.
-    drop: probability with which the condition is left out, for guidance. Of class and text together as many samples
-    again lose only the class, and as many only the text, so that either can be asked for alone.
+    key_n: Ints
+    shard_n: Ints
+    sample_n: Ints
+
+
+@dataclass(frozen=True)
+class SampleDraws:
+    """The random choices about samples: functions of (seed, purpose, key) alone.
+
+    label_drop: probability with which the condition is left out, for guidance. Of class and text together as many
+    samples again lose only the class, and as many only the text, so that either can be asked for alone.
+    condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored.
     """
-    manifest, n = shards.manifest, len(key_n)
-    flip_n = rng.bits(seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if flip else None
-    records = shards.read(shard_n, sample_n, flip_n, text=batch.text is not None)
-    latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
-    elements = int(np.prod(manifest.latent_shape))
-    np.multiply(records.std_nCHW, rng.normal(seed, Purpose.POSTERIOR, key_n, elements).reshape(shape), out=latent)
-    latent += records.mean_nCHW
-    latent -= np.array(manifest.mean_C, np.float32)[:, None, None]
-    latent /= np.array(manifest.std_C, np.float32)[:, None, None]
-    batch.noise_BCHW.numpy()[:n] = rng.normal(seed, Purpose.NOISE, key_n, elements).reshape(shape)
-    # 23 bits and a half: exact in float32, never 0 and never 1
-    step = rng.bits(seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)
-    batch.uniform_B.numpy()[:n] = (step + 0.5) * 2.0**-23
-    both, one = rng.uniform(seed, Purpose.CONDITION_DROP, key_n, 2).T
-    no_label = no_text = both < drop
-    if condition_on == "class_and_text":
-        no_label, no_text = no_label | (one < drop), no_text | (one >= 1 - drop)
-    batch.label_B.numpy()[:n] = np.where(no_label, len(manifest.classes), records.label_n)
-    if batch.text is not None and records.text_n is not None:
-        text_n = batch.text.numpy()[:n]
-        text_n[:] = records.text_n
-        text_n[no_text] = 0
-    batch.index_B.numpy()[:n] = key_n
-    batch.weight_B.numpy()[:n] = 1.0
+
+    seed: int
+    label_drop: float = 0.0
+    condition_on: str = "class"
+    flips: bool = False
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the denoiser is given captions."""
+        return self.condition_on != "class"
+
+    def fill(self, batch: Batch, shards: Shards, samples: Located) -> None:
+        """Write the samples into the first rows of a CPU batch.
+
+        latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same
+        bits.
+        """
+        manifest, n, key_n = shards.manifest, len(samples.key_n), samples.key_n
+        flip_n = rng.bits(self.seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if self.flips else None
+        records = shards.read(samples.shard_n, samples.sample_n, flip_n, text=batch.text is not None)
+        latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
+        elements = int(np.prod(manifest.latent_shape))
+        posterior = rng.normal(self.seed, Purpose.POSTERIOR, key_n, elements).reshape(shape)
+        np.multiply(records.std_nCHW, posterior, out=latent)
+        latent += records.mean_nCHW
+        latent -= np.array(manifest.mean_C, np.float32)[:, None, None]
+        latent /= np.array(manifest.std_C, np.float32)[:, None, None]
+        batch.noise_BCHW.numpy()[:n] = rng.normal(self.seed, Purpose.NOISE, key_n, elements).reshape(shape)
+        # 23 bits and a half: exact in float32, never 0 and never 1
+        step = rng.bits(self.seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)
+        batch.uniform_B.numpy()[:n] = (step + 0.5) * 2.0**-23
+        no_label, no_text = self._dropped(key_n)
+        batch.label_B.numpy()[:n] = np.where(no_label, len(manifest.classes), records.label_n)
+        if batch.text is not None and records.text_n is not None:
+            text_n = batch.text.numpy()[:n]
+            text_n[:] = records.text_n
+            text_n[no_text] = 0
+        batch.index_B.numpy()[:n] = key_n
+        batch.weight_B.numpy()[:n] = 1.0
+
+    def _dropped(self, key_n: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which samples lose their class, and which their text: bool [n] each."""
+        both, one = rng.uniform(self.seed, Purpose.CONDITION_DROP, key_n, 2).T
+        no_label = no_text = both < self.label_drop
+        if self.condition_on == "class_and_text":
+            no_label, no_text = no_label | (one < self.label_drop), no_text | (one >= 1 - self.label_drop)
+        return no_label, no_text
 
 
 def digest(batch: Batch, ordinal_n: Ints) -> int:

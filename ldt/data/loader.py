@@ -18,12 +18,11 @@ from typing import Self
 import numpy as np
 import torch
 
-from ldt.data.batch import Batch, digest, fill
+from ldt.data.batch import Batch, Located, SampleDraws, digest
 from ldt.data.mixture import MixedOrder
-from ldt.data.order import Ints, Order
+from ldt.data.order import Order
 from ldt.data.prefetch import ahead
 from ldt.data.shards import MixedShards, Shards
-from ldt.errors import InputError
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
 LOCATED_TOGETHER = 4096  # samples
@@ -108,16 +107,14 @@ class _Loader:
         self,
         share: RankSlice,
         shards: Shards,
+        draws: SampleDraws,
         device: torch.device | str,
         threads: int,
         ahead: int,
-        condition_on: str,
     ) -> None:
-        self.share, self.shards, self.device = share, shards, torch.device(device)
+        self.share, self.shards, self.draws, self.device = share, shards, draws, torch.device(device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ldt-loader")
-        self.condition_on = condition_on
-        text = condition_on != "class"
-        self._buffers = [_Buffer(share, shards, self.device, text) for _ in range(ahead + 1)]
+        self._buffers = [_Buffer(share, shards, self.device, draws.uses_text) for _ in range(ahead + 1)]
 
     def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:
         """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
@@ -157,58 +154,47 @@ class LocationCache:
     def __init__(self, order: Order | MixedOrder, share: RankSlice) -> None:
         self._order, self._slots = order, np.arange(share.start, share.stop)
         self._steps = min(64, max(1, LOCATED_TOGETHER // max(1, len(self._slots))))
-        self._kept: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], Located] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, first: int) -> tuple[Ints, Ints]:
-        """(shard, sample in shard) of the rank's samples of the step at global index `first`. Thread-safe."""
-        block, row = divmod(first // self._order.batch, self._steps)
+    def of(self, first: int) -> Located:
+        """The rank's samples of the step whose global batch begins at index `first`, any index. Thread-safe."""
+        number, offset = divmod(first, self._order.batch)
+        block, row = divmod(number, self._steps)
         with self._lock:
-            if block not in self._kept:
+            if (block, offset) not in self._kept:
                 step_n = block * self._steps + np.arange(self._steps)
-                index_n = (step_n[:, None] * self._order.batch + self._slots).ravel()
-                self._kept[block] = self._order.locate(index_n)
+                index_n = (step_n[:, None] * self._order.batch + offset + self._slots).ravel()
+                self._kept[block, offset] = Located(index_n, *self._order.locate(index_n))
                 if len(self._kept) > 4 + 2 * PREFETCH_STEPS // self._steps:
                     self._kept.popitem(last=False)
-            shard_n, sample_n = self._kept[block]
+            kept = self._kept[block, offset]
         rows = slice(row * len(self._slots), (row + 1) * len(self._slots))
-        return shard_n[rows], sample_n[rows]
+        return Located(*(array[rows] for array in kept))
 
 
 class Loader(_Loader):
-    """Endless training steps.
+    """Endless training steps over `order`'s samples, of which this rank reads `share`.
 
-    shards: the data; batch: global batch size; seed, streams, window: of the order and of all draws; micro_batch: most
-    samples of one forward pass, 0 for the rank's whole share; label_drop: probability with which a sample loses its
-    condition; condition_on: class, text or class_and_text; threads, ahead: how many fill buffers and how many steps
-    ahead.
+    draws: the random choices about each sample; threads, ahead: how many fill buffers, and how many steps ahead.
     """
 
     def __init__(
         self,
         shards: Shards,
-        *,
-        batch: int,
-        seed: int,
-        streams: int = 8,
-        window: int = 1 << 16,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batch: int = 0,
-        label_drop: float = 0.0,
-        condition_on: str = "class",
+        order: Order | MixedOrder,
+        share: RankSlice,
+        draws: SampleDraws,
         device: torch.device | str = "cpu",
         threads: int = 2,
         ahead: int = 4,
     ) -> None:
-        self.order = _order_of(shards, seed, batch, streams, window)
-        self.batch, self.seed, self.label_drop = batch, seed, label_drop
-        self._start_of_shard = np.cumsum(self.order.counts) - self.order.counts
+        self.order, self.batch = order, order.batch
+        self._start_of_shard = np.cumsum(order.counts) - order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
         self._asked: OrderedDict[int, None] = OrderedDict()
-        share = RankSlice.of(batch, rank, ranks, micro_batch)
-        self._places = LocationCache(self.order, share)
-        super().__init__(share, shards, device, threads, ahead, condition_on)
+        self._locations = LocationCache(order, share)
+        super().__init__(share, shards, draws, device, threads, ahead)
 
     @property
     def micro_batches(self) -> int:
@@ -216,9 +202,7 @@ class Loader(_Loader):
         return self.share.count
 
     def steps(self, samples_seen: int = 0) -> Iterator[StepInputs]:
-        """Steps from a multiple of the global batch on, at once, wherever that is."""
-        if samples_seen % self.batch:
-            raise InputError(f"samples_seen={samples_seen} is not a multiple of the global batch of {self.batch}")
+        """Steps from any global index on, at once, wherever that is."""
         for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
             yield StepInputs(first, buffer.batches(), buffer.digest, waited)
 
@@ -242,8 +226,7 @@ class Loader(_Loader):
     def _prefetch(self, first: int) -> None:
         """Ask for the shards of the step at `first`, once each while they are likely to be in use."""
         assert self._downloads is not None
-        shard_n, _ = self._places.of(first)
-        for shard in np.unique(shard_n).tolist():
+        for shard in np.unique(self._locations.of(first).shard_n).tolist():
             if shard not in self._asked:
                 self._downloads.submit(self.shards.fetch, shard)  # an error comes again when the shard is read
             self._asked[shard] = None
@@ -252,15 +235,13 @@ class Loader(_Loader):
             self._asked.popitem(last=False)
 
     def _fill(self, first: int, buffer: _Buffer) -> None:
-        index_n = first + np.arange(self.share.start, self.share.stop)
-        shard_n, sample_n = self._places.of(first)
-        flip = self.shards.manifest.flips
-        drop, told = self.label_drop, self.condition_on
-        fill(buffer.host, self.shards, index_n, shard_n, sample_n, self.seed, drop, flip, told)
-        buffer.digest = digest(buffer.host, self._start_of_shard[shard_n] + sample_n)
+        samples = self._locations.of(first)
+        self.draws.fill(buffer.host, self.shards, samples)
+        buffer.digest = digest(buffer.host, self._start_of_shard[samples.shard_n] + samples.sample_n)
 
 
-def _order_of(shards: Shards, seed: int, batch: int, streams: int, window: int) -> Order | MixedOrder:
+def make_order(shards: Shards, seed: int, batch: int, streams: int, window: int) -> Order | MixedOrder:
+    """The order of a data set's samples, or of those of several mixed ones, in global batches of `batch`."""
     if isinstance(shards, MixedShards):
         counts_S = [s.manifest.counts for s in shards.sources.values()]
         return MixedOrder(counts_S, list(shards.parts.values()), seed, batch, streams, window)
@@ -270,31 +251,22 @@ def _order_of(shards: Shards, seed: int, batch: int, streams: int, window: int) 
 class ValidationLoader(_Loader):
     """The held-out samples, each once, with the same draws every time: no flips, no dropped labels.
 
-    limit: use only the first so many (0 for all). index_B is the sample's number in the split.
+    share: this rank's part of the split, in micro-batches. index_B is the sample's number in the split.
     """
 
     def __init__(
         self,
         shards: Shards,
-        *,
-        seed: int,
-        micro_batch: int,
-        rank: int = 0,
-        ranks: int = 1,
-        limit: int = 0,
-        condition_on: str = "class",
+        draws: SampleDraws,
+        share: RankSlice,
         device: torch.device | str = "cpu",
         threads: int = 1,
         ahead: int = 2,
     ) -> None:
-        total = min(limit or shards.manifest.samples, shards.manifest.samples)
-        if total == 0:
-            raise InputError(f"{shards.path} holds no samples; encode with a larger validation_fraction")
-        self.seed, self.total = seed, total
-        self._whole = RankSlice.of(total, rank, ranks, micro_batch)
+        self._whole = share
         self._ends = np.cumsum(shards.manifest.counts)
-        one = RankSlice(0, self._whole.size, 1, self._whole.size)
-        super().__init__(one, shards, device, threads, ahead, condition_on)
+        one = RankSlice(0, share.size, 1, share.size)
+        super().__init__(one, shards, draws, device, threads, ahead)
 
     def batches(self) -> Iterator[Batch]:
         """One pass; every rank yields the same number of batches of the same size."""
@@ -307,8 +279,7 @@ class ValidationLoader(_Loader):
         number_n = np.arange(start, max(start, min(start + self.share.size, self._whole.stop)))
         shard_n = np.searchsorted(self._ends, number_n, "right")
         sample_n = number_n - (self._ends - self.shards.manifest.counts)[shard_n]
-        key_n = VALIDATION_KEYS + number_n
         buffer.host.weight_B.zero_()
-        fill(buffer.host, self.shards, key_n, shard_n, sample_n, self.seed, 0.0, False, self.condition_on)
+        self.draws.fill(buffer.host, self.shards, Located(VALIDATION_KEYS + number_n, shard_n, sample_n))
         buffer.host.index_B.numpy()[:] = -1
         buffer.host.index_B.numpy()[: len(number_n)] = number_n

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from ldt import log
+from ldt.data.batch import SampleDraws
 from ldt.data.latent_spec import LatentSpec
-from ldt.data.loader import Loader, RankSlice, ValidationLoader
+from ldt.data.loader import Loader, RankSlice, ValidationLoader, make_order
 from ldt.data.shards import Shards
 from ldt.dist import World, all_gather
 from ldt.engine import memory
+from ldt.errors import InputError
 from ldt.nn.build import checkpoint_blocks, parameter_count
 from ldt.nn.sizes import flops
 from ldt.progress import pluralize, si_format
@@ -48,32 +50,18 @@ def make_loaders(
     config: TrainJob, shards: Shards, micro_batch: int, world: World
 ) -> tuple[Loader, ValidationLoader | None]:
     """The loader of the training data and, if there is validation, that of the held-out split."""
-    loader = Loader(
-        shards,
-        batch=config.train.global_batch,
-        seed=config.seed,
-        streams=config.data.streams,
-        window=config.data.window,
-        rank=world.rank,
-        ranks=world.size,
-        micro_batch=micro_batch,
-        label_drop=config.objective.condition_drop,
-        condition_on=config.model.condition_on,
-        device=world.device,
-        threads=config.data.threads,
-    )
+    data, on = config.data, config.model.condition_on
+    order = make_order(shards, config.seed, config.train.global_batch, data.streams, data.window)
+    share = RankSlice.of(config.train.global_batch, world.rank, world.size, micro_batch)
+    draws = SampleDraws(config.seed, config.objective.condition_drop, on, shards.manifest.flips)
+    loader = Loader(shards, order, share, draws, world.device, data.threads)
     if not config.log.validation_every_samples:
         return loader, None
-    validation = ValidationLoader(
-        open_held_out(config.data, world),
-        seed=config.seed,
-        micro_batch=loader.share.size,
-        rank=world.rank,
-        ranks=world.size,
-        condition_on=config.model.condition_on,
-        device=world.device,
-    )
-    return loader, validation
+    held_out = open_held_out(data, world)
+    if held_out.manifest.samples == 0:
+        raise InputError(f"{held_out.path} holds no samples; encode with a larger validation_fraction")
+    part = RankSlice.of(held_out.manifest.samples, world.rank, world.size, share.size)
+    return loader, ValidationLoader(held_out, SampleDraws(config.seed, 0.0, on), part, world.device)
 
 
 def describe(
