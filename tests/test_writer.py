@@ -1,12 +1,16 @@
 """Saving behind the training: what is saved is the state at the copy, a failure anywhere fails it everywhere."""
 
 import resource
+import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from unprivileged import UNPRIVILEGED
 
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import load_denoiser
@@ -89,7 +93,9 @@ def test_training_goes_on_while_it_is_written(pool, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_on_one_rank_fails_the_save_on_all(pool, tmp_path, rank):
     problems = pool(2).run(full_case, directory=str(tmp_path), rank=rank)
-    assert problems == ["the checkpoint at 200 samples could not be saved on 1 rank(s)"] * 2
+    expected = ["the checkpoint at 200 samples could not be saved on 1 rank(s)"] * 2
+    expected[rank] += " (File too large)"
+    assert problems == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000100", "000000000300"], "and nothing half-written"
     for path in listed(tmp_path):
         assert Checkpoint.read(path).verify().samples_seen == int(path.name)
@@ -116,6 +122,83 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000060.damaged", "000000000070"]
+
+
+def test_a_failed_last_save_leaves_nothing_behind(pool, tmp_path):
+    pool(2).run(last_case, directory=str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["000000000100"]
+
+
+def last_case(world: World, directory: str) -> None:
+    """The last save of a run fails: nothing comes after it that would clear away what it left."""
+    engine, limits = make_engine(world), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Writer(engine.partition, world) as writer:
+        begin(writer, Path(directory), engine, 100)
+        writer.finish()
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        begin(writer, Path(directory), engine, 200)
+        writer.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert writer.problem
+
+
+def linked(path: Path, elsewhere: Path) -> Path:
+    """A checkpoint that was moved to another disk, with a link in its place."""
+    elsewhere.mkdir(parents=True, exist_ok=True)
+    (elsewhere / path.name).mkdir()
+    (elsewhere / path.name / "manifest.json").write_text("{}")
+    path.symlink_to(elsewhere / path.name)
+    return path
+
+
+def test_links_are_unlinked_and_what_they_lead_to_stays(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    root.mkdir()
+    for samples_seen in (10, 20, 30):
+        linked(root / f"{samples_seen:012d}", elsewhere)
+    linked(root / ".000000000005.deleted", elsewhere)
+    linked(root / ".000000000040.tmp", elsewhere)
+    remove_old(root, Retention(1))
+    remove_leftovers(root)
+    assert [p.name for p in root.iterdir()] == ["000000000030"]
+    assert len(list(elsewhere.glob("*/manifest.json"))) == 5
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_save_takes_the_place_of_a_link(pool, tmp_path, dangling):
+    (tmp_path / "checkpoints").mkdir()
+    path = linked(tmp_path / "checkpoints" / "000000000100", tmp_path / "elsewhere")
+    if dangling:
+        shutil.rmtree(tmp_path / "elsewhere")
+    pool(1).run(repeated_case, directory=str(path.parent))
+    assert not path.is_symlink() and verify(path)
+    assert dangling or (tmp_path / "elsewhere" / path.name / "manifest.json").read_text() == "{}"
+
+
+KEEP_ONE = """
+import sys
+from pathlib import Path
+from ldt import log
+from ldt.checkpoint.writer import Retention, remove_leftovers, remove_old
+log.configure(0)
+remove_old(Path(sys.argv[1]), Retention(1))
+remove_leftovers(Path(sys.argv[1]))
+"""
+
+
+def test_a_deletion_that_fails_is_told_and_ends_nothing(tmp_path):
+    """Of a checkpoint that somebody made read-only; the rest is deleted, and the next start is not blocked either."""
+    for samples_seen in (10, 20, 30):
+        (tmp_path / f"{samples_seen:012d}" / "inner").mkdir(parents=True)
+        (tmp_path / f"{samples_seen:012d}" / "inner" / "file").touch()
+    (tmp_path / "000000000010" / "inner").chmod(0o555)
+    done = subprocess.run([*UNPRIVILEGED, sys.executable, "-c", KEEP_ONE, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("could not be deleted") == 2 and "Permission denied" in done.stderr
+    assert [p.name for p in listed(tmp_path)] == ["000000000030"]
+    assert not (tmp_path / ".000000000020.deleted").exists()
+    (tmp_path / ".000000000010.deleted" / "inner").chmod(0o755)
 
 
 def test_a_repeated_save_replaces_the_old_one(pool, tmp_path):

@@ -7,6 +7,7 @@ and the run goes on.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -109,11 +110,14 @@ class Writer:
         if save is None or over < (1 if save.committing else self._world.size):
             return
         if failed:
-            self.problem = f"the checkpoint at {save.samples_seen} samples could not be saved on {failed} rank(s)"
+            error = save.future.exception() if save.future else None
+            why = f" ({error.strerror})" if isinstance(error, OSError) else ""
+            self.problem = f"the checkpoint at {save.samples_seen} samples could not be saved on {failed} rank(s){why}"
             self._save = None
             if self._world.rank == 0:
                 logger.error("%s; older ones stay, and training goes on", self.problem)
-                self._pool.submit(_remove_temporary, save)
+                if not self.refused:  # else another job may be writing under the same name
+                    self._pool.submit(_remove_temporary, save)
         elif save.committing:
             self.problem, self._save = "", None
         else:
@@ -177,7 +181,7 @@ class Writer:
                 write_synced(temporary / MANIFEST, text)
                 sync_directory(temporary)
                 self._check()
-                if final.exists():  # a resumed run comes by here again
+                if os.path.lexists(final):  # a resumed run comes by here again
                     _delete(final)
                 temporary.rename(final)
                 sync_directory(content.root)
@@ -194,13 +198,13 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)  # a failed save may still have to be cleared away
 
 
 def remove_leftovers(root: Path) -> None:
     """Delete what killed writers left under `root`; only for the owner of the run directory."""
     for leftover in (*root.glob(".*.tmp"), *root.glob(".*.deleted")):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def remove_old(root: Path, retention: Retention) -> None:
@@ -216,15 +220,35 @@ def remove_old(root: Path, retention: Retention) -> None:
                 periods.add(period)
                 continue
         if not pinned(path):
-            _delete(path)
+            try:
+                _delete(path)
+            except OSError as error:
+                logger.warning("%s is too old to keep but could not be deleted (%s)", path, error)
 
 
 def _delete(path: Path) -> None:
+    """Make a checkpoint vanish at once; its bytes follow. What a symbolic link leads to is not ours and stays."""
+    if path.is_symlink():
+        logger.info("%s was a symbolic link and is removed; what it leads to stays: %s", path, os.readlink(path))
+        path.unlink()
+        return
     doomed = path.with_name(f".{path.name}.deleted")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory or a symbolic link; one that can't be deleted is reported and left, the run goes on."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s could not be deleted (%s); remove it by hand", path, error)
 
 
 def _remove_temporary(save: _Save) -> None:
     for content in save.contents:
-        shutil.rmtree(content.temporary(save.samples_seen), ignore_errors=True)
+        if (temporary := content.temporary(save.samples_seen)).exists():
+            _remove(temporary)

@@ -126,7 +126,8 @@ class Trainer:
             watchdog.at("writing the last checkpoint")
             self.writer.finish()
         if self.writer.problem:
-            raise RunError(f"{self.writer.problem}; make room and start the same command again")
+            remedy = "make room, or mend what its line in the log names, and start the same command again"
+            raise RunError(f"{self.writer.problem}; {remedy}")
         if self.progress.samples_seen < total:
             return STOPPED, f"stopped on request ({request})", self.progress.samples_seen
         words = "was already trained to the end (a larger train.total_samples goes on)"
