@@ -48,6 +48,11 @@ class ProgressLine:
             else:
                 self._say(f"{self.line()}\n")
 
+    def go_back(self, done: int) -> None:
+        """Only so much is done after all; speeds are measured anew."""
+        self._done = done
+        self._past = deque([(time.monotonic(), done, self._waited, self._losses, self._steps)])
+
     def line(self, width: float = math.inf) -> str:
         """Such as `train  3,200 of 6,400 img (50%)  1,890 img/s  12 min to go  loss 1.3540  data wait 2%`.
 

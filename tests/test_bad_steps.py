@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from shard_data import write_shards
 
-from ldt.checkpoint.checkpoint import resolve
-from ldt.checkpoint.manifest import read_manifest
+from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve
+from ldt.checkpoint.manifest import TrainState, read_manifest
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
@@ -77,6 +78,27 @@ def test_a_second_time_ends_the_run_with_an_explanation(pool, spoiled, tmp_path)
     assert "lower optimizer.lr" in end
 
 
+def test_a_restart_remembers_the_roll_back_and_what_to_pass_over(pool, spoiled, tmp_path):
+    """Else a requeue after each roll-back would roll back again and again."""
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1"]
+    end, lines = pool(2).run(train_case, settings=[*settings, "train.total_samples=64"])
+    state = Checkpoint.read(resolve(tmp_path)).state
+    (passed,) = (r for r in lines if "reason" in r)
+    assert end == "done" and state.rolled_back and state.avoid == [passed["skipped_first"]]
+    end, _ = pool(1).run(train_case, settings=[*settings, "train.total_samples=160"])
+    assert "after a roll-back had passed over earlier ones" in end
+
+
+def test_the_roll_back_is_saved_before_the_next_step(pool, spoiled, tmp_path):
+    """The checkpoint that was returned to says so at once: a kill in the next step changes nothing."""
+    settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "checkpoint.every_samples=8"]
+    _, lines = pool(1).run(train_case, settings=[*settings, "train.total_samples=64", "checkpoint.keep=99"])
+    (passed,) = (r for r in lines if "reason" in r)
+    for path in checkpoints_of(tmp_path):
+        checkpoint = Checkpoint.read(path)
+        assert checkpoint.state.rolled_back == (checkpoint.samples_seen >= passed["skipped_first"])
+
+
 def test_without_a_checkpoint_to_return_to_it_is_said(pool, spoiled, tmp_path):
     settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "checkpoint.every_samples=0"]
     end, _ = pool(1).run(train_case, settings=[*settings, "train.total_samples=64"])
@@ -101,10 +123,15 @@ def test_loss_spikes_are_skipped_once_there_is_enough_to_judge_by(pool, tmp_path
 def test_the_limit_is_robust():
     judge = BadSteps(in_a_row=3, spike_factor=10)
     losses = [1.0 + 0.01 * (i % 10) for i in range(RECENT_LOSSES)]
-    limit = judge.loss_limit(losses)
+
+    def limit_after(recent: list[float], **state: Any) -> float:
+        return judge.loss_limit(8, TrainState(0, "data", recent_losses=recent, **state))
+
+    limit = limit_after(losses)
     assert 1.1 < limit < 1.6
-    assert judge.loss_limit([*losses[:-3], 1e9, 1e9, 1e9]) == pytest.approx(limit, rel=0.05)
-    assert judge.loss_limit(losses[:-1]) == float("inf")
+    assert limit_after([*losses[:-3], 1e9, 1e9, 1e9]) == pytest.approx(limit, rel=0.05)
+    assert limit_after(losses[:-1]) == float("inf")
+    assert limit_after(losses, avoid=[8]) == -float("inf")
 
 
 @pytest.mark.parametrize("setting", ["train.bad_steps=0", "train.spike_factor=-1", "train.time_limit_minutes=-1"])

@@ -181,7 +181,7 @@ def test_inspection_says_whole_damaged_or_not_ours(copy, tmp_path, capsys):
     assert "safetensors differs from its hash" in capsys.readouterr().out
     assert main(["inspect", str(copy)]) == 1
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "holds neither latent shards nor checkpoints" in capsys.readouterr().err
+    assert "holds neither latent shards nor a checkpoint" in capsys.readouterr().err
 
 
 def spoil(checkpoint):

@@ -5,7 +5,7 @@ import torch
 
 from ldt.engine import ema as averaging
 from ldt.engine.config import EMAConfig
-from ldt.engine.ema import Profile
+from ldt.engine.ema import Profile, ShardedEMA
 from ldt.errors import InputError
 
 
@@ -43,10 +43,12 @@ def track(widths, steps):
     walk = torch.randn(steps, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(0)
     out = {}
     for width in widths:
-        average, seen = torch.zeros(64, dtype=torch.float64), []
+        weights, seen = torch.zeros(64, dtype=torch.float64), []
+        ema = ShardedEMA(EMAConfig(widths=[width]), [weights])
         for i in range(steps):
-            averaging.update([average], [walk[i]], Profile(width=width).decay(i + 1, 1))
-            seen.append(average.clone())
+            weights.copy_(walk[i])
+            ema.update(i + 1, 1)
+            seen.append(ema.tensors["ema"][0].clone())
         out[width] = torch.stack(seen)
     return out
 

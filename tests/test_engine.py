@@ -10,8 +10,8 @@ from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather
-from ldt.engine import ema as averaging
-from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
+from ldt.engine.ema import ShardedEMA
 from ldt.engine.engine import Engine, learning_rate
 from ldt.errors import InputError
 from ldt.nn.build import build
@@ -51,7 +51,7 @@ def reference():
         adam.step()
         steps.append((float(loss.detach()), float(norm)))
         for n, p in model.named_parameters():
-            average[n].lerp_(p.detach(), 0.1)
+            average[n].lerp_(p.detach(), 0.5)
     return steps, {n: p.detach() for n, p in model.named_parameters()}, average
 
 
@@ -70,7 +70,7 @@ def train_case(world: World, stage: int, micro_batches: int, precision: str):
     engine = Engine(
         build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage, precision), OPTIMIZER, world, micro_batches
     )
-    average = [f.master.clone() for f in engine.partition.owned]
+    ema = ShardedEMA(EMAConfig(kind="half_life", half_life=BATCH), [f.master for f in engine.partition.owned])
     low, high = BATCH * world.rank // world.size, BATCH * (world.rank + 1) // world.size
     rows = list(range(low, high))
     rows += [low] * (-len(rows) % micro_batches + (0 if len(rows) else micro_batches))
@@ -84,7 +84,7 @@ def train_case(world: World, stage: int, micro_batches: int, precision: str):
             for i in range(0, len(rows), size)
         ]
         result = engine.step(batches, lambda d, b: (loss_B(d, b[0]) * b[1]).sum(), LR, BATCH)
-        averaging.update(average, [f.master for f in engine.partition.owned], 0.9)
+        ema.update((step + 1) * BATCH, BATCH)
         steps.append([result.loss, result.grad_norm])
         assert result.applied
     expected_steps, expected_weights, expected_average = reference()
@@ -92,14 +92,14 @@ def train_case(world: World, stage: int, micro_batches: int, precision: str):
     torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected_steps), rtol=digits, atol=0)
     # Adam turns the rounding of a vanishing gradient into a visible part of a step: compare to the length of one
     weights_now = gather(engine.partition, [f.master for f in engine.partition.owned])
-    average_now = gather(engine.partition, average)
+    average_now = gather(engine.partition, ema.tensors["ema"])
     if precision == "fp32":
         torch.testing.assert_close(weights_now, expected_weights, rtol=0, atol=0.05 * LR)
         torch.testing.assert_close(average_now, expected_average, rtol=0, atol=0.05 * LR)
     assert distance(weights_now, expected_weights) < digits
     assert distance(average_now, expected_average) < digits
     assert engine.partition.optimizer_steps() == STEPS
-    check_swap(engine, average)
+    check_swap(engine, ema.tensors["ema"])
 
 
 def skip_case(world: World, stage: int, precision: str):
@@ -149,7 +149,7 @@ def distance(ours, theirs):
 
 
 def check_swap(engine, average):
-    """Inside `swapped` the model computes with the average; afterwards it is bit for bit what it was."""
+    """Inside `using_weights` the model computes with the average; afterwards it is bit for bit what it was."""
     batch = data(99)
 
     def evaluate():

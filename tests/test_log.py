@@ -161,6 +161,15 @@ def test_the_time_to_go_is_there_on_eighty_columns():
     assert bar.line().startswith(bar.line(79)) and bar.line(79).endswith(" min to go")
 
 
+def test_the_line_of_progress_goes_back_with_the_work():
+    with log.progress(1000, "img", "train", show=False) as bar:
+        bar.update(600)
+        bar.go_back(200)
+        assert bar.line().startswith("train  200 of 1,000 img (20%)")
+        bar.update(100)
+        assert bar.line().startswith("train  300 of 1,000 img (30%)")
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(0, "0 "), (999, "999 "), (74_000, "74.0 k"), (330_300_000, "330 M"), (5.57e9, "5.57 G"), (3e15, "3000 T")],

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import TrainState, listed
 from ldt.checkpoint.restore import restore, verify_together
 from ldt.checkpoint.writer import Content, Retention, Writer
@@ -24,8 +25,8 @@ from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum, barrier, process_group
-from ldt.engine import ema as averaging
-from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
+from ldt.engine.ema import ShardedEMA
 from ldt.engine.engine import Engine
 from ldt.engine.partition import MOMENTS
 from ldt.nn.build import build, parameter_count
@@ -62,7 +63,7 @@ class Bench:
         self.engine = Engine(denoiser, config, OptimizerConfig(), world, 1)
         self.objective = Objective(ObjectiveConfig())
         self.masters = [f.master for f in self.engine.partition.owned]
-        self.averages = {name: [m.clone() for m in self.masters] for name in ("ema", "ema_0.1")}
+        self.ema = ShardedEMA(EMAConfig(), self.masters)
         self.writer = Writer(self.engine.partition, world)
         self.seconds: dict[str, list[float]] = {}
 
@@ -108,9 +109,11 @@ class Bench:
         self.forget_cached()
         self.timed("plain_read", lambda: [p.read_bytes() for p in self.my_files()])
         self.forget_cached()
-        self.timed(
-            "read", lambda: (verify_together(path, self.world), restore(path, self.engine.partition, self.averages))
-        )
+        self.timed("read", lambda: self.read(path))
+
+    def read(self, path: Path) -> None:
+        verify_together(path, self.world)
+        restore(Checkpoint.read(path), self.engine.partition, self.ema)
 
     def timed(self, name: str, work: Callable[[], Any]) -> None:
         """Seconds of the slowest rank, from a common start."""
@@ -130,25 +133,24 @@ class Bench:
         def loss(denoiser: Any, _: Any) -> torch.Tensor:
             return self.objective.loss(denoiser, x0, noise, t, Condition(label)).sum()
 
-        result = self.engine.step([None], loss, 1e-4, n * self.world.size, also=self.writer.vote())
+        result = self.engine.step([None], loss, 1e-4, n * self.world.size, votes=self.writer.vote())
         self.writer.settle(*map(int, result.sums))
 
     def update_averages(self) -> None:
-        for average in self.averages.values():
-            averaging.update(average, self.masters, 0.999)
+        self.ema.update(1_000_000, self.arguments.batch)
 
     def state(self) -> list[list[torch.Tensor]]:
         moments = [self.engine.partition.moments(f) for f in self.engine.partition.owned]
-        return [self.masters, *([m[kind] for m in moments] for kind in MOMENTS), *self.averages.values()]
+        return [self.masters, *([m[kind] for m in moments] for kind in MOMENTS), *self.ema.tensors.values()]
 
     def begin(self, samples_seen: int) -> None:
-        kinds = dict(zip(["master", *MOMENTS, *self.averages], self.state(), strict=True))
+        kinds = dict(zip(["master", *MOMENTS, *self.ema.tensors], self.state(), strict=True))
         spec = LatentSpec(LATENT, [], [0.0] * LATENT[0], [1.0] * LATENT[0], "", "", 0, 0)
         facts = {
             "progress": asdict(TrainState(samples_seen, "bench")),
             "sampling": spec.to_json(),
             "config": {"model": to_dict(self.model), "objective": to_dict(ObjectiveConfig())},
-            "averages": {},
+            "averages": self.ema.describe(),
         }
         self.writer.begin([Content(self.root, kinds, Retention(1))], facts)
 

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ldt import config as configs
 from ldt.data.batch import Batch
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
-from ldt.engine import ema as averaging
 from ldt.engine import memory
+from ldt.engine.config import EMAConfig
+from ldt.engine.ema import ShardedEMA
 from ldt.engine.engine import parameter_groups
 from ldt.nn.build import build
 from ldt.nn.sizes import flops
@@ -122,9 +123,10 @@ class Bench:
         clock = Phases(self.device)
         self.trainer.engine.mark = clock.mark
         for _ in range(steps):
-            step = next(self.steps)
+            inputs = next(self.steps)
             clock.mark("data")
-            self.trainer.advance(step)
+            self.trainer.settle(self.trainer.step(inputs, self.trainer.learning_rate()))
+            self.trainer.tick()
         synchronise(self.device)
         seconds = max(all_gather((time.perf_counter() - start) / steps))
         if counts:
@@ -161,7 +163,7 @@ class Bench:
     def planned_memory(self) -> int:
         """What `ldt plan` says of it."""
         trainer, engine = self.trainer, self.trainer.config.engine
-        spec, ranks, averages = trainer.spec, trainer.world.size, len(trainer.profiles)
+        spec, ranks, averages = trainer.spec, trainer.world.size, len(trainer.ema.profiles)
         state = memory.state_bytes(trainer.parameters, engine.zero_stage, engine.precision, ranks, averages)
         classes, text = len(spec.classes), spec.text_shape
         kept = memory.activations(trainer.config.model, spec.latent_shape, classes, text, engine.precision)
@@ -204,7 +206,7 @@ class Plain:
             parameter_groups(model, config.optimizer), config.optimizer.lr, config.optimizer.betas
         )
         self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
-        self.average = [p.clone() for p in self.weights]
+        self.ema = ShardedEMA(EMAConfig(widths=[0.1]), self.weights)
         self.model: nn.Module = DistributedDataParallel(model) if trainer.world.size > 1 else model
         self.steps = trainer.loader.steps()
         self.half = config.engine.precision == "bf16"
@@ -230,7 +232,7 @@ class Plain:
         if self.trainer.config.optimizer.clip:
             nn.utils.clip_grad_norm_(self.weights_with_gradients(), self.trainer.config.optimizer.clip)
         self.adam.step()
-        averaging.update(self.average, self.weights, 0.9999)
+        self.ema.update(1_000_000, self.trainer.batch)
         float(loss.detach())
 
     def weights_with_gradients(self) -> list[torch.Tensor]:

@@ -53,7 +53,8 @@ class TrainState:
     """The state of a run besides its tensors.
 
     skipped: first positions of the steps that changed no weights; recent_losses: of the newest steps, oldest first,
-    kept while a loss spike is judged by them.
+    kept while a loss spike is judged by them; rolled_back: whether bad steps have rolled the run back, which happens
+    once; avoid: first positions of the steps to pass over since then.
     """
 
     samples_seen: int
@@ -61,6 +62,8 @@ class TrainState:
     skipped: list[int] = field(default_factory=list)
     attempt: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    rolled_back: bool = False
+    avoid: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, facts: Any) -> "TrainState":
@@ -70,7 +73,8 @@ class TrainState:
         except TypeError as error:
             raise Damaged(f"progress: {error}") from None
         shape = {"samples_seen": natural, "data_fingerprint": str, "skipped": [natural], "attempt": natural}
-        _check(vars(progress), shape | {"recent_losses": [real]}, "progress")
+        shape |= {"recent_losses": [real], "rolled_back": bool, "avoid": [natural]}
+        _check(vars(progress), shape, "progress")
         return progress
 
 

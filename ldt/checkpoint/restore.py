@@ -3,22 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ldt import rng
-from ldt.checkpoint.checkpoint import resolve
+from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.load import read_exported, read_weights
-from ldt.checkpoint.manifest import MODEL, Damaged, TrainState, listed, read_manifest, verify_file
+from ldt.checkpoint.manifest import MODEL, Damaged, listed, read_manifest, verify_file
 from ldt.checkpoint.tensors import Reader
 from ldt.dist import World, all_gather, barrier, broadcast
+from ldt.engine.ema import ShardedEMA
 from ldt.engine.partition import MOMENTS, Partition
 from ldt.errors import InputError
 from ldt.log import get_logger
 
 logger = get_logger(__name__)
-
-Averages = dict[str, list[Tensor]]
-"""Each average's tensors, one an owned fragment."""
 
 
 def newest_whole(root: Path, world: World) -> Path | None:
@@ -63,26 +59,39 @@ def verify_together(path: Path, world: World) -> dict[str, Any]:
     return manifest
 
 
-def restore(path: Path, partition: Partition, averages: Averages) -> TrainState:
+def restore(checkpoint: Checkpoint, partition: Partition, ema: ShardedEMA) -> None:
     """Fill the engine and the averages from a checkpoint of the same model (collective)."""
-    manifest = read_manifest(path)
-    _check_draws(path, manifest["rng_version"])
-    _check_shapes(path, manifest["parameters"], partition)
-    _check_kinds(path, manifest["tensors"], ["master", *MOMENTS, *averages])
-    reader = Reader(path, manifest)
+    manifest = checkpoint.manifest
+    _check_draws(checkpoint.path, manifest["rng_version"])
+    _check_shapes(checkpoint.path, manifest["parameters"], partition)
+    _check_kinds(checkpoint.path, manifest["tensors"], ["master", *MOMENTS])
+    stored = {name: stored_average(checkpoint, profile) for name, profile in ema.describe().items()}
+    reader = Reader(checkpoint.path, manifest)
     partition.init_optimizer_state(manifest["optimizer_steps"])
     for f in partition.load_targets():
         f.master.copy_(reader.read("master", f.name, f.start, f.count))
         for kind, value in partition.moments(f).items():
             value.copy_(reader.read(kind, f.name, f.start, f.count))
-    for kind, tensors in averages.items():
+    for name, tensors in ema.tensors.items():
         for f, average in zip(partition.owned, tensors, strict=True):
-            average.copy_(reader.read(kind, f.name, f.start, f.count))
+            average.copy_(reader.read(stored[name], f.name, f.start, f.count))
     partition.sync_model_weights()
-    return TrainState.read(manifest["progress"])
 
 
-def start_from(path: Path, partition: Partition, averages: Averages) -> None:
+def stored_average(checkpoint: Checkpoint, profile: dict[str, Any]) -> str:
+    """The tensors of a checkpoint that were averaged by a profile: which ones the manifest says, not their name."""
+    averages = checkpoint.manifest.get("averages", {})
+    for kind, stored in averages.items():
+        if stored == profile and kind in checkpoint.manifest["tensors"]:
+            return str(kind)
+    there = ", ".join(f"{kind} {stored}" for kind, stored in averages.items()) or "none"
+    raise InputError(
+        f"checkpoint {checkpoint.path} holds no average like {profile}, but {there}; use the ema keys it was trained "
+        "with, or start a new run with train.init_from"
+    )
+
+
+def start_from(path: Path, partition: Partition, ema: ShardedEMA) -> None:
     """Weights and averages ← the averaged weights of another run, a checkpoint or an exported model (collective).
 
     The optimizer starts anew.
@@ -95,9 +104,7 @@ def start_from(path: Path, partition: Partition, averages: Averages) -> None:
     _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition)
     for f in partition.load_targets():
         f.master.copy_(weights[f.name].flatten()[f.start : f.start + f.count])
-    for tensors in averages.values():
-        for f, average in zip(partition.owned, tensors, strict=True):
-            average.copy_(f.master)
+    ema.reset()
     partition.sync_model_weights()
 
 

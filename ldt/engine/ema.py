@@ -54,11 +54,35 @@ def power_exponent(width: float) -> float:
     return float(roots[np.isreal(roots)].real.max())
 
 
-@torch.no_grad()
-def update(average: Sequence[Tensor], weights: Sequence[Tensor], keep: float) -> None:
-    """average ← keep·average + (1 − keep)·weights, in place, for lists of float32 tensors of equal shapes."""
-    if average:
-        torch._foreach_lerp_(list(average), list(weights), 1 - keep)
+class ShardedEMA:
+    """The averages of a run. Each rank keeps those of its own partition, in float32, and never has to communicate.
+
+    tensors: by the name of the average, one for each of the rank's fragments, shaped like `masters`.
+    """
+
+    def __init__(self, config: EMAConfig, masters: Sequence[Tensor]) -> None:
+        self.profiles = profiles(config)
+        self._masters = list(masters)
+        self.tensors = {name: [m.detach().clone() for m in masters] for name in self.profiles}
+
+    @torch.no_grad()
+    def update(self, samples_seen: int, batch: int) -> None:
+        """average ← keep·average + (1 − keep)·weights, at the step of `batch` samples that ends at `samples_seen`."""
+        for name, profile in self.profiles.items():
+            if self._masters:
+                weight = 1 - profile.decay(samples_seen, batch)
+                torch._foreach_lerp_(self.tensors[name], self._masters, weight)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """average ← weights, as at the start of a run."""
+        for tensors in self.tensors.values():
+            for average, master in zip(tensors, self._masters, strict=True):
+                average.copy_(master)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The profile of each average, as a checkpoint's manifest has it."""
+        return {name: profile.describe() for name, profile in self.profiles.items()}
 
 
 def reconstruction(stored: Sequence[tuple[int, float]], samples_seen: int, width: float) -> list[float]:

@@ -32,7 +32,7 @@ class StepResult(NamedTuple):
     """What a step is known by.
 
     loss: mean over the global batch; grad_norm: before clipping; applied: whether the weights were changed;
-    sums: over all ranks, of what each gave as `also`.
+    sums: over all ranks, of what each gave as `votes`.
     """
 
     loss: float
@@ -111,7 +111,7 @@ class Engine:
         lr: float,
         global_batch: int,
         loss_limit: float = math.inf,
-        also: Sequence[int] = (),
+        votes: Sequence[int] = (),
     ) -> StepResult:
         """One optimizer step. `weighted_loss` is the weighted sum of a micro-batch's per-sample losses, a scalar.
 
@@ -119,7 +119,7 @@ class Engine:
         batch: the factor below makes up the difference exactly, whatever the split.
 
         Before the weights change, one all-reduce tells every rank the loss, the gradient's norm and the sums of
-        `also` (exact for integers below 2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no
+        `votes` (exact for integers below 2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no
         rank applies the step: weights, moments and Adam's step count stay as they are.
         """
         assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
@@ -136,7 +136,7 @@ class Engine:
             self.deepspeed.backward(loss * factor)
             self.mark("backward")
         shares = torch.cat(
-            [torch.stack([total, self._squared_norm()]), torch.tensor(also, dtype=torch.float64).to(total)]
+            [torch.stack([total, self._squared_norm()]), torch.tensor(votes, dtype=torch.float64).to(total)]
         )
         loss_sum, squared_norm, *sums = all_reduce_sum(shares).tolist()
         step_loss, grad_norm = loss_sum / global_batch, squared_norm**0.5

@@ -24,7 +24,7 @@ from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import TextEncoder, reload_text_encoder
 from ldt.nn.build import compile_blocks
 from ldt.rng import Purpose
-from ldt.sampling.config import MOST_STEPS, DrawConfig
+from ldt.sampling.config import MOST_STEPS, ImageConfig
 
 logger = log.get_logger(__name__)
 
@@ -78,7 +78,7 @@ def load_autoencoder(spec: LatentSpec, device: torch.device) -> Autoencoder:
     return autoencoder
 
 
-def labels_of(id_B: Sequence[int], spec: LatentSpec, config: DrawConfig) -> NDArray[np.int64]:
+def labels_of(id_B: Sequence[int], spec: LatentSpec, config: ImageConfig) -> NDArray[np.int64]:
     """The class of each image id: int64 [B]."""
     ids, classes = np.asarray(id_B, np.int64), len(spec.classes)
     if config.labels == "balanced":
@@ -90,7 +90,7 @@ def labels_of(id_B: Sequence[int], spec: LatentSpec, config: DrawConfig) -> NDAr
     return np.searchsorted(np.cumsum(counts), place, "right").astype(np.int64)
 
 
-def default_labels(model: ImageModel, id_B: Sequence[int], config: DrawConfig) -> NDArray[np.int64]:
+def default_labels(model: ImageModel, id_B: Sequence[int], config: ImageConfig) -> NDArray[np.int64]:
     """The class of each image id: of the example captions that it has too, or `labels_of`."""
     if examples := model.examples:
         return np.array([examples[i % len(examples)][0] for i in id_B], np.int64)
@@ -101,7 +101,7 @@ def default_labels(model: ImageModel, id_B: Sequence[int], config: DrawConfig) -
 def sample_images(
     model: ImageModel,
     id_B: Sequence[int],
-    config: DrawConfig,
+    config: ImageConfig,
     label_B: NDArray[np.int64] | None = None,
     prompts: Sequence[str] = (),
 ) -> Tensor:

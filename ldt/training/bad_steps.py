@@ -1,9 +1,11 @@
 """Steps that must not change the weights: a loss or gradient that is not finite, or a loss spike."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
+from ldt.checkpoint.manifest import TrainState
 from ldt.engine.engine import FLOAT32_MAX, StepResult
 from ldt.errors import RunError
 
@@ -15,38 +17,44 @@ class BadSteps:
     """Which losses are spikes, how many bad steps in a row are too many, and which positions to pass over.
 
     in_a_row: bad steps that roll the run back; spike_factor: robust standard deviations above the recent median from
-    which on a loss is a spike, 0 for never.
+    which on a loss is a spike, 0 for never. What must survive a restart stands in the run's `TrainState`.
     """
 
     def __init__(self, in_a_row: int, spike_factor: float) -> None:
         self._in_a_row, self._spike_factor = in_a_row, spike_factor
         self._row: list[int] = []
-        self._rolled_back = False
-        self.avoid: set[int] = set()  # first positions of steps to pass over
 
     @property
     def exhausted(self) -> bool:
         """Whether the run has to be rolled back."""
         return len(self._row) >= self._in_a_row
 
-    def loss_limit(self, recent: list[float]) -> float:
-        """Median + factor · 1.4826 · median absolute deviation of the recent losses, which are robust to spikes."""
+    def loss_limit(self, first: int, state: TrainState) -> float:
+        """Above which the step at `first` must not change the weights.
+
+        Median + factor · 1.4826 · median absolute deviation of the recent losses, which are robust to spikes: 1.4826
+        makes the deviation that of a normal distribution. Nothing passes at a position to avoid.
+        """
+        if first in state.avoid:
+            return -math.inf
+        recent = state.recent_losses
         if not self._spike_factor or len(recent) < RECENT_LOSSES:
             return math.inf
         median = float(np.median(recent))
         deviation = 1.4826 * float(np.median(np.abs(np.array(recent) - median)))
         return median + self._spike_factor * deviation
 
-    def passed(self, loss: float, recent: list[float]) -> None:
-        """A good step."""
+    def passed(self, loss: float, state: TrainState) -> None:
+        """Note a good step."""
         self._row.clear()
         if self._spike_factor:
-            recent.append(loss)
-            del recent[:-RECENT_LOSSES]
+            state.recent_losses.append(loss)
+            del state.recent_losses[:-RECENT_LOSSES]
 
-    def judge(self, first: int, result: StepResult) -> str:
-        """Why the step at `first` was skipped."""
-        if first in self.avoid:
+    def judge(self, first: int, result: StepResult, state: TrainState) -> str:
+        """Note the skipped step at `first`; returns why it was skipped."""
+        state.skipped.append(first)
+        if first in state.avoid:
             return "passed over after a roll-back"
         self._row.append(first)
         if not math.isfinite(result.loss):
@@ -55,12 +63,24 @@ class BadSteps:
             return "the gradient is not finite"
         return "loss spike"
 
-    def mark_for_skipping(self, batch: int) -> str:
-        """Avoid the bad steps from now on; says which positions they are. `RunError` the second time."""
+    def begin_roll_back(self, state: TrainState, batch: int) -> "RollBack":
+        """What the run returns with; `RunError` if it was rolled back before."""
         what = f"{len(self._row)} bad steps in a row at positions {self._row[0]} to {self._row[-1] + batch - 1}"
-        if self._rolled_back:
+        if state.rolled_back:
             raise RunError(f"{what}, after a roll-back had passed over earlier ones; {REMEDY}")
-        self._rolled_back = True
-        self.avoid.update(self._row)
+        roll_back = RollBack(what, tuple(self._row))
         self._row.clear()
-        return what
+        return roll_back
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """Why a run returns to its checkpoint, in words, and the first positions of the steps to pass over."""
+
+    reason: str
+    avoid: tuple[int, ...]
+
+    def mark_for_skipping(self, state: TrainState) -> None:
+        """Let the restored state know, so that no restart rolls back again."""
+        state.rolled_back = True
+        state.avoid = sorted({*state.avoid, *self.avoid})

@@ -10,6 +10,7 @@ from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
 from ldt.nn.config import ModelConfig
+from ldt.sampling.config import ImageConfig
 
 
 @dataclass
@@ -90,7 +91,7 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """Everything in samples; 0 turns validation and sample grids off.
+    """Everything in samples; 0 turns validation and sample grids off. `preview`: how those grids are drawn.
 
     `wandb`, `tensorboard`: mirrors of metrics.jsonl, which is always written first.
     """
@@ -98,6 +99,7 @@ class LogConfig:
     every_samples: int = 10_000
     validation_every_samples: int = 0
     samples_every_samples: int = 0
+    preview: ImageConfig = section(ImageConfig)
     wandb: bool = False
     tensorboard: bool = False
 

@@ -15,7 +15,7 @@ from ldt.data.loader import ValidationLoader
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.image_files import class_grid, write_picture
-from ldt.sampling.config import DrawConfig
+from ldt.sampling.config import ImageConfig
 from ldt.sampling.draw import ImageModel, default_labels, sample_images
 
 TIME_BINS = 10
@@ -40,7 +40,7 @@ def validation_loss(
     }
 
 
-def draw_preview(model: ImageModel, settings: DrawConfig, world: World, path: Path) -> None:
+def draw_preview(model: ImageModel, settings: ImageConfig, world: World, path: Path) -> None:
     """Write a grid of samples, always of the same noise and labels (collective)."""
     classes = len(model.spec.classes)
     images = min(10, classes) * PREVIEW_COLUMNS

@@ -17,23 +17,22 @@ import torch
 from torch import Tensor
 
 from ldt import log, tracking
-from ldt.checkpoint.manifest import TrainState, read_manifest
-from ldt.checkpoint.restore import newest_whole, restore, start_from
+from ldt.checkpoint.restore import newest_whole
 from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
-from ldt.config import from_dict, to_dict, to_yaml
+from ldt.config import to_dict, to_yaml
 from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, barrier, broadcast
-from ldt.engine import ema as averaging
+from ldt.dist import World, broadcast
+from ldt.engine.ema import ShardedEMA, profiles
 from ldt.engine.engine import Engine, StepResult, learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.nn.attention import choose_kernel
 from ldt.nn.build import build, parameter_count
-from ldt.progress import ProgressLine, pluralize
-from ldt.run import directory, identity, outcome
+from ldt.progress import ProgressLine
+from ldt.run import directory, outcome
 from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.run.owner import Owner, owned
 from ldt.run.preflight import check_room, check_shared
@@ -42,8 +41,10 @@ from ldt.run.watchdog import Watchdog
 from ldt.sampling.draw import ImageModel, load_autoencoder, load_text
 from ldt.training.bad_steps import REMEDY, BadSteps
 from ldt.training.config import TrainJob
-from ldt.training.data import open_data, other_data
+from ldt.training.consensus import StepConsensus
+from ldt.training.data import open_data
 from ldt.training.monitor import Meter, draw_preview, peak_memory, validation_loss
+from ldt.training.resume import resume
 from ldt.training.setup import describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
@@ -83,34 +84,30 @@ class Trainer:
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
         shape, classes, text = self.spec.latent_shape, len(self.spec.classes), self.spec.text_shape
         denoiser = build(config.model, shape, classes, config.seed, text)
-        self.parameters = parameter_count(denoiser)
-        self.profiles = averaging.profiles(config.ema)
-        micro_batch = fit_into_memory(denoiser, config, self.spec, len(self.profiles), world)
+        self.parameters, averages = parameter_count(denoiser), len(profiles(config.ema))
+        micro_batch = fit_into_memory(denoiser, config, self.spec, averages, world)
         number = 0
         if world.rank == 0:
             number = directory.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
         self.attempt = broadcast(number)
-        check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
+        check_room(self.run_dir, self.parameters, 3 + averages, world)
         self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
-        self.averages = {name: [m.clone() for m in self._masters()] for name in self.profiles}
+        self.ema = ShardedEMA(config.ema, self._masters())
         self.writer = Writer(self.engine.partition, world, owner.check)
-        self.progress = self._restore()
-        self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
-        self.metrics = self.run_dir / "metrics.jsonl"
-        self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
-        self.meter = Meter()
+        self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
+        self.metrics, self.meter = self.run_dir / "metrics.jsonl", Meter()
+        self._restore()
+        self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.state.samples_seen)
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
-        config, total, request = self.config, self.total, ""
-        share, seen = self.loader.share, self.progress.samples_seen
-        for line in describe(config, self.shards, self.parameters, self.kernel, share, seen, self.world):
+        config, total, seen = self.config, self.total, self.state.samples_seen
+        for line in describe(config, self.shards, self.parameters, self.kernel, self.loader.share, seen, self.world):
             logger.info("%s", line)
-        was_done = self.progress.samples_seen >= total
-        bar = log.progress(total, "img", "train", self.progress.samples_seen, self.world.rank == 0)
+        was_done = seen >= total
         watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
         with (
             StopRequests(60 * config.train.time_limit_minutes) as stop,
@@ -119,114 +116,88 @@ class Trainer:
             self.loader,
             self.validation or contextlib.nullcontext(),
             self.tracking,
-            bar,
+            log.progress(total, "img", "train", seen, self.world.rank == 0) as bar,
         ):
-            while self.progress.samples_seen < total and not request:
-                request = self._run_until_bad(stop, watchdog, bar)
+            request = self._loop(stop, watchdog, bar)
             watchdog.at("writing the last checkpoint")
             self.writer.finish()
         if self.writer.problem:
             remedy = "make room, or mend what its line in the log names, and start the same command again"
             raise RunError(f"{self.writer.problem}; {remedy}")
-        if self.progress.samples_seen < total:
-            return STOPPED, f"stopped on request ({request})", self.progress.samples_seen
-        words = "was already trained to the end (a larger train.total_samples goes on)"
-        return DONE, words if was_done else "trained to the end", self.progress.samples_seen
+        if self.state.samples_seen < total:
+            return STOPPED, f"stopped on request ({request})", self.state.samples_seen
+        if was_done:
+            return DONE, "already finished; raise train.total_samples to continue", self.state.samples_seen
+        return DONE, "trained to the end", self.state.samples_seen
 
-    def _run_until_bad(self, stop: StopRequests, watchdog: Watchdog, bar: ProgressLine) -> str:
-        """Steps until the end or a request to stop, which is returned; or until bad steps have rolled the run back."""
-        config, total = self.config, self.total
-        watchdog.at(f"loading the data of the step at {self.progress.samples_seen} samples")
-        for step in self.loader.steps(self.progress.samples_seen):
-            watchdog.at(f"the step at {self.progress.samples_seen} samples")
-            before, lr = self.progress.samples_seen, self.learning_rate()
-            result, digest, request = self.advance(step, stop.received)
-            seen = self.progress.samples_seen
-            self.meter.add(self.batch, step.waited)
+    def _loop(self, stop: StopRequests, watchdog: Watchdog, bar: ProgressLine) -> str:
+        """Steps until the end or a request to stop, which is returned. All that a step does stands here, in order."""
+        every, request = self.config.log, ""
+        steps = self.loader.steps(self.state.samples_seen)
+        while self.state.samples_seen < self.total and not request:
+            before, lr = self.state.samples_seen, self.learning_rate()
+            watchdog.at(f"loading the data of the step at {before} samples")
+            inputs = next(steps)
+            watchdog.at(f"the step at {before} samples")
+            result = self.step(inputs, lr, stop.received)
+            agreed = self.settle(result)
+            self.tick()
+            self.meter.add(self.batch, inputs.waited)
+
+            seen, last = self.state.samples_seen, self.state.samples_seen >= self.total
+            request = (stop.received or "by another rank") if agreed.stop_requests else ""
             if result.applied:
-                self.guard.passed(result.loss, self.progress.recent_losses)
-            elif self._skip(step, result, digest):
-                return ""
-
-            last = seen >= total
-            if due(config.log.every_samples, before, seen, last) and result.applied:
-                self._log_step(result, lr, digest)
-            if due(config.log.validation_every_samples, before, seen, last):
+                self.bad_steps.passed(result.loss, self.state)
+            else:
+                self._log_skipped(inputs.first, result, agreed.digest)
+            if self.bad_steps.exhausted:
+                watchdog.at("rolling back")
+                self._roll_back()
+                bar.go_back(self.state.samples_seen)
+                steps = self.loader.steps(self.state.samples_seen)
+                continue
+            if due(every.every_samples, before, seen, last) and result.applied:
+                self._log_step(result, lr, agreed.digest)
+            if due(every.validation_every_samples, before, seen, last):
                 watchdog.at("validation")
                 self._log_validation()
-            if due(config.log.samples_every_samples, before, seen, last):
+            if due(every.samples_every_samples, before, seen, last):
                 watchdog.at("drawing samples")
                 self._draw_preview()
-            snapshot = due(config.ema.snapshot_every_samples, before, seen, last)
-            if due(config.checkpoint.every_samples, before, seen) or last or request:
+            snapshot = due(self.config.ema.snapshot_every_samples, before, seen, last)
+            checkpoint = due(self.config.checkpoint.every_samples, before, seen) or last or bool(request)
+            if checkpoint or snapshot:
                 watchdog.at("copying a checkpoint")
-                self._save(checkpoint=True, snapshot=snapshot)
-            elif snapshot:
-                self._save(checkpoint=False, snapshot=True)
-            bar.update(self.batch, result.loss, step.waited)
-            if last or request:
-                return request
-            watchdog.at(f"loading the data of the step at {seen} samples")
-        raise AssertionError("the loader's steps never end")
+                self._save(checkpoint, snapshot)
+            bar.update(self.batch, result.loss, inputs.waited)
+        return request
+
+    # ------------------------------------------------------------------------------------------------ parts of a step
 
     def learning_rate(self) -> float:
-        """Of the next step."""
-        return learning_rate(self.config.optimizer, self.progress.samples_seen + self.batch, self.total)
+        """The rate of the next step."""
+        return learning_rate(self.config.optimizer, self.state.samples_seen + self.batch, self.total)
 
-    def advance(self, step: StepInputs, request: str = "") -> tuple[StepResult, str, str]:
-        """One step of the optimizer, the clock and the averages (collective).
-
-        Returns with the step's result the digest of what it saw and why to stop after it, agreed on by all ranks.
-        """
-        digest = step.digest % 2**64
+    def step(self, inputs: StepInputs, lr: float, request: str = "") -> StepResult:
+        """One step of the optimizer (collective), in which the ranks also learn of each other what `settle` needs."""
         over, failed = self.writer.vote()
-        also = (digest >> 32, digest % 2**32, bool(request), over, failed, bool(self.writer.refused))
-        limit = -math.inf if step.first in self.guard.avoid else self.guard.loss_limit(self.progress.recent_losses)
-        result = self.engine.step(step.micro_batches, self.weighted_loss, self.learning_rate(), self.batch, limit, also)
-        high, low, requests, over, failed, refused = map(int, result.sums)
-        self.writer.settle(over, failed)
-        if refused:
+        mine = StepConsensus(inputs.digest, int(bool(request)), over, failed, int(bool(self.writer.refused)))
+        limit = self.bad_steps.loss_limit(inputs.first, self.state)
+        return self.engine.step(inputs.micro_batches, self.weighted_loss, lr, self.batch, limit, mine.pack())
+
+    def settle(self, result: StepResult) -> StepConsensus:
+        """What the ranks agreed on: the save on its way takes its next step, or the run ends for it is not ours."""
+        agreed = StepConsensus.unpack(result.sums)
+        self.writer.settle(agreed.saves_over, agreed.saves_failed)
+        if agreed.commits_refused:
             raise RunError(self.writer.refused or "another job has taken the run directory over")
-        self.progress.samples_seen += self.batch
-        for name, profile in self.profiles.items():
-            keep = profile.decay(self.progress.samples_seen, self.batch)
-            averaging.update(self.averages[name], self._masters(), keep)
+        return agreed
+
+    def tick(self) -> None:
+        """The clock and the averages go on by one global batch."""
+        self.state.samples_seen += self.batch
+        self.ema.update(self.state.samples_seen, self.batch)
         self.engine.mark("averages")
-        return result, digest_text((high << 32) + low), (request or "by another rank") if requests else ""
-
-    def _skip(self, step: StepInputs, result: StepResult, digest: str) -> bool:
-        """Note a step that changed no weights; true if there were too many in a row and the run was rolled back."""
-        self.progress.skipped.append(step.first)
-        reason = self.guard.judge(step.first, result)
-        record = {
-            "samples_seen": self.progress.samples_seen,
-            "skipped_first": step.first,
-            "skipped_last": step.first + self.batch - 1,
-            "reason": reason,
-            "skipped_loss": result.loss if math.isfinite(result.loss) else None,
-            "skipped_grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
-            "digest": digest,
-            "time": time.time(),
-            "attempt": self.progress.attempt,
-        }
-        self._write(record)
-        logger.warning("skipped positions %d to %d: %s", step.first, step.first + self.batch - 1, reason)
-        if not self.guard.exhausted:
-            return False
-        self._roll_back()
-        return True
-
-    def _roll_back(self) -> None:
-        """Return to the newest checkpoint and pass over the positions of the bad steps (collective)."""
-        self.writer.finish()
-        positions = self.guard.mark_for_skipping(self.batch)
-        if newest_whole(self.run_dir / "checkpoints", self.world) is None:
-            raise RunError(f"{positions}, before there was a checkpoint to return to; {REMEDY}")
-        logger.warning("%s; rolling back to the newest checkpoint and passing over them", positions)
-        self.progress = self._restore()
-
-    def _stalled(self, summary: str) -> None:
-        outcome.write_outcome(self.run_dir, FAILED, self.progress.samples_seen, summary)
 
     def weighted_loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Sum of the samples' losses, padding left out: a scalar."""
@@ -237,76 +208,24 @@ class Trainer:
         condition = Condition(label_B=batch.label_B, text=batch.text)
         return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition)
 
-    def _masters(self) -> list[Tensor]:
-        return [f.master for f in self.engine.partition.owned]
+    # ------------------------------------------------------------------------------------ start, return, and the state
 
-    # ------------------------------------------------------------------------------------------- start and resumption
-
-    def _restore(self) -> TrainState:
-        """Go on from the newest whole checkpoint of the run directory, or start."""
+    def _restore(self) -> None:
         fingerprint = self.shards.manifest.fingerprint
-        found = newest_whole(self.run_dir / "checkpoints", self.world)
-        if found is None:
-            if self.config.train.init_from:
-                start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
-            progress = TrainState(samples_seen=0, data_fingerprint=fingerprint)
-        else:
-            # keys that are new since then take their defaults
-            saved = to_dict(from_dict(TrainJob, read_manifest(found)["config"]))
-            identity.check_identity(saved, to_dict(self.config), found, self.config.train.accept_changes)
-            progress = restore(found, self.engine.partition, self.averages)
-        if progress.data_fingerprint != fingerprint:
-            raise InputError(other_data(self.config.data, progress.data_fingerprint, fingerprint, str(found)))
-        if self.world.rank == 0:
-            cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
-            if found or cut:
-                where = f"from {found}" if found else "without a checkpoint"
-                aside = f"; {pluralize(cut, 'later log line', 'later log lines')} set aside" if cut else ""
-                logger.info("resuming at %s samples %s%s", f"{progress.samples_seen:,}", where, aside)
-        barrier()
-        progress.attempt = self.attempt
-        return progress
+        self.state = resume(self.config, fingerprint, self.engine.partition, self.ema, self.world)
+        self.state.attempt = self.attempt
 
-    # -------------------------------------------------------------------------------------------- what the loop writes
-
-    def _log_step(self, result: StepResult, lr: float, digest: str) -> None:
-        rate, wait_fraction = self.meter.read()
-        record = {
-            "samples_seen": self.progress.samples_seen,
-            "loss": float(np.float32(result.loss)),
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "images_per_second": rate,
-            "world_size": self.world.size,
-            "data_wait_fraction": wait_fraction,
-            "time": time.time(),
-            "attempt": self.progress.attempt,
-            "digest": digest,
-            "peak_memory": peak_memory(self.world.device),
-        }
-        self._write(record)
-
-    def _log_validation(self) -> None:
-        assert self.validation is not None
-        with self.engine.partition.using_weights(self.averages["ema"]):
-            losses = validation_loss(
-                self.validation, self.objective, lambda b: self._loss_B(self.engine.module, b), self.world.device
-            )
-        seen, attempt = self.progress.samples_seen, self.progress.attempt
-        self._write({"samples_seen": seen, **losses, "time": time.time(), "attempt": attempt})
-
-    def _draw_preview(self) -> None:
-        assert self.autoencoder is not None
-        text = load_text(self.spec, self.config.model.uses_text, self.world.device)
-        model = ImageModel(self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, text)
-        path = self.run_dir / "samples" / f"{self.progress.samples_seen:012d}.png"
-        with self.engine.partition.using_weights(self.averages["ema"]):
-            draw_preview(model, self.config.evaluate, self.world, path)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.world.rank == 0:
-            log.append_jsonl(self.metrics, record)
-            self.tracking.log(record)
+    def _roll_back(self) -> None:
+        """Return to the newest checkpoint, pass over the bad positions, and save that this was done (collective)."""
+        self.writer.finish()
+        roll_back = self.bad_steps.begin_roll_back(self.state, self.batch)
+        if newest_whole(self.run_dir / "checkpoints", self.world) is None:
+            raise RunError(f"{roll_back.reason}, before there was a checkpoint to return to; {REMEDY}")
+        logger.warning("%s; rolling back to the newest checkpoint and passing over them", roll_back.reason)
+        self._restore()
+        roll_back.mark_for_skipping(self.state)
+        self._save(checkpoint=True, snapshot=False)
+        self.writer.finish()
 
     def _save(self, checkpoint: bool, snapshot: bool) -> None:
         """Start to write the whole state, and the averages alone where they are to be kept (collective)."""
@@ -316,16 +235,74 @@ class Trainer:
             moments = [partition.moments(f) for f in partition.owned]
             kinds = {"master": self._masters()} | {kind: [m[kind] for m in moments] for kind in MOMENTS}
             retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_samples)
-            contents.append(Content(self.run_dir / "checkpoints", kinds | self.averages, retention))
+            contents.append(Content(self.run_dir / "checkpoints", kinds | self.ema.tensors, retention))
         if snapshot:
-            contents.append(Content(self.run_dir / "ema", self.averages))
+            contents.append(Content(self.run_dir / "ema", self.ema.tensors))
         facts = {
-            "progress": asdict(self.progress),
+            "progress": asdict(self.state),
             "sampling": self.spec.to_json(),
             "config": to_dict(config),
-            "averages": {name: profile.describe() for name, profile in self.profiles.items()},
+            "averages": self.ema.describe(),
         }
         self.writer.begin(contents, facts)
+
+    def _masters(self) -> list[Tensor]:
+        return [f.master for f in self.engine.partition.owned]
+
+    def _stalled(self, summary: str) -> None:
+        outcome.write_outcome(self.run_dir, FAILED, self.state.samples_seen, summary)
+
+    # -------------------------------------------------------------------------------------------- what the loop writes
+
+    def _log_step(self, result: StepResult, lr: float, digest: int) -> None:
+        rate, wait_fraction = self.meter.read()
+        self._log(
+            loss=float(np.float32(result.loss)),
+            lr=lr,
+            grad_norm=result.grad_norm,
+            images_per_second=rate,
+            world_size=self.world.size,
+            data_wait_fraction=wait_fraction,
+            digest=digest_text(digest),
+            peak_memory=peak_memory(self.world.device),
+        )
+
+    def _log_skipped(self, first: int, result: StepResult, digest: int) -> None:
+        """Note a step that changed no weights."""
+        reason, last = self.bad_steps.judge(first, result, self.state), first + self.batch - 1
+        self._log(
+            skipped_first=first,
+            skipped_last=last,
+            reason=reason,
+            skipped_loss=result.loss if math.isfinite(result.loss) else None,
+            skipped_grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+            digest=digest_text(digest),
+        )
+        logger.warning("skipped positions %d to %d: %s", first, last, reason)
+
+    def _log_validation(self) -> None:
+        assert self.validation is not None
+        with self.engine.partition.using_weights(self.ema.tensors["ema"]):
+            losses = validation_loss(
+                self.validation, self.objective, lambda b: self._loss_B(self.engine.module, b), self.world.device
+            )
+        self._log(**losses)
+
+    def _draw_preview(self) -> None:
+        assert self.autoencoder is not None
+        text = load_text(self.spec, self.config.model.uses_text, self.world.device)
+        model = ImageModel(self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, text)
+        path = self.run_dir / "samples" / f"{self.state.samples_seen:012d}.png"
+        with self.engine.partition.using_weights(self.ema.tensors["ema"]):
+            draw_preview(model, self.config.log.preview, self.world, path)
+
+    def _log(self, **facts: Any) -> None:
+        """Add a line to metrics.jsonl, then to its mirrors."""
+        stamp = {"time": time.time(), "attempt": self.state.attempt}
+        record = {"samples_seen": self.state.samples_seen, **facts, **stamp}
+        if self.world.rank == 0:
+            log.append_jsonl(self.metrics, record)
+            self.tracking.log(record)
 
 
 def due(every: int, before: int, after: int, last: bool = False) -> bool:
