@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ldt.data.latent_spec import LatentSpec
 from ldt.data.shards.layout import STORED, Layout
-from ldt.data.shards.remote import Remote, is_remote
+from ldt.data.shards.remote import Remote
 from ldt.errors import InputError
 from ldt.files import load_npy, natural, schema_error, write_atomic
+from ldt.paths import is_remote
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
