@@ -18,6 +18,7 @@ from ldt.commands.sample import SampleJob, draw
 from ldt.config import from_dict
 from ldt.dist import discover, process_group
 from ldt.errors import InputError
+from ldt.paths import local_path
 from ldt.sampling.draw import image_model
 
 __all__ = ["Model", "load"]
@@ -39,7 +40,7 @@ def load(
     empty for the GPU where there is one.
     """
     where = torch.device(device) if device is not None else discover().device
-    return Model(load_denoiser(path, weights, where), precision, where, compile)
+    return Model(load_denoiser(local_path(path), weights, where), precision, where, compile)
 
 
 class Model:

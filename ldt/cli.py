@@ -6,13 +6,13 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ldt import __version__, config, log
 from ldt.checkpoint.checkpoint import saved_config
 from ldt.cluster.launchers import place
 from ldt.errors import InputError, RunError, in_a_sentence
+from ldt.paths import local_path
 from ldt.run import stop
 from ldt.run.outcome import DONE, FAILED, WRONG_INPUT
 
@@ -213,7 +213,7 @@ def _is_setting(word: str, command: Command) -> bool:
 def _config_of_run(overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """The config that the run, checkpoint or exported model among the arguments was made with."""
     run = given.get("run") or next((o.removeprefix("run=") for o in overrides if o.startswith("run=")), "")
-    return saved_config(Path(run)) if run else {}
+    return saved_config(local_path(run, "run")) if run else {}
 
 
 def _help() -> str:

@@ -1,7 +1,7 @@
 """Typed configuration: dataclass schema ← YAML file ← `key=value` overrides.
 
 A schema is a dataclass (of dataclasses). Every mistake is an `InputError` that names the key, what is allowed and the
-nearest match. Loading never changes a value that the user wrote; `__post_init__` may only refuse.
+nearest match. Loading changes nothing that the user wrote but the `~` of a path; `__post_init__` may only refuse.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ldt.config_fields import choice, required, section
+from ldt.config_fields import choice, section
 from ldt.errors import InputError
+from ldt.paths import usable_path
 
-__all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "required", "section", "to_dict", "to_yaml"]
+__all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "section", "to_dict", "to_yaml"]
 
 Schema = TypeVar("Schema")
 MOST_VALUES = 100_000
@@ -55,6 +56,7 @@ def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str
 
 
 def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
+    _settle_paths(merged, schema)
     try:
         built = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -64,6 +66,29 @@ def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
     _check_choices(built)
     assert isinstance(built, schema)
     return built
+
+
+def _settle_paths(merged: DictConfig, schema: type, prefix: str = "") -> None:
+    """Check every path that was given, and expand its `~`. Defaults stay as they are: they are saved with a run."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if OmegaConf.is_missing(merged, field.name):
+            continue
+        key, value, factory = prefix + field.name, merged[field.name], field.default_factory
+        if "path" in field.metadata and value != field.default:
+            remote = field.metadata["path"]
+            settled = [usable_path(key, v, remote) for v in value] if field.default is dataclasses.MISSING else None
+            merged[field.name] = usable_path(key, value, remote) if settled is None else settled
+        elif dataclasses.is_dataclass(factory) and isinstance(factory, type):
+            _settle_paths(value, factory, f"{key}.")
+        elif named := _section_named_by_user(hints[field.name]):
+            for name in value:
+                _settle_paths(value[name], named, f"{key}.{name}.")
+
+
+def _section_named_by_user(hint: Any) -> type | None:
+    """The schema of the values of a mapping whose keys are the user's."""
+    return next((t for t in get_args(hint) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -179,8 +204,8 @@ def _types(schema: type, prefix: str = "", like: str = "") -> Iterator[tuple[str
         yield key, hints[field.name]
         if dataclasses.is_dataclass(factory) and isinstance(factory, type):
             yield from _types(factory, f"{key}.", like)
-        named = next((t for t in get_args(hints[field.name]) if dataclasses.is_dataclass(t)), None)
-        if isinstance(named, type) and like.startswith(f"{key}."):
+        named = _section_named_by_user(hints[field.name])
+        if named is not None and like.startswith(f"{key}."):
             name = like.removeprefix(f"{key}.").partition(".")[0]
             yield f"{key}.{name}", named
             yield from _types(named, f"{key}.{name}.", like)

@@ -11,9 +11,19 @@ def choice(default: str, *others: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
 
-def required() -> Any:
-    """A field that every config must set (OmegaConf's mark for a missing value)."""
-    return dataclasses.field(default="???")
+def path_field(default: str = "", remote: bool = False) -> Any:
+    """A field that holds a path, expanded and checked by `ldt.paths`. remote: it may be an fsspec address too."""
+    return dataclasses.field(default=default, metadata={"path": remote})
+
+
+def required_path_field(remote: bool = False) -> Any:
+    """A `path_field` that every config must set (OmegaConf's mark for a missing value)."""
+    return path_field("???", remote)
+
+
+def path_list_field() -> Any:
+    """A field that holds any number of local paths."""
+    return dataclasses.field(default_factory=list, metadata={"path": False})
 
 
 def check_seed(seed: int) -> None:

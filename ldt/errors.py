@@ -8,7 +8,14 @@ from contextlib import contextmanager
 LOST_RANK = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
 
 
-class InputError(ValueError):
+class _Sentence(Exception):
+    """Its message stays on one line, whatever the names in it hold."""
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
+
+class InputError(_Sentence, ValueError):
     """A mistake in a config, a file or the cluster that its owner can mend.
 
     The message is one sentence that names the thing, what was expected and what to do. The command line prints it
@@ -16,7 +23,7 @@ class InputError(ValueError):
     """
 
 
-class RunError(RuntimeError):
+class RunError(_Sentence, RuntimeError):
     """A run that can't go on though its input is right: a diverged model, a full disk, a hung rank.
 
     The message explains it in a sentence; the command line prints it without a traceback and exits with code 1.

@@ -20,7 +20,7 @@ import submitit
 from ldt import config as configuration
 from ldt.cli import main
 from ldt.cluster.job import requeue, this_job
-from ldt.config_fields import choice
+from ldt.config_fields import choice, path_field
 from ldt.errors import InputError
 from ldt.log import get_logger
 from ldt.run.outcome import DONE, STOPPED
@@ -51,7 +51,7 @@ class SubmitJob:
     max_restarts: int = 100
     evaluation: str = choice("none", "after", "watch")
     evaluation_tasks: int = 1
-    logs: str = "runs/logs"
+    logs: str = path_field("runs/logs")
     slurm: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
 

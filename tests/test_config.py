@@ -11,7 +11,7 @@ from ldt import config
 from ldt.commands.evaluate import EvaluateJob
 from ldt.commands.report import ReportJob
 from ldt.commands.sample import SampleJob
-from ldt.config_fields import choice, required, section
+from ldt.config_fields import choice, required_path_field, section
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.submit import SubmitJob
@@ -26,7 +26,7 @@ class Net:
 
 @dataclass
 class Schema:
-    run_dir: str = required()
+    run_dir: str = required_path_field()
     net: Net = section(Net)
     betas: tuple[float, float] = (0.9, 0.99)
     flag: bool = False

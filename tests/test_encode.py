@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from ldt import cli
 from ldt.data.images import open_images, prepare
 from ldt.data.shards import open_shards, open_validation
+from ldt.data.shards.manifest import head_hash
 from ldt.data.split import Split
 from ldt.dist import free_port
 from ldt.errors import InputError
@@ -353,3 +355,80 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(encode, tmp_path, capsys):
     assert "make room" in capsys.readouterr().err
     assert not list(out.glob("*.tar")) and not list(out.glob("*.unfinished"))
     assert encode(out) == 0
+
+
+def small_set(root, count=12):
+    for i in range(count):
+        (root / "ant").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8), np.uint8)).save(root / "ant" / f"{i:02d}.png")
+    return root
+
+
+def repack(root, path):
+    with tarfile.open(path, "w") as archive:
+        archive.add(root, ".")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["directory", "tar"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_other_images_under_the_same_number_are_another_set(encode, tmp_path, capsys, monkeypatch, kind, complete):
+    """One removed and another added: by their number and their classes alone it would seem to be the same set."""
+    root, out = small_set(tmp_path / "set"), tmp_path / "out"
+    path = root if kind == "directory" else repack(root, tmp_path / "set.tar")
+    with monkeypatch.context() as patch:
+        if not complete:
+            patch.setattr(UNFINISHED_END, stop)
+        assert encode(out, **{"images.path": path}) == (0 if complete else 130)
+    before = files(out)
+    (root / "ant" / "09.png").rename(root / "ant" / "00a.png")
+    if kind == "tar":
+        repack(root, path)
+    capsys.readouterr()
+    assert encode(out, **{"images.path": path}) == 2
+    assert "names of images (hash): " in capsys.readouterr().err
+    assert files(out) == before
+
+
+def test_replaced_images_are_encoded_again_and_a_complete_output_is_told(encode, tmp_path, capsys, monkeypatch):
+    root, out = small_set(tmp_path / "set"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(UNFINISHED_END, stop)
+        assert encode(out, **{"images.path": root}) == 130
+    Image.new("L", (8, 8), 200).save(root / "ant" / "03.png")
+    assert encode(out, **{"images.path": root}) == 0
+    assert encode(tmp_path / "anew", **{"images.path": root}) == 0
+    assert files(out) == files(tmp_path / "anew")
+    Image.new("L", (8, 8), 100).save(root / "ant" / "04.png")
+    capsys.readouterr()
+    assert encode(out, **{"images.path": root}) == 2
+    assert "whose files have other sizes now; choose another output" in capsys.readouterr().err
+
+
+def test_settings_that_are_left_out_are_compared_too(encode, tmp_path, capsys):
+    root = small_set(tmp_path / "set")
+    for i in range(11):
+        (root / "ant" / f"{i:02d}.txt").write_text("" if i == 3 else "x" * i)
+    text = {"images.path": root, "text.encoder": "bytes", "text.length": 8, "validation_fraction": 0}
+    assert encode(tmp_path / "out", **text) == 0
+    said = capsys.readouterr()
+    assert "11 of 12 images have a caption" in said.err
+    assert "captions: 9 images have one, 3 have none or an empty one, 2 are cut at text.length=8" in said.out
+    assert open_shards(tmp_path / "out").manifest.caption_counts == {"captioned": 9, "empty": 3, "cut": 2}
+    assert encode(tmp_path / "out", **text | {"text.encoder": ""}) == 2
+    assert "text: {'encoder': 'bytes'" in capsys.readouterr().err
+    (root / "ant" / "05.txt").write_text("another caption")
+    assert encode(tmp_path / "out", **text) == 2
+    assert "whose files have other sizes now" in capsys.readouterr().err
+
+
+def test_encodings_of_before_names_were_looked_at_are_complete(encode, tmp_path, capsys):
+    """Manifests of earlier versions have no hash of names: nothing can be said against them."""
+    root, out = small_set(tmp_path / "set"), tmp_path / "out"
+    assert encode(out, **{"images.path": root}) == 0
+    head = json.loads((out / "manifest.json").read_text())
+    del head["recipe"]["names of images (hash)"], head["source"]
+    (out / "manifest.json").write_text(json.dumps(head | {"head_xxh64": head_hash(head)}))
+    capsys.readouterr()
+    assert encode(out, **{"images.path": root}) == 0
+    assert "already encoded" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Image sources: the same images in the same order from a folder, a tar and the package; each bad input named."""
 
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -257,3 +258,104 @@ def test_a_cut_or_damaged_tar_is_named(folder, tmp_path, cut):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"bad.tar is (cut or damaged|not a whole)"):
         open_images(str(path))
+
+
+def test_hidden_and_system_files_are_no_images_and_their_directories_no_classes(folder, tmp_path):
+    """What notebooks, network disks and macOS leave behind."""
+    for name in (".ipynb_checkpoints/a.png", "@eaDir/b.png", "__MACOSX/cat/._a.PNG", "lost+found/c.png", ".d.png",
+                 "cat/._b.png", "cat/.hidden/e.png", "bee/@eaDir/f.png"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"Mac OS X        ")
+    (folder / "cat" / "Thumbs.db").write_bytes(b"x")
+    (folder / "cat" / ".DS_Store").write_bytes(b"x")
+    for source in (open_images(str(folder)), open_images(str(pack(folder, tmp_path / "images.tar")))):
+        assert source.classes == ("ant", "bee", "cat") and len(source) == 4
+        assert source.barren == () and {*source.left_out} == {"hidden", ".txt"}
+
+
+def test_what_pillow_opens_is_taken_and_the_rest_is_told(tmp_path):
+    root = tmp_path / "set"
+    for name, format in (("a.gif", "GIF"), ("b.jfif", "JPEG"), ("c.jpe", "JPEG"), ("d.jp2", "JPEG2000"), ("e", "PNG"),
+                         ("f.avif", "AVIF"), ("g.dib", "DIB"), ("h.tga", "TGA"), ("i.apng", "PNG")):  # fmt: skip
+        (root / "some").mkdir(parents=True, exist_ok=True)
+        picture(0, mode="RGB").save(root / "some" / name, format=format)
+    (root / "some" / "README").write_text("words")
+    (root / "some" / "clip.mp4").write_bytes(b"x")
+    (root / "raw").mkdir()
+    for name in ("1.heic", "2.heic", "3.CR2"):
+        (root / "raw" / name).write_bytes(b"x")
+    for source in (open_images(str(root)), open_images(str(pack(root, tmp_path / "images.tar")))):
+        assert len(source) == 9 and all(source.image(i).size == (28, 28) for i in range(9))
+        said = "; ".join(source.remarks())
+        assert "2 .heic" in said and "1 .cr2" in said and "1 .mp4" in said and "1 without an ending" in said
+        assert source.classes == ("some",) and "no class, as they hold no images: raw" in said
+
+
+def test_labels_of_dataset_json(tmp_path):
+    """As StyleGAN's, edm2's and REPA's tools write it: directories are not classes there."""
+    root = tmp_path / "set"
+    names = [f"0000{i // 3}/img{i:08d}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(root / name)
+    labels = root / "dataset.json"
+
+    def opened():
+        return [open_images(str(root)), open_images(str(pack(root, tmp_path / "images.tar")))]
+
+    labels.write_text(json.dumps({"labels": [[n, i % 4] for i, n in reversed([*enumerate(names)])]}))
+    for source in opened():
+        assert [source.label(i) for i in range(6)] == [0, 1, 2, 3, 0, 1]
+        assert source.classes == ("0", "1", "2", "3") and not source.remarks()
+    labels.write_text(json.dumps({"labels": None}))
+    assert all(source.classes == ("images",) for source in opened())
+    for content, said in [
+        ('{"labels": [["00000/img00000000.png", 1]]}', "no label for 00000/img00000001.png"),
+        (json.dumps({"labels": [[n, -1] for n in names]}), "has -1 as the label of"),
+        (json.dumps({"labels": [[n, [0, 1]] for n in names]}), r"has \[0, 1\] as the label of"),
+        ("{", "is not readable"),
+        ("[]", "is not readable"),
+        ('{"labels": [1]}', "is not readable"),
+    ]:
+        labels.write_text(content)
+        for path in (root, pack(root, tmp_path / "images.tar")):
+            with pytest.raises(InputError, match=f"dataset.json .*{said}"):
+                open_images(str(path))
+
+
+def test_shards_of_img2dataset_are_no_classes(tmp_path):
+    for k in range(2):
+        (tmp_path / f"0000{k}").mkdir()
+        (tmp_path / f"0000{k}_stats.json").write_text("{}")
+        (tmp_path / f"0000{k}.parquet").write_bytes(b"PAR1")
+        for i in range(2):
+            stem = tmp_path / f"0000{k}" / f"0000{k}{i:04d}"
+            picture(i).save(stem.with_suffix(".jpg"))
+            stem.with_suffix(".txt").write_text(f"caption {k} {i}")
+            stem.with_suffix(".json").write_text("{}")
+    source = open_images(str(tmp_path))
+    assert source.classes == ("images",) and source.captioned == len(source) == 4 and not source.remarks()
+    assert [source.caption(i) for i in range(4)] == ["caption 0 0", "caption 0 1", "caption 1 0", "caption 1 1"]
+
+
+def test_order_is_that_of_whole_names(tmp_path):
+    """`a-b/1.png` comes before `a/1.png`, as in every release so far: encoded data depend on it."""
+    for name in ("a/1.png", "a-b/1.png", "a/b/2.png", "a/b-c.png", "é/1.png", "Z/1.png", "a/\udce9.png"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(path)
+    source = open_images(str(tmp_path / "set"))
+    names = [source.key(i) for i in range(len(source))]
+    assert names == sorted(names, key=lambda n: n.encode("utf-8", "surrogateescape")) and names[-2] == "a/\udce9.png"
+    assert source.classes == ("Z", "a", "a-b", "é") and [source.label(i) for i in range(7)] == [0, 2, 1, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "it has 0 bytes"), (b"<html>404 Not Found</html>", "begins with b'<html>404 Not Fo'")],
+)
+def test_the_reason_is_one_that_helps(tmp_path, content, said):
+    (tmp_path / "a\nb.png").write_bytes(content)
+    with pytest.raises(InputError, match=said) as error:
+        open_images(str(tmp_path)).image(0)
+    assert "\n" not in str(error.value) and "a\\nb.png" in str(error.value) and "0x" not in str(error.value)

@@ -13,7 +13,7 @@ from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve, resul
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import MANIFEST, MODEL
 from ldt.config import to_dict
-from ldt.config_fields import section
+from ldt.config_fields import path_field, section
 from ldt.dist import World, broadcast, process_group
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
@@ -35,8 +35,8 @@ class EvaluateJob:
     read: the scores are then tracked too, as a run of their own beside the training's.
     """
 
-    run: str = ""
-    run_dir: str = ""
+    run: str = path_field()
+    run_dir: str = path_field()
     watch: bool = False
     evaluate: EvaluateConfig = section(EvaluateConfig)
     seed: int = 0

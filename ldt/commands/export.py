@@ -21,7 +21,7 @@ from ldt.checkpoint.checkpoint import Checkpoint, resolve, run_of
 from ldt.checkpoint.load import load_denoiser, read_weights, save_exported
 from ldt.checkpoint.manifest import Damaged, listed
 from ldt.checkpoint.tensors import Reader
-from ldt.config_fields import choice, required
+from ldt.config_fields import choice, required_path_field
 from ldt.convert.diffusers_dit import write_pipeline
 from ldt.engine import ema
 from ldt.errors import InputError
@@ -33,8 +33,8 @@ logger = log.get_logger(__name__)
 class ExportJob:
     """`run`: a run directory (its newest checkpoint) or a checkpoint; `to`: a directory that does not exist yet."""
 
-    run: str = required()
-    to: str = required()
+    run: str = required_path_field()
+    to: str = required_path_field()
     weights: str = choice("ema", "master")
     ema_width: float = 0.0
     format: str = choice("safetensors", "diffusers")

@@ -13,7 +13,7 @@ import torch
 
 from ldt.checkpoint.load import save_exported
 from ldt.config import to_dict
-from ldt.config_fields import required
+from ldt.config_fields import path_field, required_path_field
 from ldt.convert.dit import SCALE, _class_names, convert, grid_rows, model_config, read
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.config import ObjectiveConfig
@@ -29,10 +29,10 @@ class ImportJob:
     `class_names`: a text file with one name a line, empty for numbers; `heads`: 0 for those of DiT's own sizes.
     """
 
-    weights: str = required()
-    to: str = required()
-    autoencoder: str = required()
-    class_names: str = ""
+    weights: str = required_path_field()
+    to: str = required_path_field()
+    autoencoder: str = required_path_field()
+    class_names: str = path_field()
     heads: int = 0
 
 

@@ -14,7 +14,7 @@ from ldt import log
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import read_exported
 from ldt.checkpoint.manifest import MANIFEST, MODEL, Damaged
-from ldt.config_fields import required
+from ldt.config_fields import path_field, required_path_field
 from ldt.data.shards import open_shards
 from ldt.data.shards.manifest import RECIPE
 from ldt.data.shards.reader import LatentShards
@@ -31,8 +31,8 @@ WHOLE, DAMAGED = 0, 1
 class InspectJob:
     """`path`: what to look at; `grid`: a PNG to draw decoded samples into; `images`: how many."""
 
-    path: str = required()
-    grid: str = ""
+    path: str = required_path_field()
+    grid: str = path_field()
     images: int = 64
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldt import log, tracking
 from ldt.config import to_dict
-from ldt.config_fields import choice, required
+from ldt.config_fields import choice, required_path_field
 from ldt.errors import InputError
 from ldt.files import natural
 
@@ -19,7 +19,7 @@ from ldt.files import natural
 class ReplayJob:
     """`run`: a run directory; `to`: wandb (offline without a key), or tensorboard (into RUN/tensorboard-replay)."""
 
-    run: str = required()
+    run: str = required_path_field()
     to: str = choice("wandb", "tensorboard")
 
 

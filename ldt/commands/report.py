@@ -7,10 +7,11 @@ does not have (yet) is said on the page.
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldt import log
+from ldt.config_fields import path_field, path_list_field
 from ldt.errors import InputError
 from ldt.files import replacing
 from ldt.image_files import write_picture
@@ -44,8 +45,8 @@ class ReportJob:
     sample's nearest ones, spread evenly over the data; 0 leaves the search out.
     """
 
-    runs: list[str] = field(default_factory=list)
-    output: str = ""
+    runs: list[str] = path_list_field()
+    output: str = path_field()
     grids: int = 24
     neighbours: int = 10_000
 

@@ -13,10 +13,11 @@ from ldt import log
 from ldt.checkpoint.checkpoint import results_of
 from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.config import to_dict
-from ldt.config_fields import choice, required
+from ldt.config_fields import choice, path_field, required_path_field
 from ldt.dist import World, broadcast, in_block_order, process_group
 from ldt.errors import InputError
 from ldt.image_files import WRITERS
+from ldt.paths import local_path
 from ldt.sampling.config import DrawConfig
 from ldt.sampling.draw import ImageModel, block_ids, default_labels, image_model, sample_images
 
@@ -30,12 +31,12 @@ class SampleJob(DrawConfig):
     told.
     """
 
-    run: str = required()
+    run: str = required_path_field()
     images: int = 80
     classes: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     format: str = choice("grid", "folder", "npz")
-    output: str = ""
+    output: str = path_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +129,7 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
             out.append(word)
             continue
         try:
-            out += Path(word).read_text().splitlines()
+            out += local_path(word, "prompts").read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompts file {word} can't be read ({error}); give a text file, one a line") from None
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldt.checkpoint.checkpoint import checkpoints_of
 from ldt.checkpoint.manifest import MANIFEST
-from ldt.config_fields import required
+from ldt.config_fields import required_path_field
 from ldt.errors import InputError
 from ldt.files import natural, real, schema_error
 from ldt.log import read_jsonl
@@ -31,7 +31,7 @@ OWNER_TIMEOUT_S = (
 class StatusJob:
     """`run`: a run directory; `json`: print the facts as JSON."""
 
-    run: str = required()
+    run: str = required_path_field()
     json: bool = False
 
 

@@ -19,6 +19,8 @@ from ldt.files import MOST_CLASSES, class_names, load_npy
 class LatentFiles(ABC):
     """Numbered latents with a class each; `moments` is float32 [2, C, H, W], mean and standard deviation, unscaled."""
 
+    captioned = 0
+
     def __init__(self, where: Path, files: list[Path]) -> None:
         self.where = where
         self.files = sorted(files, key=lambda p: (len(p.stem), p.stem))  # 9.npy comes before 10.npy
@@ -38,12 +40,31 @@ class LatentFiles(ABC):
         """Where latent i comes from, for messages."""
         return str(self.files[i])
 
+    def key(self, i: int) -> str:
+        """The name of latent i within its source."""
+        return self.files[i].relative_to(self.where).as_posix()
+
+    def size(self, i: int) -> int:
+        """Bytes of its file as it is now."""
+        try:
+            return self.files[i].stat().st_size
+        except OSError:
+            return -1  # it can't be what it was
+
     def label(self, i: int) -> int:
         return int(self.labels[i])
 
     def caption(self, i: int) -> str:
         """These have none."""
         return ""
+
+    def caption_size(self, i: int) -> int:
+        """These have none."""
+        return -1
+
+    def remarks(self) -> list[str]:
+        """There is nothing to say of them."""
+        return []
 
     def checked_moments(self, i: int) -> NDArray[np.float32]:
         """`moments`, of the same shape as all others."""

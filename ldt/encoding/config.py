@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ldt.config_fields import check_seed, choice, required, section
+from ldt.config_fields import check_seed, choice, path_field, required_path_field, section
 from ldt.errors import InputError
 
 
@@ -15,7 +15,7 @@ class ImagesConfig:
     `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
     """
 
-    path: str = ""
+    path: str = path_field()
     size: int = 0
     fit: str = choice("crop", "pad")
 
@@ -25,7 +25,7 @@ class TextConfig:
     """`encoder`: bytes, or a text encoder of transformers' by name or path; empty stores no captions. The caption of
     `x.png` is the text of `x.txt` beside it, at most `length` tokens of it."""
 
-    encoder: str = ""
+    encoder: str = path_field()
     length: int = 64
 
 
@@ -41,12 +41,12 @@ class EncodeJob:
     """
 
     images: ImagesConfig = section(ImagesConfig)
-    latents: str = ""
+    latents: str = path_field()
     latents_scale: float = 0.18215
     text: TextConfig = section(TextConfig)
-    autoencoder: str = required()
-    output: str = ""
-    index: str = ""
+    autoencoder: str = required_path_field()
+    output: str = path_field()
+    index: str = path_field()
     format: str = choice("tar", "mds")
     dtype: str = choice("fp16", "bf16", "fp32")
     flips: bool = False

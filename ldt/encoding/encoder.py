@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.images import ImageSource
 from ldt.data.prefetch import ahead
 from ldt.data.shards import mds
 from ldt.data.shards.layout import Samples
@@ -23,7 +22,7 @@ from ldt.data.shards.shard_writer import Sidecar, read_sidecar, shard_name, side
 from ldt.data.shards.statistics import Sums
 from ldt.dist import World, on_rank_zero, raise_first
 from ldt.encoding.config import EncodeJob
-from ldt.encoding.plan import Plan, Unit
+from ldt.encoding.plan import NAMES, Plan, Unit, hash_of
 from ldt.errors import InputError
 from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
@@ -42,18 +41,23 @@ class Encoder:
     def run(self) -> None:
         complete = on_rank_zero(self.world, self._claim_output)
         if not complete:
+            undone = on_rank_zero(self.world, lambda: [u for u in self.plan.units() if not self._is_done(u)])
             if self.world.rank == 0:
-                self._announce()
-            undone = on_rank_zero(self.world, lambda: [u for u in self.plan.units() if self._sidecar(u) is None])
+                self._announce(len(undone))
             raise_first(self._error_of(undone[self.world.rank :: self.world.size]))
             on_rank_zero(self.world, self._finish)
         if self.world.rank == 0:
             self._report(complete)
 
-    def _announce(self) -> None:
+    def _is_done(self, unit: Unit) -> bool:
+        """Whether its shard is there, made of the files that are there now."""
+        sidecar = self._sidecar(unit)
+        return sidecar is not None and sidecar.source == self.plan.source_of(unit)
+
+    def _announce(self, undone: int) -> None:
         """What is going to be encoded: a wrong directory should be seen before hours are spent on it."""
         units, images = self.plan.units(), self.plan.images
-        done = sum(self._sidecar(u) is not None for u in units)
+        done = len(units) - undone
         logger.info(
             "%s in %s into %s of %s%s",
             pluralize(len(images), "image", "images"),
@@ -62,14 +66,10 @@ class Encoder:
             "×".join(map(str, self.plan.layout.latent_shape)),
             f"; {done:,} are there" if done else "",
         )
-        nested = images.nested() if isinstance(images, ImageSource) else ""
-        if nested:
-            logger.warning(
-                "images lie deeper than the directory of their class, such as %s: they are of class %s; if the "
-                "classes are further down, stop and give the directory right above them as images.path",
-                nested,
-                nested.partition("/")[0],
-            )
+        if self.plan.text and images.captioned < len(images):
+            logger.warning("%s of %s images have a caption", f"{images.captioned:,}", f"{len(images):,}")
+        for remark in images.remarks():
+            logger.warning("%s", remark)
 
     def _error_of(self, units: list[Unit]) -> str:
         """Encode; the text of the user's mistake that was found, or nothing."""
@@ -85,7 +85,13 @@ class Encoder:
         """Whether the output is complete already; else make it ours, or refuse what is there."""
         marker = self.output / RECIPE
         if (self.output / HEAD).exists():
-            self._compare(read_head(self.output)["recipe"])
+            head = read_head(self.output)
+            self._compare(head["recipe"])
+            if "source" in head and head["source"] != self.plan.source():
+                raise InputError(
+                    f"output={self.output} was encoded from {self.plan.place}, whose files have other sizes now; "
+                    "choose another output, or delete it and encode again"
+                )
             self._clean_up()
             return True
         if marker.exists():
@@ -107,7 +113,12 @@ class Encoder:
 
     def _compare(self, other: dict[str, Any]) -> None:
         mine = self.plan.recipe()
-        changed = [f"{k}: {_short(other.get(k))} there, {_short(mine[k])} now" for k in mine if mine[k] != other.get(k)]
+        if NAMES not in other:  # written before names were looked at
+            del mine[NAMES]
+        keys = [*mine, *(k for k in other if k not in mine)]
+        changed = [
+            f"{k}: {_short(other.get(k))} there, {_short(mine.get(k))} now" for k in keys if mine.get(k) != other.get(k)
+        ]
         if changed:
             raise InputError(
                 f"output={self.output} was encoded with other settings ({'; '.join(changed)}); "
@@ -176,7 +187,9 @@ class Encoder:
         )
         name, directory = shard_name(unit.number, self.config.format), self.output / unit.part
         classes = len(self.plan.images.classes)
-        write_unit(directory, name, samples, Sums.total(sums), layout, self.config.format, classes, unit.start)
+        source, counts = self.plan.source_of(unit), self.plan.caption_counts(captions)
+        total, format = Sums.total(sums), self.config.format
+        write_unit(directory, name, samples, total, layout, format, classes, unit.start, source, counts)
 
     def _sidecar(self, unit: Unit) -> Sidecar | None:
         return read_sidecar(self.output / unit.part, shard_name(unit.number, self.config.format))
@@ -195,12 +208,17 @@ class Encoder:
         mean_C, std_C = Sums.total(s.sums for s in training).mean_std()  # of training data for both splits
         held_out = [s for u, s in done if u.part]
         if held_out:
-            self._save_manifest(self.output / VALIDATION, held_out, mean_C, std_C)
-        self._save_manifest(self.output, training, mean_C, std_C)
+            self._save_manifest(self.output / VALIDATION, held_out, mean_C, std_C, "")
+        self._save_manifest(self.output, training, mean_C, std_C, hash_of(s.source for _, s in done))
         self._clean_up()
 
     def _save_manifest(
-        self, directory: Path, sidecars: list[Sidecar], mean_C: NDArray[np.float64], std_C: NDArray[np.float64]
+        self,
+        directory: Path,
+        sidecars: list[Sidecar],
+        mean_C: NDArray[np.float64],
+        std_C: NDArray[np.float64],
+        source: str,
     ) -> None:
         config = self.config
         if config.format == "mds":
@@ -224,6 +242,8 @@ class Encoder:
             recipe=self.plan.recipe(),
             captions=self.plan.text is not None,
             text=describe(self.plan.text) | {"examples": self.plan.examples()} if self.plan.text else {},
+            caption_counts={k: sum(s.captions[k] for s in sidecars) for k in self.plan.caption_counts([])},
+            source=source,
         ).save(directory)
 
     def _clean_up(self) -> None:
@@ -238,6 +258,13 @@ class Encoder:
     def _report(self, complete: bool) -> None:
         training, held_out = self.plan.split.training_samples, self.plan.split.validation_samples
         print(f"{training:,} training and {held_out:,} held-out images{' were already' if complete else ''} encoded")
+        for part, directory in (("training", self.output), ("held-out", self.output / VALIDATION)):
+            counts = read_head(directory).get("caption_counts") if (directory / HEAD).exists() else None
+            if counts:
+                print(
+                    f"{part} captions: {counts['captioned']:,} images have one, {counts['empty']:,} have none or "
+                    f"an empty one, {counts['cut']:,} are cut at text.length={self.config.text.length}"
+                )
         size, classes = self.plan.image_size, len(self.plan.images.classes)
         example = f"imagenet{size}/ldt_transformer" if size in (256, 512) and classes >= 1000 else "fashion_mnist"
         example = "text/emoji" if self.plan.text else example

@@ -1,10 +1,12 @@
 """What there is to encode: the sources, the networks, and the output shards that are to come of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from ldt.data.images import ImageSource, open_images, prepare
@@ -18,6 +20,7 @@ from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import describe, load_text_encoder
 
 EXAMPLES = 256
+NAMES = "names of images (hash)"
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Plan:
         self.layout = Layout(shape, config.dtype, config.flips, self.text is not None, text_shape)
         self.split = Split(len(self.images), config.validation_fraction, config.seed)
         if self.split.training_samples == 0:
-            source = config.latents or config.images.path
-            raise InputError(f"{source} leaves no training images; lower validation_fraction")
-        if self.text and not any(self.images.caption(i) for i in range(len(self.images))):
+            raise InputError(f"{self.place} leaves no training images; lower validation_fraction")
+        self._names_hash = hash_of(self.images.key(i) for i in range(len(self.images)))
+        if self.text and not self.images.captioned:
             raise InputError(
-                f"{config.latents or config.images.path} has no captions for text.encoder={config.text.encoder}; put "
+                f"{self.place} has no captions for text.encoder={config.text.encoder}; put "
                 "x.txt beside x.png, or leave text.encoder empty"
             )
 
@@ -80,6 +83,7 @@ class Plan:
             "images.size": config.images.size,
             "images.fit": config.images.fit,
             "number of images": len(self.images),
+            NAMES: self._names_hash,
             "classes": list(self.images.classes),
             "autoencoder's hash": self.autoencoder.hash,
             "format": config.format,
@@ -90,6 +94,31 @@ class Plan:
             "seed": config.seed,
             "batch": config.batch,  # the last bits of a latent depend on how many are in its batch
         }
+
+    def source_of(self, unit: Unit) -> str:
+        """The files that a unit is made of, by their names and sizes as they are now, as a hash."""
+        images, text = self.images, self.text is not None
+        return hash_of(
+            f"{images.key(i)} {images.size(i)} {images.caption_size(i) if text else ''}"
+            for i in self.image_numbers(unit, unit.start, unit.stop)
+        )
+
+    def source(self) -> str:
+        """All files that are encoded, by their names and sizes as they are now, as a hash."""
+        return hash_of(self.source_of(unit) for unit in self.units())
+
+    @property
+    def place(self) -> str:
+        """Where the images or latents are."""
+        return self.config.latents or self.config.images.path
+
+    def caption_counts(self, captions: list[str]) -> dict[str, int]:
+        """How many of these captions say something, are empty, and are cut at the encoder's length."""
+        if self.text is None:
+            return {}
+        captioned = sum(bool(caption.strip()) for caption in captions)
+        cut = sum(self.text.cuts(caption) for caption in captions)
+        return {"captioned": captioned, "empty": len(captions) - captioned, "cut": cut}
 
     def units(self) -> list[Unit]:
         """All units, the held-out ones last."""
@@ -133,3 +162,11 @@ class Plan:
         total = self.split.training_samples
         numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
         return [(self.images.label(i), self.images.caption(i)[:200]) for i in numbers]
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """128 bits of the lines in their order, as hexadecimal text."""
+    digest = xxhash.xxh3_128()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()

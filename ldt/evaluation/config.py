@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldt.config_fields import choice
+from ldt.config_fields import choice, path_field
 from ldt.data.shards.manifest import HEAD
 from ldt.errors import InputError
 from ldt.sampling.config import DrawConfig
@@ -24,13 +24,13 @@ class EvaluateConfig(DrawConfig):
     metrics: list[str] = field(default_factory=lambda: ["frechet"])
     detector: str = choice("efficientnet_lite0", "inception", "timm")
     model: str = "vit_large_patch14_dinov2.lvd142m"
-    weights_file: str = ""
+    weights_file: str = path_field()
     resize: str = choice("tensorflow", "bilinear", "clean")
     checkpoint: str = "newest"
-    reference: str = ""
+    reference: str = path_field()
     fit: str = choice("as_encoded", "crop", "pad")
-    output: str = ""
-    cache_dir: str = "~/.cache/ldt/references"
+    output: str = path_field()
+    cache_dir: str = path_field("~/.cache/ldt/references")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,7 @@ from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
 BYTES = "bytes"
+CHARACTERS = 64  # no caption needs more characters a token, and tokenizers are slow on long ones
 
 
 class TextEncoder(Protocol):
@@ -31,6 +32,10 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.generic]:
         """uint16 [n, M] or float16 [n, M, F]."""
+        ...
+
+    def cuts(self, caption: str) -> bool:
+        """Whether the caption has more tokens than are kept."""
         ...
 
 
@@ -72,6 +77,9 @@ class ByteEncoder:
             row[: len(content)] = content.astype(np.uint16) + 1
         return out
 
+    def cuts(self, caption: str) -> bool:
+        return len(caption.encode()) > self.shape.length
+
 
 class TransformersEncoder:
     """Last hidden states of an encoder of transformers', zero at padding."""
@@ -93,8 +101,7 @@ class TransformersEncoder:
         real = [i for i, caption in enumerate(captions) if caption.strip()]
         if not real:
             return out
-        # no caption needs more characters than this for its first tokens, and tokenizers are slow on long ones
-        texts = [captions[i][: 64 * self.shape.length] for i in real]
+        texts = [captions[i][: CHARACTERS * self.shape.length] for i in real]
         tokens = self._tokenizer(
             texts, max_length=self.shape.length, padding="max_length", truncation=True, return_tensors="pt"
         ).to(self._device)
@@ -104,6 +111,12 @@ class TransformersEncoder:
             raise InputError(f"text encoder {self.name} gives values that half precision cannot hold; use another")
         out[real] = features.astype(np.float16)
         return out
+
+    def cuts(self, caption: str) -> bool:
+        text = caption[: CHARACTERS * self.shape.length]
+        kept = self._tokenizer(text, max_length=self.shape.length, truncation=True)["input_ids"]
+        more = self._tokenizer(text, max_length=self.shape.length + 1, truncation=True)["input_ids"]
+        return len(text) < len(caption) or len(more) > len(kept)
 
 
 def _from_pretrained(name: str) -> tuple[Any, Any]:

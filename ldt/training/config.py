@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from ldt.config_fields import check_seed, required, section
+from ldt.config_fields import check_seed, path_field, required_path_field, section
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
 from ldt.errors import InputError
@@ -17,7 +17,7 @@ from ldt.sampling.config import ImageConfig
 class SourceConfig:
     """One of several data sets: its `path`, and its `weight` beside those of the others."""
 
-    path: str = required()
+    path: str = required_path_field(remote=True)
     weight: float = 1.0
 
 
@@ -29,9 +29,9 @@ class DataConfig:
     A remote `path` (`s3://…`) is read through `cache_dir` on each node, of at most `cache_gb` (10⁹ bytes).
     """
 
-    path: str = ""
+    path: str = path_field(remote=True)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    cache_dir: str = ""
+    cache_dir: str = path_field()
     cache_gb: float = 100.0
     streams: int = 16
     window: int = 65536
@@ -52,7 +52,7 @@ class TrainConfig:
     global_batch: int = 256
     total_samples: int = 1_000_000
     micro_batch: int | str = 0
-    init_from: str = ""
+    init_from: str = path_field()
     bad_steps: int = 3
     spike_factor: float = 0.0
     time_limit_minutes: float = 0.0
@@ -108,7 +108,7 @@ class LogConfig:
 class TrainJob:
     """A training run."""
 
-    run_dir: str = required()
+    run_dir: str = required_path_field()
     seed: int = 0
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)

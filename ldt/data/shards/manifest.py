@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ldt.data.latent_spec import LatentSpec
 from ldt.data.shards.layout import STORED, Layout
-from ldt.data.shards.remote import Remote, is_remote
+from ldt.data.shards.remote import Remote
 from ldt.errors import InputError
 from ldt.files import load_npy, natural, schema_error, write_atomic
+from ldt.paths import is_remote
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
@@ -35,7 +36,9 @@ class Manifest(LatentSpec):
 
     format: tar or mds; dtype: of the stored moments; flips: whether those of the mirrored images are there too; table:
     structured array, one row a shard: name (bytes), bytes, samples, xxh64 of the file, and content, an xxh64 of labels
-    and moments alone, which is the same in both formats. recipe: how it was made. captions: whether samples have them.
+    and moments alone, which is the same in both formats. recipe: how it was made. captions: whether samples have them;
+    caption_counts: how many are `captioned`, `empty` and `cut` at the encoder's length. source: a hash of the names and
+    sizes of the files that were encoded, empty where that is not known.
     """
 
     format: str
@@ -44,6 +47,8 @@ class Manifest(LatentSpec):
     table: NDArray[np.void] = field(repr=False)
     recipe: dict[str, Any] = field(default_factory=dict)
     captions: bool = False
+    caption_counts: dict[str, int] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def layout(self) -> Layout:
@@ -89,7 +94,9 @@ class Manifest(LatentSpec):
             "recipe": self.recipe,
         }
         if self.captions:
-            head |= {"captions": True, "text": self.text}
+            head |= {"captions": True, "text": self.text, "caption_counts": self.caption_counts}
+        if self.source:
+            head["source"] = self.source
         head["head_xxh64"] = head_hash(head)
         write_atomic(directory / HEAD, json.dumps(head, indent=1).encode())
 
@@ -126,7 +133,11 @@ class Manifest(LatentSpec):
             table=table,
             recipe=head["recipe"],
             captions=head.get("captions", False),
+            caption_counts=head.get("caption_counts", {}),
+            source=head.get("source", ""),
         )
+        if wrong := schema_error(manifest.caption_counts, {...: natural}, "its caption_counts"):
+            raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
         if head["fingerprint"] != manifest.fingerprint:
             raise InputError(
                 f"{place(directory, HEAD)} does not belong to the table beside it; encode or index the data again"

@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Index, Layout
 from ldt.data.shards.manifest import Manifest
-from ldt.data.shards.remote import Cache, Remote, is_remote
+from ldt.data.shards.remote import Cache, Remote
 from ldt.errors import InputError
+from ldt.paths import is_remote
 
 T = TypeVar("T")
 

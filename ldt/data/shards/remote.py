@@ -32,11 +32,6 @@ ABANDONED = 3600  # seconds after which an untouched partial download is a dead 
 T = TypeVar("T")
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether a path is an address (`s3://…`, `memory://…`) and not a local directory."""
-    return "://" in str(path)
-
-
 class Remote:
     """A directory behind an fsspec address: its small files, read whole."""
 

@@ -6,7 +6,7 @@ the manifest is written; any process may do any unit, and doing one twice change
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ def _hash(value: Any) -> bool:
 
 
 _SHAPE = dict.fromkeys(("bytes", "samples", "elements"), natural) | {"name": str, "xxh64": _hash, "content": _hash}
-_SHAPE |= {"class_counts": [natural], "first_C": [real], "second_C": [real]}
+_SHAPE |= {"class_counts": [natural], "first_C": [real], "second_C": [real], "source": str, "captions": {...: natural}}
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of a finished shard; hashes as hexadecimal text."""
+    """What is known of a finished shard; hashes as hexadecimal text.
+
+    source: of the files that it was made of; captions: how many samples are `captioned`, `empty` and `cut`.
+    """
 
     name: str
     bytes: int
@@ -43,6 +46,8 @@ class Sidecar:
     first_C: list[float]
     second_C: list[float]
     elements: int
+    source: str = ""
+    captions: dict[str, int] = field(default_factory=dict)
 
     @property
     def row(self) -> tuple[str, int, int, int, int]:
@@ -65,7 +70,16 @@ def sidecar_path(directory: Path, name: str) -> Path:
 
 
 def write_unit(
-    directory: Path, name: str, samples: Samples, sums: Sums, layout: Layout, format: str, classes: int, first: int
+    directory: Path,
+    name: str,
+    samples: Samples,
+    sums: Sums,
+    layout: Layout,
+    format: str,
+    classes: int,
+    first: int,
+    source: str = "",
+    captions: dict[str, int] | None = None,
 ) -> None:
     """Write a shard, then its sidecar. first: the number of its first sample in the data set."""
     content = PACK[format](samples, layout, first)
@@ -80,6 +94,8 @@ def write_unit(
         first_C=sums.first_C.tolist(),
         second_C=sums.second_C.tolist(),
         elements=sums.elements,
+        source=source,
+        captions=captions or {},
     )
     facts = asdict(sidecar)
     write_atomic(sidecar_path(directory, name), json.dumps(facts | {HASH: sidecar_hash(facts)}).encode())

@@ -1,0 +1,88 @@
+"""An image file's bytes → an image → what the autoencoder takes."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from ldt.errors import InputError
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """The image in a file's content; `InputError` says what is wrong with it."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        deep = _is_deep(image)
+        image.load()
+    except Exception as error:  # Pillow raises a dozen types over a damaged file
+        raise InputError(
+            f"image {name} is not readable ({_reason(error, content)}); replace it, and the same command goes on, or "
+            "remove it and encode into a new output"
+        ) from None
+    if deep:
+        raise InputError(f"image {name} has more than 8 bits a channel; convert it to 8 bits")
+    if image.mode not in MODES:
+        raise InputError(f"image {name} has the colour mode {image.mode}; convert it to 8-bit grey or RGB")
+    return image
+
+
+def _reason(error: Exception, content: bytes) -> str:
+    if not content:
+        return "it has 0 bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return f"Pillow knows no such format; it begins with {content[:16]!r}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether an image that is not loaded yet has more than 8 bits a channel.
+
+    For colour images the mode does not tell: Pillow drops the low bits of a 16-bit PNG or TIFF, and scales a PPM.
+    """
+    if image.mode[0] in "IF":
+        return True
+    if image.format == "PPM":
+        return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
+    return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def prepare(image: Image.Image, size: int, channels: int, fit: str) -> NDArray[np.uint8]:
+    """An image as the autoencoder takes it: uint8 [size, size, channels], 1 (grey) or 3 (RGB) channels.
+
+    `crop`: ADM's centre crop (Dhariwal and Nichol 2105.05233): halve by box while at least twice the size, then
+    bicubic so that the short side is `size`, then the middle. `pad`: centred on black, never resized; it must fit.
+    Transparent pixels are laid over white.
+    """
+    image = _flatten(image).convert({1: "L", 3: "RGB"}[channels])
+    image = _centre_crop(image, size) if fit == "crop" else _pad(image, size)
+    return np.asarray(image, np.uint8).reshape(size, size, channels)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    if max(image.size) > size:
+        raise InputError(
+            f"an image of {image.width}x{image.height} does not fit into {size}x{size}; use images.fit=crop"
+        )
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return canvas
