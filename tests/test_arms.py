@@ -14,6 +14,7 @@ UVIT = "{width: 32, depth: 3, heads: 2, long_skips: true, positions: learned, ti
 ARMS = {
     "unet": (UNET, "flow", "rectified_flow"),
     "dit": (DIT + " mlp: gelu, time: steps, learned_sigma: true, activation_checkpointing: true}", "eps", "ddpm"),
+    "head": (DIT + " head: {depth: 1, width: 48, heads: 2}, activation_checkpointing: true}", "x", "rectified_flow"),
     "uvit": (UVIT + " mlp: gelu_erf, qkv_bias: false, output_convolution: true, init: uvit}", "eps", "scaled_linear"),
 }
 

@@ -21,6 +21,7 @@ from ldt.diffusion.samplers import SAMPLERS, as_predict
 from ldt.diffusion.schedules import time_of_step
 from ldt.errors import InputError
 from ldt.nn.build import build
+from ldt.nn.config import HeadConfig
 from ldt.nn.embedding import sincos_2d
 from ldt.nn.sizes import dit
 
@@ -230,6 +231,7 @@ def test_what_diffusers_cannot_hold_is_refused(loaded, tmp_path):
         ({"qk_norm": True}, "model.qk_norm=True would have to be False"),
         ({"time_frequencies": "dit"}, "model.time_frequencies=dit would have to be diffusers"),
         ({"mlp_ratio": 2.0}, "model.mlp_ratio=4"),
+        ({"head": HeadConfig(1, 32, 2)}, "it has a wide head"),
     ):
         config = dataclasses.replace(loaded.denoiser.config, **change)
         other = dataclasses.replace(loaded, denoiser=build(config, (4, 8, 8), 3, seed=0))

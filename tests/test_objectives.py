@@ -185,6 +185,64 @@ def test_uniform_times_are_the_numbers_given():
     assert t[0] > 0
 
 
+@pytest.mark.parametrize(("shape", "base"), [((768, 16, 16), 4096.0), ((32, 8, 8), 4096.0), ((4, 4, 4), 1024.0)])
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_shift_base_shifts_training_times_by_the_closed_formula(shape, base, timesteps):
+    """t' = s·t/(1 + (s − 1)·t) with s = √(dim/base); for logit-normal times that is a mean of ½·ln(dim/base) more."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    s = math.sqrt(shape[0] * shape[1] * shape[2] / base)
+    plain = ObjectiveConfig(timesteps=timesteps)
+    shifted = ObjectiveConfig(timesteps=timesteps, shift_base=base)
+    got = Objective(shifted, shape).timesteps(u).double()
+    t = Objective(plain).timesteps(u).double()
+    torch.testing.assert_close(got, s * t / (1 + (s - 1) * t), rtol=1e-6, atol=1e-7)
+    if timesteps == "logit_normal":
+        moved = ObjectiveConfig(logit_mean=0.5 * math.log(s * s))
+        torch.testing.assert_close(got, Objective(moved).timesteps(u).double(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_shift_leaves_what_is_of_the_base_size_and_never_reaches_the_ends():
+    u = torch.tensor([0.0, 0.3, 1 - 2**-53], dtype=torch.float64)
+    same = Objective(ObjectiveConfig(timesteps="uniform", shift_base=4096), (4, 32, 32))
+    assert torch.equal(same.timesteps(u), Objective(ObjectiveConfig(timesteps="uniform")).timesteps(u))
+    large = Objective(ObjectiveConfig(timesteps="uniform", shift_base=1), (768, 16, 16)).timesteps(u)
+    assert large.min() > 0 and large.max() < 1
+
+
+def test_time_floor_is_the_velocity_loss_with_its_denominator_clamped(case):
+    """Against the definition, in numpy: both velocities are (x_t − x0)/max(t, floor)."""
+    x0, eps, _ = case
+    t = torch.tensor([1e-6, 0.01, 0.04, 0.06, 0.5, 1.0], dtype=torch.float64)
+    guess = torch.roll(x0, 1, 0)
+    config = ObjectiveConfig(prediction="x", loss="flow", time_floor=0.05)
+    got = Objective(config).loss(lambda x, t_B, c: guess, x0, eps, t, CONDITION)
+    t_111 = t.numpy()[:, None, None, None]
+    xt = (1 - t_111) * x0.numpy() + t_111 * eps.numpy()
+    velocities = [(xt - x.numpy()) / np.maximum(t_111, 0.05) for x in (guess, x0)]
+    expected = ((velocities[0] - velocities[1]) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(got.numpy(), expected, rtol=1e-6, atol=0)
+    exact = Objective(ObjectiveConfig(prediction="x", loss="flow")).loss(lambda x, t_B, c: guess, x0, eps, t, CONDITION)
+    torch.testing.assert_close(got[3:], exact[3:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"shift_base": -1.0}, "objective.shift_base=-1.0"),
+        ({"shift_base": math.inf}, "objective.shift_base=inf"),
+        ({"shift_base": 4096, "schedule": "ddpm"}, "rectified_flow, not of ddpm"),
+        ({"time_floor": 1.0}, "objective.time_floor=1.0"),
+        ({"time_floor": 0.05}, "needs objective.prediction=x, not flow"),
+        ({"time_floor": 0.05, "prediction": "x"}, "needs objective.loss=flow, not same"),
+        ({"time_floor": 0.05, "prediction": "x", "loss": "flow", "weighting": "min_snr"}, "weighting=constant"),
+        ({"time_floor": 0.05, "prediction": "x", "loss": "flow", "schedule": "cosine"}, "schedule=rectified_flow"),
+    ],
+)
+def test_shifts_and_floors_that_mean_nothing_are_refused(keys, message):
+    with pytest.raises(InputError, match=message):
+        ObjectiveConfig(**keys)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(InputError, match="objective.condition_drop=1.5"):
         ObjectiveConfig(condition_drop=1.5)

@@ -221,6 +221,17 @@ def test_no_guidance_costs_no_second_half() -> None:
     assert {n for n, _ in denoiser.calls} == {2}
 
 
+def test_a_shift_by_the_latents_size_holds_in_sampling_and_multiplies_with_the_samplers_own() -> None:
+    """Against the closed formula, at the times that the denoiser sees: s = √(C·H·W / base) · shift."""
+    denoiser, shape = Marked(), (768, 16, 16)
+    objective = Objective(ObjectiveConfig(shift_base=4096), shape)
+    config = SamplerConfig(sampler="euler", steps=5, shift=1.5)
+    sample(denoiser, objective, torch.zeros(1, *shape), Condition(torch.tensor([0])), 10, config, no_noise)
+    s = 1.5 * (768 * 16 * 16 / 4096) ** 0.5
+    even = [1 - i / 5 for i in range(5)]
+    assert [t for _, t in denoiser.calls] == pytest.approx([s * t / (1 + (s - 1) * t) for t in even], rel=1e-6)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow", "x"])
 def test_every_prediction_leads_to_the_data(prediction: str) -> None:
     """The optimal network of each kind, through the objective's conversion, samples the same data."""

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
-from ldt.nn.config import ModelConfig
-from ldt.nn.sizes import dit, flops, uvit
+from ldt.nn.config import HeadConfig, ModelConfig
+from ldt.nn.sizes import dit, dit_dh, flops, uvit
 from ldt.nn.text_shape import TextShape
 
 LATENT = (4, 32, 32)
@@ -53,6 +53,11 @@ def test_uvit_has_its_published_size(name, shape, classes, millions):
     assert abs(parameter_count(on_meta(uvit(name), shape, classes)) / 1e6 - millions) < 0.6
 
 
+def test_the_wide_head_has_its_published_size():
+    """RAE's DiT^DH-XL (2510.11690) has 839 M parameters on DINOv2-B's latents of 768×16×16."""
+    assert abs(parameter_count(on_meta(dit_dh("XL"), (768, 16, 16))) / 1e6 - 839) < 3
+
+
 def test_uvit_has_its_published_cost():
     assert flops(uvit("H/2"), LATENT) / 2e9 == pytest.approx(133, rel=5e-3)
 
@@ -71,6 +76,8 @@ COUNTED = [
     (ModelConfig(width=48, depth=2, heads=4, condition_on="text"), TEXT),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="class_and_text", mlp_ratio=3), FEATURES),
     (ModelConfig(width=48, depth=2, heads=4, conditioning="adaln_zero", condition_on="text"), FEATURES),
+    (ModelConfig(width=48, depth=2, heads=4, condition_on="text", head=HeadConfig(2, 64, 4)), TEXT),
+    (ModelConfig(width=48, depth=2, heads=4, conditioning="adaln_zero", mlp="gelu", head=HeadConfig(1, 64, 2)), None),
 ]
 
 
@@ -89,5 +96,7 @@ def test_the_formula_counts_what_torch_counts(config, text):
 def test_unknown_sizes_are_refused():
     with pytest.raises(InputError, match="DiT-XXL/2 is no known size; sizes are S, B, L, XL, each with /2, /4 or /8"):
         dit("XXL/2")
+    with pytest.raises(InputError, match=r"DiT\^DH-XXL is no known size; sizes are S, B, L, XL"):
+        dit_dh("XXL")
     with pytest.raises(InputError, match="U-ViT-H/3 is no known size"):
         uvit("H/3")

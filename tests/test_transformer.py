@@ -10,7 +10,7 @@ from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.attention import attend, choose_kernel, unpadded
 from ldt.nn.build import build, parameter_count
-from ldt.nn.config import ModelConfig
+from ldt.nn.config import HeadConfig, ModelConfig
 from ldt.nn.embedding import AxialRotary, network_time, sincos_2d, sinusoids
 from ldt.nn.sizes import dit, uvit
 from ldt.nn.text_shape import TextShape
@@ -43,6 +43,9 @@ VARIANTS = [
     dataclasses.replace(dit("S/2"), width=32, depth=2, heads=2, learned_sigma=False),
     dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2),
     ModelConfig(width=32, depth=3, heads=2, value_residual=True),
+    ModelConfig(width=32, depth=2, heads=2, value_residual=True, head=HeadConfig(2, 48, 2)),
+    ModelConfig(width=32, depth=2, heads=2, conditioning="adaln_zero", positions="sincos", head=HeadConfig(1, 48, 3)),
+    dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2, head=HeadConfig(1, 48, 2)),
 ]
 
 
@@ -88,7 +91,7 @@ def test_initial_output_is_zero_and_weights_depend_on_the_seed_alone():
 
 def test_adaln_zero_blocks_start_as_the_identity():
     model = build(VARIANTS[2], SHAPE, CLASSES, seed=0)
-    h, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    h, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     for block in model.blocks:
         assert torch.equal(block(h, c, None)[0], h)
 
@@ -228,6 +231,9 @@ def test_swiglu_has_the_parameters_of_gelu():
         ({"width": 36, "heads": 6}, "model.positions=rope needs a head size divisible by 4"),
         ({"depth": 0}, "model.depth=0 must be at least 1"),
         ({"width": 6, "heads": 1, "positions": "sincos"}, "model.positions=sincos needs model.width divisible by 4"),
+        ({"head": HeadConfig(1, 36, 6)}, "not 6 in the wide head; change model.head.width or model.head.heads"),
+        ({"head": HeadConfig(1, 6, 1), "positions": "sincos"}, "model.head.width divisible by 4, not 6"),
+        ({"head": HeadConfig(1), "name": "unet"}, "model.head.depth=1 is the transformer's; with model.name=unet"),
     ],
 )
 def test_impossible_models_are_refused(settings, message):

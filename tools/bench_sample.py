@@ -68,7 +68,7 @@ class Bench:
 
     def __init__(self, config: TrainJob, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
         self.config, self.shape, self.classes, self.device = config, shape, classes, device
-        self.objective = Objective(config.objective)
+        self.objective = Objective(config.objective, shape)
         self.passes = 0.0  # of the denoiser, an image
 
     def denoiser(self) -> nn.Module:

@@ -80,7 +80,7 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
     denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     return Loaded(
         denoiser=denoiser.to(device).eval(),
-        objective=Objective(from_dict(ObjectiveConfig, config["objective"])),
+        objective=Objective(from_dict(ObjectiveConfig, config["objective"]), spec.latent_shape),
         spec=spec,
         config=config,
         samples_seen=facts["samples_seen"],

@@ -139,7 +139,7 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     muon = config.optimizer.muon_lr > 0
     if muon:
         need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
-    again = recomputed / model.activations.blocks  # a forward pass more
+    again = model.activations.share(recomputed)  # of a forward pass more
     compute = (3 + again) * model.flops * share.rows / (EFFICIENCY * peak(config))
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
     link = config.network_gb * 1e9 if nodes > 1 else DEVICES[config.device].link

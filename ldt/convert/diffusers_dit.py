@@ -85,6 +85,10 @@ def check(config: ModelConfig, objective: Objective, spec: LatentSpec) -> None:
                 f"diffusers' DiT can't hold this model: model.{key}={getattr(config, key)} would have to be {value}; "
                 "export it as safetensors"
             )
+    if config.head.depth:
+        raise InputError(
+            "diffusers' DiT can't hold this model: it has a wide head (model.head); export it as safetensors"
+        )
     if objective.config.prediction != "eps" or not isinstance(objective.schedule, DiscreteVP):
         raise InputError(
             f"diffusers' DiT predicts eps on a discrete schedule, not {objective.config.prediction} on "

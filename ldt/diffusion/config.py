@@ -1,5 +1,6 @@
 """The keys of objectives and samplers."""
 
+import math
 from dataclasses import dataclass
 
 from ldt.config_fields import choice
@@ -13,6 +14,10 @@ class ObjectiveConfig:
     `timesteps` are drawn in t; the discrete schedules (ddpm, scaled_linear, ldm) round them up to their next step.
     `logit_mean` m above 0 trains more where there is more noise; it shifts the times by e^m, as `shift` when sampling.
     `weighting` min_snr is Hang et al. 2303.09556: the error of the clean latent counts min(SNR, `min_snr_gamma`).
+    `shift_base` (0: off; 4096 in RAE, Zheng et al. 2510.11690) shifts the times of training and of sampling by
+    s = √(C·H·W / shift_base), because more numbers a latent survive more noise: t becomes s·t / (1 + (s − 1)·t).
+    `time_floor` (0: off; 0.05 in RAEv2, 2605.18324) belongs to x predictions compared as flow: the velocity is
+    (x_t − x0) / max(t, time_floor), for both sides of the loss, whose weight 1/t² would be unbounded at the data.
     """
 
     prediction: str = choice("flow", "eps", "v", "x")
@@ -23,6 +28,8 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     weighting: str = choice("constant", "min_snr")
     min_snr_gamma: float = 5.0
+    shift_base: float = 0.0
+    time_floor: float = 0.0
     condition_drop: float = 0.1
 
     def __post_init__(self) -> None:
@@ -32,6 +39,22 @@ class ObjectiveConfig:
             raise InputError(f"objective.logit_std={self.logit_std} must be positive")
         if self.min_snr_gamma <= 0:
             raise InputError(f"objective.min_snr_gamma={self.min_snr_gamma} must be positive, such as 5")
+        if not 0 <= self.shift_base < math.inf:
+            raise InputError(f"objective.shift_base={self.shift_base} must be positive, such as 4096, or 0 for off")
+        if self.shift_base and self.schedule != "rectified_flow":
+            raise InputError(
+                f"objective.shift_base={self.shift_base} shifts the times of objective.schedule=rectified_flow, not of "
+                f"{self.schedule}; set it to 0, or change the schedule"
+            )
+        if not 0 <= self.time_floor < 1:
+            raise InputError(f"objective.time_floor={self.time_floor} must be a time below 1, such as 0.05, or 0")
+        needed = {"prediction": "x", "loss": "flow", "schedule": "rectified_flow", "weighting": "constant"}
+        for key, value in needed.items():
+            if self.time_floor and getattr(self, key) != value:
+                raise InputError(
+                    f"objective.time_floor={self.time_floor} needs objective.{key}={value}, not {getattr(self, key)}; "
+                    "change that, or set the floor to 0"
+                )
 
 
 @dataclass

@@ -13,7 +13,8 @@ schedules), x where σ = 0 (t = 0). There it is kept at `SINGULAR` = 10⁻³ fro
 is no longer exact; on the rectified flow that is eps at t > 0.999 and x at t < 0.001. v and flow have no such place.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig
-from ldt.diffusion.schedules import STEPS, DiscreteVP, Schedule, make_schedule, time_of_step
+from ldt.diffusion.schedules import STEPS, DiscreteVP, Schedule, make_schedule, shift_time, time_of_step
 
 SINGULAR = 1e-3
 
@@ -36,10 +37,15 @@ class Prediction(NamedTuple):
 
 
 class Objective:
-    """The loss of a denoiser, and the view of its output that samplers need."""
+    """The loss of a denoiser, and the view of its output that samplers need.
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    time_shift: s of `objective.shift_base` for this latent shape, 1 where it is off.
+    """
+
+    def __init__(self, config: ObjectiveConfig, latent_shape: Sequence[int] = ()) -> None:
+        assert latent_shape or not config.shift_base, "a shift by the latent's size needs its size"
         self.config = config
+        self.time_shift = math.sqrt(math.prod(latent_shape) / config.shift_base) if config.shift_base else 1.0
         self.schedule: Schedule = make_schedule(config.schedule)
         self.loss_space = config.prediction if config.loss == "same" else config.loss
 
@@ -53,6 +59,8 @@ class Objective:
             t_B = inside_B
         else:
             t_B = torch.sigmoid(self.config.logit_mean + self.config.logit_std * torch.special.ndtri(inside_B))
+        if self.time_shift != 1:
+            t_B = shift_time(t_B, self.time_shift).clamp(max=1 - 2**-24)  # float32 would round it up to 1
         if isinstance(self.schedule, DiscreteVP):
             t_B = time_of_step((t_B * STEPS).floor())  # with uniform numbers every step is as likely
         return t_B.float()
@@ -75,6 +83,8 @@ class Objective:
         t_B111 = t_B[:, None, None, None]
         xt_BCHW = self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
         y_BCHW = denoiser(xt_BCHW, t_B, condition).float()
+        if self.config.time_floor:
+            return ((y_BCHW - x0_BCHW) / t_B111.clamp(min=self.config.time_floor)).square().mean((1, 2, 3))
         if self.loss_space != self.config.prediction:
             y_BCHW = self._combine(self.loss_space, self.predict(y_BCHW, xt_BCHW, t_B), t_B111)
         target_BCHW = self._combine(self.loss_space, Prediction(x0_BCHW, eps_BCHW), t_B111)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import SamplerConfig
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
-from ldt.diffusion.schedules import Schedule
+from ldt.diffusion.schedules import Schedule, shift_time
 
 Predict = Callable[[Tensor, float], Prediction]
 Noise = Callable[[int], Tensor]
@@ -25,8 +25,7 @@ Sampler = Callable[[Predict, Schedule, Tensor, Sequence[float], Noise], Tensor]
 
 def sampling_times(steps: int, shift: float = 1.0) -> list[float]:
     """steps + 1 times from 1 to 0: even, then shifted (Esser et al. 2403.03206, eq. 23)."""
-    even = [1 - i / steps for i in range(steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in even]
+    return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
 
 
 def euler(predict: Predict, schedule: Schedule, x_BCHW: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
@@ -149,10 +148,11 @@ def sample(
 ) -> Tensor:
     """Clean latents [B, C, H, W] (whitened, as the denoiser knows them) from standard normal noise.
 
-    step_noise: what a stochastic sampler adds at each step.
+    step_noise: what a stochastic sampler adds at each step. The times are shifted by `config.shift` and by the
+    objective's own shift.
     """
     predict = as_predict(denoiser, objective, condition, null_label, config)
-    times = sampling_times(config.steps, config.shift)
+    times = sampling_times(config.steps, config.shift * objective.time_shift)
     x_BCHW = noise_BCHW * _number(objective.schedule.sigma, times[0])
     return SAMPLERS[config.sampler](predict, objective.schedule, x_BCHW, times, step_noise)
 

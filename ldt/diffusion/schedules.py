@@ -6,12 +6,14 @@ All functions are elementwise over tensors of any shape.
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ldt.errors import InputError
+
+Number = TypeVar("Number", float, Tensor)
 
 
 class Schedule(Protocol):
@@ -70,6 +72,14 @@ class LinearVP:
     def slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         d_alpha = -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t) * self.alpha(t)
         return d_alpha, -self.alpha(t) * d_alpha / self.sigma(t)  # α² + σ² = 1; σ' is unbounded at t = 0
+
+
+def shift_time(t: Number, shift: float) -> Number:
+    """s·t / (1 + (s − 1)·t): on the rectified flow, the time at which σ/α is s times what it is at t.
+
+    Esser et al. 2403.03206, eq. 23; shifts multiply.
+    """
+    return shift * t / (1 + (shift - 1) * t)
 
 
 STEPS = 1000

@@ -20,8 +20,8 @@ from ldt.engine.config import EngineConfig, OptimizerConfig
 from ldt.engine.memory import BUCKET
 from ldt.engine.muon import Muon
 from ldt.engine.partition import Partition
+from ldt.nn.block import Block
 from ldt.nn.build import compile_blocks, matrices_of, parameter_count
-from ldt.nn.transformer import Block
 
 MicroBatch = TypeVar("MicroBatch")
 

@@ -63,17 +63,31 @@ def muon_bytes(parameters: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one sample leaves for the backward pass: with all blocks' kept, and with none's."""
+    """Bytes that one sample leaves for the backward pass: with all blocks' `kept`, and what each block can save of it.
+
+    The blocks are in the order in which they are recomputed, the wide head's last.
+    """
 
     kept: int
-    recomputed: int
-    blocks: int
+    saves: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.saves)
+
+    @property
+    def recomputed(self) -> int:
+        """With no block's kept."""
+        return self.kept - sum(self.saves)
 
     def of(self, samples: int, recomputed_blocks: int) -> int:
         """Of a micro-batch, where some blocks keep only what enters them and one at a time is computed again."""
-        block = (self.kept - self.recomputed) // self.blocks
-        again = block if recomputed_blocks else 0
-        return samples * (self.kept - recomputed_blocks * block + again)
+        saved = self.saves[:recomputed_blocks]
+        return samples * (self.kept - sum(saved) + max(saved, default=0))
+
+    def share(self, recomputed_blocks: int) -> float:
+        """What part of all blocks' work is done again."""
+        return sum(self.saves[:recomputed_blocks]) / sum(self.saves)
 
     def blocks_to_recompute(self, samples: int, budget: float, at_least: int = 0) -> int:
         """The fewest blocks that keep a micro-batch within the budget; `InputError` if all are too few."""
@@ -103,22 +117,28 @@ def activations(
 ) -> Activations:
     """Of a denoiser in training, eager; compiled code keeps less.
 
-    A deep Transformer's from two shallow ones: blocks are alike, with long skips those of each half.
+    A deep Transformer's from two shallow ones: blocks are alike, with long skips those of each half. What a wide head's
+    blocks save is what is left when all others are recomputed.
     """
 
-    def saved(depth: int, recomputed: bool) -> int:
+    def saved(depth: int, recomputed: bool, head: int) -> int:
         blocks = depth if config.name == "transformer" else 1
         shallow = dataclasses.replace(config, depth=depth, init="dit")  # which costs no time here
-        return _saved_bytes(shallow, latent_shape, classes, text, precision, blocks if recomputed else 0)
+        return _saved_bytes(shallow, latent_shape, classes, text, precision, blocks + head if recomputed else 0)
 
-    def extrapolated(recomputed: bool) -> int:
+    def extrapolated(recomputed: bool, head: int = 0) -> int:
         first = 2 + config.depth % 2
         if config.name != "transformer" or config.depth <= first + 2:
-            return saved(config.depth, recomputed)
-        low, high = saved(first, recomputed), saved(first + 2, recomputed)
+            return saved(config.depth, recomputed, head)
+        low, high = saved(first, recomputed, head), saved(first + 2, recomputed, head)
         return low + (config.depth - first) // 2 * (high - low)
 
-    return Activations(extrapolated(False), extrapolated(True), config.depth if config.name == "transformer" else 1)
+    kept, narrow, head = extrapolated(False), extrapolated(True), config.head.depth
+    blocks = config.depth if config.name == "transformer" else 1
+    saves = ((kept - narrow) // blocks,) * blocks
+    if head:
+        saves += ((narrow - extrapolated(True, head)) // head,) * head
+    return Activations(kept, saves)
 
 
 def _saved_bytes(

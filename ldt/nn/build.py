@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ldt.errors import InputError
+from ldt.nn.block import Attention, Block, Modulation, SwiGLU
 from ldt.nn.config import ModelConfig
 from ldt.nn.text_shape import TextShape
-from ldt.nn.transformer import Attention, Modulation, SwiGLU, Transformer
+from ldt.nn.transformer import Transformer
 from ldt.nn.unet import UNet
 
 
@@ -38,12 +39,16 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def matrices_of(denoiser: nn.Module) -> dict[str, int]:
-    """The weight matrices in a Transformer's blocks by name, and how many are stacked in each (3 in qkv)."""
+    """The weight matrices in a Transformer's blocks by name, and how many are stacked in each (3 in qkv).
+
+    The wide head's blocks are among them.
+    """
     if not isinstance(denoiser, Transformer):
         raise InputError("optimizer.muon_lr is for the matrices of a transformer; with model.name=unet leave it at 0")
     out = {}
-    for name, module in denoiser.blocks.named_modules(prefix="blocks"):
-        if isinstance(module, nn.Linear) and not isinstance(module, Modulation):
+    for name, module in denoiser.named_modules():
+        inside_blocks = name.startswith(("blocks.", "head.blocks."))
+        if inside_blocks and isinstance(module, nn.Linear) and not isinstance(module, Modulation):
             inside = denoiser.get_submodule(name.rpartition(".")[0])
             halves = 2 if isinstance(inside, SwiGLU) and module is inside.up else 1
             out[f"{name}.weight"] = 3 if isinstance(inside, Attention) and module is inside.qkv else halves
@@ -53,7 +58,7 @@ def matrices_of(denoiser: nn.Module) -> dict[str, int]:
 def checkpoint_blocks(denoiser: nn.Module, blocks: int) -> None:
     """Keep only what enters the first `blocks` blocks, and compute the rest of them again in the backward pass.
 
-    A UNet does so everywhere or, with 0, nowhere.
+    A wide head's blocks are the last ones. A UNet does so everywhere or, with 0, nowhere.
     """
     if isinstance(denoiser, Transformer):
         denoiser.checkpointed = blocks
@@ -69,5 +74,6 @@ def compile_blocks(denoiser: nn.Module) -> None:
     # the compiler imports parts of torch that complain about themselves, and looks at every tensor's gradient
     warnings.filterwarnings("ignore", r"`torch.jit.\w+` is deprecated", DeprecationWarning)
     warnings.filterwarnings("ignore", r"The .grad attribute of a Tensor that is not a leaf", UserWarning)
-    for block in denoiser.blocks if isinstance(denoiser, Transformer) else [denoiser]:
+    parts = [m for m in denoiser.modules() if isinstance(m, Block)] if isinstance(denoiser, Transformer) else [denoiser]
+    for block in parts:
         block.forward = torch.compile(block.forward, dynamic=False)

@@ -45,6 +45,25 @@ class UNetConfig:
 
 
 @dataclass
+class HeadConfig:
+    """`depth` wide blocks of `width` and `heads` after the Transformer's own, which see the noisy patches again; none
+    with depth 0. For latents whose tokens hold more numbers than the Transformer is wide (docs/models.md)."""
+
+    depth: int = 0
+    width: int = 2048
+    heads: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= DEEPEST:
+            raise InputError(f"model.head.depth={self.depth} must be between 0 (no head) and {DEEPEST}")
+        for key in ("width", "heads"):
+            if not 1 <= getattr(self, key) <= WIDEST:
+                raise InputError(f"model.head.{key}={getattr(self, key)} must be between 1 and {WIDEST}")
+        if self.width % self.heads:
+            raise InputError(f"model.head.heads={self.heads} does not divide model.head.width={self.width}")
+
+
+@dataclass
 class ModelConfig:
     """Width, depth, heads and patch size as in DiT's tables; the rest are the block's options.
 
@@ -53,8 +72,8 @@ class ModelConfig:
     `time_embedding`: through a perceptron, or the bare sinusoids. `learned_sigma`: as many output channels again,
     which nothing here trains or uses: for weights from elsewhere. `activation_checkpointing`: keep only what enters
     each block and compute the rest again in the backward pass. `value_residual`: every block's values are mixed with
-    the first one's (Zhou et al. 2410.17897). `unet` belongs to name=unet, which ignores the
-    Transformer's keys.
+    the first one's (Zhou et al. 2410.17897). `head`: wide blocks at the end. `unet` belongs to name=unet, which ignores
+    the Transformer's keys.
     """
 
     name: str = choice("transformer", "unet")
@@ -80,6 +99,7 @@ class ModelConfig:
     init: str = choice("dit", "uvit")
     attention: str = choice(*KERNELS)
     activation_checkpointing: bool = False
+    head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)
 
     def __post_init__(self) -> None:
@@ -98,6 +118,8 @@ class ModelConfig:
             )
         if self.positions == "sincos" and self.width % 4:
             raise InputError(f"model.positions=sincos needs model.width divisible by 4, not {self.width}")
+        if self.head.depth:
+            self._check_head()
         if self.name == "unet" and self.attention not in ("auto", "sdpa"):
             raise InputError(
                 f"model.attention={self.attention} is the transformer's; model.name=unet takes auto or sdpa"
@@ -107,6 +129,20 @@ class ModelConfig:
                 "model.time_embedding=sinusoids is a token of its own: it needs model.conditioning=in_context and an "
                 "even model.width; else use model.time_embedding=mlp"
             )
+
+    def _check_head(self) -> None:
+        width, heads = self.head.width, self.head.heads
+        if self.name != "transformer":
+            raise InputError(
+                f"model.head.depth={self.head.depth} is the transformer's; with model.name=unet leave it 0"
+            )
+        if self.positions == "rope" and width // heads % 4:
+            raise InputError(
+                f"model.positions=rope needs a head size divisible by 4, not {width // heads} in the wide head; change "
+                "model.head.width or model.head.heads"
+            )
+        if self.positions == "sincos" and width % 4:
+            raise InputError(f"model.positions=sincos needs model.head.width divisible by 4, not {width}")
 
     @property
     def uses_class(self) -> bool:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build
-from ldt.nn.config import ModelConfig
+from ldt.nn.config import HeadConfig, ModelConfig
 from ldt.nn.text_shape import TextShape
 
 PATCHES = (2, 4, 8)
@@ -59,6 +59,22 @@ def uvit(name: str) -> ModelConfig:
     )
 
 
+def dit_dh(name: str, patch: int = 1) -> ModelConfig:
+    """DiT^DH-`name` of RAE (Zheng et al. 2510.11690), such as XL: a DiT of today's parts with a wide head."""
+    if name not in DIT:
+        raise InputError(f"DiT^DH-{name} is no known size; sizes are {', '.join(DIT)}")
+    width, depth, heads = DIT[name]
+    return ModelConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        conditioning="adaln_zero",
+        qk_norm=False,
+        head=HeadConfig(depth=2, width=2048, heads=16),
+    )
+
+
 def _find(family: str, table: dict[str, tuple[int, int, int]], name: str) -> tuple[int, int, int, int]:
     size, _, patch = name.partition("/")
     if size not in table or patch not in map(str, PATCHES):
@@ -83,21 +99,29 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     extra = (1 + config.uses_class + (text.length if text else 0)) if in_context else 0
     N = image + extra
     output = channels * (2 if config.learned_sigma else 1)
-    hidden = -(-int(D * config.mlp_ratio * 2 / 3) // 16) * 16
-    mlp = 3 * D * hidden if config.mlp == "swiglu" else 2 * D * int(D * config.mlp_ratio)
-    block = N * (4 * D * D + mlp) + 2 * N * N * D + (0 if in_context else 6 * D * D)
-    total = config.depth * block + image * p * p * (channels + output) * D
+    total = config.depth * _block(config, N, D, 0 if in_context else 1) + image * p * p * channels * D
+    if config.head.depth:
+        W = config.head.width
+        total += config.head.depth * _block(config, image, W, image) + image * (D * W + 2 * W * W)
+        total += image * p * p * (channels + output) * W
+    else:
+        total += image * p * p * output * D + (0 if in_context else 2 * D * D)
     if config.time_embedding == "mlp":
         total += 256 * D + D * D
     if config.long_skips:
         total += config.depth // 2 * N * 2 * D * D
     if config.output_convolution:
         total += 9 * output * output * height * width
-    if not in_context:
-        total += 2 * D * D
     if text and not text.vocabulary:
         total += text.length * text.width * D
     return 2 * total
+
+
+def _block(config: ModelConfig, tokens: int, width: int, modulations: int) -> int:
+    """Multiply-adds of a block; modulations: by how many vectors its tokens are modulated."""
+    hidden = -(-int(width * config.mlp_ratio * 2 / 3) // 16) * 16
+    mlp = 3 * width * hidden if config.mlp == "swiglu" else 2 * width * int(width * config.mlp_ratio)
+    return tokens * (4 * width * width + mlp) + 2 * tokens * tokens * width + modulations * 6 * width * width
 
 
 def _counted(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None) -> int:

@@ -78,7 +78,7 @@ class Trainer:
         self.batch, self.total = config.train.global_batch, config.train.total_samples
         self.shards = open_data(config.data, world)
         self.spec = self.shards.manifest.spec
-        self.objective = Objective(config.objective)
+        self.objective = Objective(config.objective, self.spec.latent_shape)
         self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)

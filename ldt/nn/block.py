@@ -1,0 +1,140 @@
+"""The parts of a denoising Transformer's blocks: attention, perceptrons, modulation by the condition."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldt.nn.attention import attend, choose_kernel
+from ldt.nn.config import ModelConfig
+from ldt.nn.embedding import AxialRotary, sincos_2d
+
+
+class Block(nn.Module):
+    """Pre-norm attention and perceptron, each with a residual; gated and modulated under adaLN-Zero.
+
+    modulation_BMD: the condition that modulates, one for all tokens (M = 1) or one for each (M = N).
+    Returns the attention's values beside its output.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: AxialRotary | None, first: bool, skip: bool) -> None:
+        super().__init__()
+        width = config.width
+        adaptive = config.conditioning == "adaln_zero"
+        self.skip = nn.Linear(2 * width, width) if skip else None
+        self.norm1 = make_norm(config, width, affine=not adaptive)
+        self.attention = Attention(config, rotary, mixes=config.value_residual and not first)
+        self.norm2 = make_norm(config, width, affine=not adaptive)
+        self.mlp = make_mlp(config)
+        self.modulation = Modulation(width, 6 * width) if adaptive else None
+
+    def forward(
+        self,
+        h_BND: Tensor,
+        modulation_BMD: Tensor | None,
+        skip_BND: Tensor | None = None,
+        mask_BN: Tensor | None = None,
+        first_BKNE: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.skip is not None:
+            assert skip_BND is not None
+            h_BND = self.skip(torch.cat([h_BND, skip_BND], dim=-1))
+        if self.modulation is None:
+            out_BND, value_BKNE = self.attention(self.norm1(h_BND), mask_BN, first_BKNE)
+            h_BND = h_BND + out_BND
+            return h_BND + self.mlp(self.norm2(h_BND)), value_BKNE
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation_BMD).chunk(6, dim=-1)
+        out_BND, value_BKNE = self.attention(modulate(self.norm1(h_BND), shift1, scale1), mask_BN, first_BKNE)
+        h_BND = h_BND + gate1 * out_BND
+        return h_BND + gate2 * self.mlp(modulate(self.norm2(h_BND), shift2, scale2)), value_BKNE
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, optionally with normalised queries and keys and with rotary positions.
+
+    With `mixes`, its values are mixed with the first block's in learned parts. Returns them beside its output.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: AxialRotary | None, mixes: bool) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.kernel = config.attention
+        head_dim = config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.out = nn.Linear(config.width, config.width)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.rotary = rotary
+        self.mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes else None
+
+    def forward(
+        self, x_BND: Tensor, mask_BN: Tensor | None = None, first_BKNE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        q_BKNE, k_BKNE, v_BKNE = rearrange(self.qkv(x_BND), "b n (s k e) -> s b k n e", s=3, k=self.heads)
+        q_BKNE, k_BKNE = self.q_norm(q_BKNE), self.k_norm(k_BKNE)
+        if self.rotary is not None:
+            q_BKNE, k_BKNE = self.rotary(q_BKNE), self.rotary(k_BKNE)
+        if self.mix is not None:
+            assert first_BKNE is not None
+            v_BKNE = self.mix[0] * v_BKNE + self.mix[1] * first_BKNE
+        kernel = choose_kernel(self.kernel, x_BND.device, v_BKNE.dtype)
+        out_BKNE = attend(q_BKNE, k_BKNE, v_BKNE, kernel, mask_BN)
+        return self.out(rearrange(out_BKNE, "b k n e -> b n (k e)")), v_BKNE
+
+
+class GELU(nn.Module):
+    """Two-layer perceptron with the GELU, by default in its tanh form."""
+
+    def __init__(self, width: int, ratio: float, form: str = "tanh") -> None:
+        super().__init__()
+        self.form = form
+        self.up = nn.Linear(width, int(width * ratio))
+        self.down = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BND), approximate=self.form))
+
+
+class SwiGLU(nn.Module):
+    """Gated perceptron (Shazeer 2002.05202); two thirds of the hidden width, so the parameters equal GELU's."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = -(-int(width * ratio * 2 / 3) // 16) * 16
+        self.up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        gate, value = self.up(x_BND).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Modulation(nn.Linear):
+    """The condition's shifts, scales and gates; starts at zero."""
+
+
+def modulate(x_BND: Tensor, shift_BMD: Tensor, scale_BMD: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, the same for all tokens of a sample (M = 1) or of each its own (M = N)."""
+    return x_BND * (1 + scale_BMD) + shift_BMD
+
+
+def make_mlp(config: ModelConfig) -> nn.Module:
+    if config.mlp == "swiglu":
+        return SwiGLU(config.width, config.mlp_ratio)
+    return GELU(config.width, config.mlp_ratio, "none" if config.mlp == "gelu_erf" else "tanh")
+
+
+def make_norm(config: ModelConfig, width: int, affine: bool) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
+def make_position(config: ModelConfig, rows: int, columns: int, tokens: int) -> nn.Parameter | None:
+    """Positions added to the tokens: learned for all of them, or fixed sine-cosine for the image's."""
+    if config.positions == "learned":
+        return nn.Parameter(torch.randn(tokens, config.width) * 0.02)
+    if config.positions == "sincos":
+        prefix = torch.zeros(tokens - rows * columns, config.width)
+        return nn.Parameter(torch.cat([prefix, sincos_2d(config.width, rows, columns)]), requires_grad=False)
+    return None
