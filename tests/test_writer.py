@@ -172,7 +172,7 @@ def test_a_save_takes_the_place_of_a_link(pool, tmp_path, dangling):
     if dangling:
         shutil.rmtree(tmp_path / "elsewhere")
     pool(1).run(repeated_case, directory=str(path.parent))
-    assert not path.is_symlink() and verify(path)
+    assert not path.is_symlink() and Checkpoint.read(path).verify()
     assert dangling or (tmp_path / "elsewhere" / path.name / "manifest.json").read_text() == "{}"
 
 

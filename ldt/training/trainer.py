@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ldt import log, tracking
 from ldt.checkpoint.manifest import TrainState, read_manifest
-from ldt.checkpoint.restore import newest_whole, restore, start_from
+from ldt.checkpoint.restore import newest_whole, restore, set_aside, start_from
 from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
 from ldt.config import from_dict, to_dict, to_yaml
 from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, barrier, broadcast
+from ldt.dist import World, on_rank_zero
 from ldt.engine import ema as averaging
 from ldt.engine.engine import Engine, StepResult, learning_rate
 from ldt.engine.partition import MOMENTS
@@ -36,7 +36,7 @@ from ldt.progress import ProgressLine, pluralize
 from ldt.run import directory, identity, outcome
 from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.run.owner import Owner, owned
-from ldt.run.preflight import check_room, check_shared
+from ldt.run.preflight import check_room, check_shared, check_writable
 from ldt.run.stop import StopRequests
 from ldt.run.watchdog import Watchdog
 from ldt.sampling.draw import ImageModel, load_autoencoder, load_text
@@ -53,13 +53,18 @@ def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
     """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
-        if world.rank == 0:
-            outcome.begin(run_dir)
-        check_shared(run_dir, world)
+        before, trainer = outcome.begin(run_dir) if world.rank == 0 else None, None
         try:
             with in_a_sentence():
-                code, message, seen = Trainer(config, world, owner).train()
+                check_shared(run_dir, world)
+                check_writable(run_dir, world)
+                trainer = Trainer(config, world, owner)
+                code, message, seen = trainer.train()
         except BaseException as error:
+            if trainer is None and isinstance(error, InputError):  # refused: the run stays as it was
+                if world.rank == 0:
+                    outcome.take_back(run_dir, before)
+                raise
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
             outcome.write_outcome(run_dir, code, message=words)
@@ -70,11 +75,16 @@ def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
 
 
 class Trainer:
-    """One attempt at a run: its parts, and the loop that drives them."""
+    """One attempt at a run: its parts, and the loop that drives them.
+
+    Until everything is checked, and the attempt with it accepted, nothing in the run directory changes.
+    """
 
     def __init__(self, config: TrainJob, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
+        if config.log.tensorboard:
+            tracking.require_tensorboard()
         self.shards = open_data(config.data, world)
         self.spec = self.shards.manifest.spec
         self.objective = Objective(config.objective)
@@ -86,20 +96,18 @@ class Trainer:
         self.parameters = parameter_count(denoiser)
         self.profiles = averaging.profiles(config.ema)
         micro_batch = fit_into_memory(denoiser, config, self.spec, len(self.profiles), world)
-        number = 0
         if world.rank == 0:
-            number = directory.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
-        self.attempt = broadcast(number)
         check_room(self.run_dir, self.parameters, 3 + len(self.profiles), world)
         self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
         self.averages = {name: [m.clone() for m in self._masters()] for name in self.profiles}
         self.writer = Writer(self.engine.partition, world, owner.check)
-        self.progress = self._restore()
-        self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics = self.run_dir / "metrics.jsonl"
+        self.progress, damaged = self._restore()
+        self.attempt = self.progress.attempt = on_rank_zero(world, lambda: self._accept(damaged))
+        self.guard = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.progress.samples_seen)
         self.meter = Meter()
 
@@ -220,10 +228,12 @@ class Trainer:
         """Return to the newest checkpoint and pass over the positions of the bad steps (collective)."""
         self.writer.finish()
         positions = self.guard.mark_for_skipping(self.batch)
-        if newest_whole(self.run_dir / "checkpoints", self.world) is None:
+        if newest_whole(self.run_dir / "checkpoints", self.world)[0] is None:
             raise RunError(f"{positions}, before there was a checkpoint to return to; {REMEDY}")
         logger.warning("%s; rolling back to the newest checkpoint and passing over them", positions)
-        self.progress = self._restore()
+        self.progress, damaged = self._restore()
+        self.progress.attempt = self.attempt
+        on_rank_zero(self.world, lambda: self._cut_back(damaged))
 
     def _stalled(self, summary: str) -> None:
         outcome.write_outcome(self.run_dir, FAILED, self.progress.samples_seen, summary)
@@ -242,10 +252,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- start and resumption
 
-    def _restore(self) -> TrainState:
-        """Go on from the newest whole checkpoint of the run directory, or start."""
+    def _restore(self) -> tuple[TrainState, list[Path]]:
+        """Go on from the newest whole checkpoint of the run directory, or start; also which newer ones are damaged."""
         fingerprint = self.shards.manifest.fingerprint
-        found = newest_whole(self.run_dir / "checkpoints", self.world)
+        found, damaged = newest_whole(self.run_dir / "checkpoints", self.world)
         if found is None:
             if self.config.train.init_from:
                 start_from(Path(self.config.train.init_from), self.engine.partition, self.averages)
@@ -257,15 +267,24 @@ class Trainer:
             progress = restore(found, self.engine.partition, self.averages)
         if progress.data_fingerprint != fingerprint:
             raise InputError(other_data(self.config.data, progress.data_fingerprint, fingerprint, str(found)))
-        if self.world.rank == 0:
-            cut = log.keep_jsonl_until(self.run_dir / "metrics.jsonl", "samples_seen", progress.samples_seen)
-            if found or cut:
-                where = f"from {found}" if found else "without a checkpoint"
-                aside = f"; {pluralize(cut, 'later log line', 'later log lines')} set aside" if cut else ""
-                logger.info("resuming at %s samples %s%s", f"{progress.samples_seen:,}", where, aside)
-        barrier()
-        progress.attempt = self.attempt
-        return progress
+        if found:
+            logger.info("resuming at %s samples from %s", f"{progress.samples_seen:,}", found)
+        return progress, damaged
+
+    def _accept(self, damaged: list[Path]) -> int:
+        """Write down that this attempt goes on with the run; returns its number. On rank 0, after all checks."""
+        list(log.read_jsonl(self.run_dir / "environment.jsonl"))  # refuses before anything is changed, as the next line
+        self._cut_back(damaged)
+        return directory.prepare(self.run_dir, to_yaml(self.config), self.world.size)
+
+    def _cut_back(self, damaged: list[Path]) -> None:
+        """Leave the log and the checkpoints as they were at the samples seen; on rank 0."""
+        seen = self.progress.samples_seen
+        cut = log.keep_jsonl_until(self.metrics, "samples_seen", seen)
+        if cut:
+            lines = pluralize(cut, "log line", "log lines")
+            logger.info("%s of later than %s samples set aside", lines, f"{seen:,}")
+        set_aside(damaged)
 
     # -------------------------------------------------------------------------------------------- what the loop writes
 
