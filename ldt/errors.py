@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 LOST_RANK = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
 
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class _Sentence(Exception):
     """Its message stays on one line, whatever the names in it hold."""
@@ -34,6 +37,8 @@ class RunError(_Sentence, RuntimeError):
 def in_a_sentence() -> Iterator[None]:
     """What befalls a run that is right, said as a `RunError`: a lost rank, a full disk, no room on the GPU.
 
+    A file that this user may not read or write is an `InputError`.
+
     All other errors pass as they are, with their traceback: they are mistakes of ours.
     """
     try:
@@ -41,15 +46,24 @@ def in_a_sentence() -> Iterator[None]:
     except (InputError, RunError):
         raise
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+            raise InputError(
+                f"{_text(error.filename)} can't be read or written ({error.strerror}); change its permissions, or "
+                "give another place"
+            ) from None
         sentence = _sentence(error)
         if not sentence:
             raise
         raise RunError(sentence) from None
 
 
+def _text(name: str | bytes) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+
 def _sentence(error: OSError | RuntimeError) -> str:
     if isinstance(error, OSError):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             return ""
         where = f" of {error.filename}" if error.filename else ""
         return f"the disk{where} is full ({error.strerror}); make room and run the same command again"

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Tracker(Protocol):
 class Tracking:
     """metrics.jsonl's mirrors in Weights & Biases and TensorBoard; none on other ranks than 0. Close it by `with`.
 
-    A mirror that breaks (its service was killed, its disk is full) is given up with a word; the run goes on.
+    A mirror that breaks (its service was killed, its disk is full) is disabled with a warning; the run goes on.
     """
 
     def __init__(self, *trackers: Tracker) -> None:
@@ -43,10 +44,9 @@ class Tracking:
         except Exception as error:
             self._trackers.remove(tracker)
             get_logger(__name__).warning(
-                "%s is lost (%s: %s) and left out from here on; ldt replay sends it what metrics.jsonl holds",
+                "%s is lost (%s) and left out from here on; ldt replay sends it what metrics.jsonl holds",
                 type(tracker).__name__,
-                type(error).__name__,
-                error,
+                said_by(error),
             )
 
     def __enter__(self) -> Self:
@@ -71,10 +71,27 @@ def track(run_dir: Path, config: dict[str, Any], rank: int, resumed_at: int = 0)
         return Tracking()
     trackers: list[Tracker] = []
     if wanted.get("wandb"):
-        trackers.append(Wandb(run_dir, config))
+        trackers += start_or_warn(lambda: Wandb(run_dir, config))
     if wanted.get("tensorboard"):
-        trackers.append(TensorBoard(run_dir / "tensorboard", resumed_at))
+        trackers += start_or_warn(lambda: TensorBoard(run_dir / "tensorboard", resumed_at))
     return Tracking(*trackers)
+
+
+def start_or_warn(make: Callable[[], Tracker]) -> list[Tracker]:
+    """The mirror, or none and a warning: that it can't start is no reason for a run not to."""
+    try:
+        return [make()]
+    except Exception as error:
+        get_logger(__name__).warning(
+            "a mirror of the log can't start (%s); the run goes on without it, and ldt replay sends it later",
+            said_by(error),
+        )
+        return []
+
+
+def said_by(error: Exception) -> str:
+    """A library's error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class Wandb:
@@ -140,6 +157,9 @@ class TensorBoard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own dependencies, while it is imported
             from torch.utils.tensorboard import SummaryWriter
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):  # else it finds out in a thread, whose traceback nobody can catch
+            pass
         self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1 if resumed_at else None)
 
     def log(self, record: dict[str, Any]) -> None:

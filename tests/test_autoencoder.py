@@ -12,7 +12,8 @@ from PIL import Image
 from run_data import make_autoencoder
 from safetensors.torch import load_file, save_file
 
-from ldt.data.images import open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
 from ldt.errors import InputError
 from ldt.models.autoencoder import EMBEDDED, Autoencoder
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ldt.data.images import EMBEDDED, open_images
+from ldt.data.images import EMBEDDED
+from ldt.data.images.open import open_images
 from ldt.log import read_jsonl
 
 ROOT = Path(__file__).parents[1]

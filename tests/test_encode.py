@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from ldt import cli
-from ldt.data.images import open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
 from ldt.data.shards import open_shards, open_validation
 from ldt.data.shards.manifest import head_hash
 from ldt.data.split import Split

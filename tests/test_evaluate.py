@@ -18,7 +18,8 @@ from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
 from ldt.commands.evaluate import EvaluateJob, evaluate, run
 from ldt.config import load
-from ldt.data.images import open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
 from ldt.dist import World
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig

@@ -31,7 +31,8 @@ from ldt.cli import main
 from ldt.commands.report import ReportJob, gallery
 from ldt.config import to_yaml
 from ldt.convert import dit
-from ldt.data.images import open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
 from ldt.data.latent_files import open_latents
 from ldt.data.shards.adopt import examine, read_layout
 from ldt.data.shards.manifest import Manifest, head_hash

@@ -11,7 +11,8 @@ import pytest
 import xxhash
 from PIL import Image
 
-from ldt.data.images import EMBEDDED, open_images, prepare
+from ldt.data.images import EMBEDDED, prepare
+from ldt.data.images.open import open_images
 from ldt.errors import InputError
 
 

@@ -13,6 +13,7 @@ import termios
 import time
 
 import pytest
+from unprivileged import UNPRIVILEGED
 
 from ldt import log, progress, tracking
 from ldt.cli import main
@@ -291,6 +292,42 @@ def test_a_mirror_whose_service_is_killed_does_not_end_the_run(tmp_path, offline
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert len(events.Scalars("loss")) == 9
+
+
+CAN_NOT_START = """
+import sys
+from pathlib import Path
+from ldt import log, tracking
+log.configure(0)
+with tracking.track(Path(sys.argv[1]), {"log": {"wandb": True, "tensorboard": True}}, rank=0) as tracker:
+    tracker.log({"samples_seen": 64, "loss": 1.0})
+print("trained to the end")
+"""
+
+
+@pytest.mark.parametrize("why", ["read-only", "a file", "another mode"])
+def test_a_mirror_that_can_not_start_does_not_end_the_run(tmp_path, offline, monkeypatch, why):
+    mode = {"read-only": 0o555, "a file": None, "another mode": 0o755}[why]
+    for name in ("wandb", "tensorboard"):
+        if mode is None:
+            (tmp_path / name).write_text("")
+        else:
+            (tmp_path / name).mkdir(mode)
+    if why == "another mode":
+        monkeypatch.setenv("WANDB_MODE", "sideways")
+    log.append_jsonl(tmp_path / "metrics.jsonl", {"samples_seen": 64, "loss": 1.0})
+    alone = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # not this process's service
+
+    def start(*command):
+        words = [*UNPRIVILEGED, sys.executable, *command]
+        return subprocess.run(words, env=alone, capture_output=True, text=True, timeout=120)
+
+    done = start("-c", CAN_NOT_START, tmp_path)
+    assert "trained to the end" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("the run goes on without it") == (1 if why == "another mode" else 2)
+    replayed = start("-m", "ldt", "replay", tmp_path)
+    assert replayed.returncode == 2 and "ldt replay: error: wandb can't start in" in replayed.stderr, replayed.stderr
+    assert "Traceback" not in replayed.stderr
 
 
 def test_tensorboard_holds_every_number_and_forgets_what_was_lost(tmp_path, capsys):

@@ -66,6 +66,9 @@ TABLE = {
     "model.unet.blocks": ("1", GOES_ON),
     "model.unet.head_channels": ("16", GOES_ON),
     "model.unet.context": ("64", GOES_ON),
+    "model.head.depth": ("1", OTHER_MODEL),
+    "model.head.width": ("64", GOES_ON),  # plays no part without a head
+    "model.head.heads": ("4", GOES_ON),
     "objective.prediction": ("v", GOES_ON),
     "objective.loss": ("x", GOES_ON),
     "objective.schedule": ("cosine", GOES_ON),
@@ -75,6 +78,8 @@ TABLE = {
     "objective.weighting": ("min_snr", GOES_ON),
     "objective.min_snr_gamma": ("1", GOES_ON),
     "objective.condition_drop": ("0.5", GOES_ON),
+    "objective.shift_base": ("16", GOES_ON),
+    "objective.time_floor": ("0.05", GOES_ON, "objective.prediction=x", "objective.loss=flow"),
     "train.global_batch": ("6", GOES_ON),
     "train.bad_steps": ("2", GOES_ON),
     "train.spike_factor": ("20", GOES_ON),
@@ -134,12 +139,13 @@ def test_the_table_has_every_key_that_defines_a_run():
 
 @pytest.mark.parametrize("key", TABLE)
 def test_an_accepted_change_is_carried_out_or_refused(key, pool, data, run_dir, tmp_path):
-    value, refusal = TABLE[key]
+    value, refusal, *needed = TABLE[key]
     copy = shutil.copytree(run_dir, tmp_path / "run")
-    settings = [f"run_dir={copy}", f"{key}={value}".replace("DATA", str(data)), "train.total_samples=64"]
+    settings = [f"run_dir={copy}", f"{key}={value}".replace("DATA", str(data)), "train.total_samples=64", *needed]
     settings += [] if key == "data.sources" else [f"data.path={data}"]
-    accept = "data.sources.a.weight" if key == "data.sources" else key
-    end, lines, said = pool(1).run(case, settings=[*settings, f"train.accept_changes=[{accept},data.sources]"])
+    accept = ["data.sources", "data.sources.a.weight" if key == "data.sources" else key]
+    accept += [word.split("=")[0] for word in needed]
+    end, lines, said = pool(1).run(case, settings=[*settings, f"train.accept_changes=[{','.join(accept)}]"])
     if refusal:
         assert refusal in end
         assert max(map(int, lines)) == 40

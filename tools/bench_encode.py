@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldt.data.images import FashionMNIST
+from ldt.data.images.embedded import FashionMNIST
 from ldt.dist import process_group
 from ldt.encoding.config import EncodeJob, ImagesConfig
 from ldt.encoding.encoder import Encoder

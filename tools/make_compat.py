@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ldt.data.images import EMBEDDED, open_images
+from ldt.data.images import EMBEDDED
+from ldt.data.images.open import open_images
 from ldt.log import read_jsonl
 
 ENCODE = ["images.path=images", "images.size=32", "images.fit=pad", "autoencoder=embedded:fashion_mnist"]

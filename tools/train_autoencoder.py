@@ -19,7 +19,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ldt.data.images import EMBEDDED, open_images, prepare
+from ldt.data.images import EMBEDDED, prepare
+from ldt.data.images.open import open_images
 from ldt.errors import InputError
 
 HELD_OUT = 500

@@ -1,5 +1,6 @@
 """Filling an engine from a checkpoint, whatever the ranks and the ZeRO stage that wrote it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.load import read_exported, read_weights
 from ldt.checkpoint.manifest import MODEL, Damaged, listed, read_manifest, verify_file
 from ldt.checkpoint.tensors import Reader
-from ldt.dist import World, all_gather, barrier, broadcast
+from ldt.dist import World, all_gather, broadcast
 from ldt.engine.ema import ShardedEMA
 from ldt.engine.partition import MOMENTS, Partition
 from ldt.errors import InputError
@@ -17,30 +18,34 @@ from ldt.log import get_logger
 logger = get_logger(__name__)
 
 
-def newest_whole(root: Path, world: World) -> Path | None:
-    """The newest undamaged checkpoint, the same on all ranks; None if there is none at all.
+def newest_whole(root: Path, world: World) -> tuple[Path | None, list[Path]]:
+    """The newest undamaged checkpoint, the same on all ranks, and the damaged newer ones; None if there is none at all.
 
-    A damaged newer one is named and set aside as `<name>.damaged`. If all are damaged this is an error, never a fresh
-    start.
+    Nothing is changed: `set_aside` does that. If all are damaged this is an error, never a fresh start.
     """
-    candidates = broadcast(listed(root))
+    candidates: list[Path] = broadcast(listed(root))
+    damaged: list[Path] = []
     for path in reversed(candidates):
         try:
             verify_together(path, world)
-            return path
+            return path, damaged
         except Damaged as error:
-            logger.warning("checkpoint damaged, set aside as %s.damaged: %s", path.name, error)
-            barrier()
-            if world.rank == 0:
-                path.rename(path.with_name(f"{path.name}.damaged"))
-            barrier()
+            logger.warning("checkpoint %s is damaged: %s", path.name, error)
+            damaged.append(path)
     aside = broadcast(sorted(root.glob("*.damaged"))) if root.is_dir() or candidates else []
-    if candidates or aside:
+    if damaged or aside:
         raise InputError(
-            f"no checkpoint under {root} is whole ({len(aside)} damaged); restore one of them, "
+            f"no checkpoint under {root} is whole ({len(damaged) + len(aside)} damaged); restore one of them, "
             "or remove the directory to start again from nothing"
         )
-    return None
+    return None, []
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to `<name>.damaged`, so that no later start looks at them; on one rank."""
+    for path in damaged:
+        logger.warning("the damaged checkpoint %s is set aside as %s.damaged", path.name, path.name)
+        path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def verify_together(path: Path, world: World) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
             results.append(result)
             if config.log.get("wandb") and result["time"] >= start:
                 if mirror is None:
-                    wandb = tracking.Wandb(output.parent, to_dict(settings), "evaluation")
-                    mirror = stack.enter_context(tracking.Tracking(wandb))
+                    wandb = partial(tracking.Wandb, output.parent, to_dict(settings), "evaluation")
+                    mirror = stack.enter_context(tracking.Tracking(*tracking.start_or_warn(wandb)))
                 mirror.log(result)
     return results
 

@@ -31,12 +31,7 @@ def run(config: ReplayJob) -> int:
     if not lines:
         raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training")
     where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
-    if config.to == "tensorboard":
-        shutil.rmtree(where, ignore_errors=True)
-        tracker: tracking.Tracker = tracking.TensorBoard(where)
-    else:
-        tracker = tracking.Wandb(run_dir, to_dict(config), "replay")
-    failed = True
+    tracker, failed = _start(config, run_dir, where), True
     try:
         for line in lines:
             tracker.log(line)
@@ -45,3 +40,18 @@ def run(config: ReplayJob) -> int:
         tracker.close(failed)
     print(f"{len(lines)} lines replayed to {config.to}: {where}")
     return 0
+
+
+def _start(config: ReplayJob, run_dir: Path, where: Path) -> tracking.Tracker:
+    try:
+        if config.to == "wandb":
+            return tracking.Wandb(run_dir, to_dict(config), "replay")
+        shutil.rmtree(where, ignore_errors=True)
+        return tracking.TensorBoard(where)
+    except InputError:
+        raise
+    except Exception as error:
+        said = tracking.said_by(error)
+        raise InputError(
+            f"{config.to} can't start in {where} ({said}); correct that and run ldt replay again"
+        ) from None

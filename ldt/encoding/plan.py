@@ -9,7 +9,9 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.data.images import ImageSource, open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
+from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles, open_latents
 from ldt.data.shards.layout import Layout
 from ldt.data.shards.manifest import VALIDATION

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.images import open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
 from ldt.dist import World, barrier, broadcast, in_block_order
 from ldt.errors import InputError
 from ldt.files import load_npy, parse_json, replacing, schema_error

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldt import log
-from ldt.data.images import ImageSource, open_images, prepare
+from ldt.data.images import prepare
+from ldt.data.images.open import open_images
+from ldt.data.images.source import ImageSource
 from ldt.data.shards.manifest import read_head
 from ldt.data.split import Split
 from ldt.errors import InputError

@@ -10,10 +10,11 @@ checkpoints/  samples/  evaluations/  evaluations.jsonl  report.html
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
-from ldt.errors import InputError
-from ldt.files import write_atomic
+from ldt.errors import DISK_FULL, InputError
+from ldt.files import replacing
 from ldt.log import read_jsonl
 from ldt.progress import pluralize
 from ldt.run.provenance import environment, git, without_secrets
@@ -22,16 +23,22 @@ OWNER = "owner.json"
 
 
 def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
-    """Make the directory and record what this attempt is; returns its number, from 0."""
+    """Make the directory and record what this attempt is, all of it or nothing; returns its number, from 0."""
+    attempts = [*read_jsonl(run_dir / "environment.jsonl"), environment(world_size)]
+    content = {
+        "config.yaml": config_yaml,
+        # written anew: a torn last line must not swallow the next one
+        "environment.jsonl": "".join(json.dumps(a, separators=(",", ":")) + "\n" for a in attempts),
+        "source.diff": without_secrets(git("diff", "HEAD") or ""),
+    }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / "config.yaml", config_yaml.encode())  # `ldt evaluate` may be reading it
-        attempts = [*read_jsonl(run_dir / "environment.jsonl"), environment(world_size)]
-        lines = "".join(json.dumps(a, separators=(",", ":")) + "\n" for a in attempts)
-        write_atomic(run_dir / "environment.jsonl", lines.encode())  # a torn last line must not swallow the next one
-        diff = without_secrets(git("diff", "HEAD") or "")
-        write_atomic(run_dir / "source.diff", diff.encode())
+        with ExitStack() as files:
+            for name, text in content.items():
+                files.enter_context(replacing(run_dir / name)).write_text(text, "utf-8")
     except OSError as error:
+        if error.errno in DISK_FULL:  # which passes
+            raise
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
     return len(attempts) - 1
 

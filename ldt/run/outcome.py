@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldt.cluster.job import this_job
-from ldt.files import parse_json, write_json
+from ldt.files import parse_json, write_atomic, write_json
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 RUNNING = "running"
@@ -13,9 +13,20 @@ WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "s
 """Exit codes of `ldt train` and the words for them in outcome.json."""
 
 
-def begin(run_dir: Path) -> None:
-    """Say that this start of the job is at work; whatever an earlier one said is over."""
-    write_json(run_dir / "outcome.json", {"outcome": RUNNING, **this_start(), "time": time.time()})
+def begin(run_dir: Path) -> bytes | None:
+    """Say that this start of the job is at work; returns what an earlier one said, for `take_back`."""
+    file = run_dir / "outcome.json"
+    before = file.read_bytes() if file.exists() else None
+    write_json(file, {"outcome": RUNNING, **this_start(), "time": time.time()})
+    return before
+
+
+def take_back(run_dir: Path, before: bytes | None) -> None:
+    """Undo `begin`: this start was refused, and what an earlier one said still holds."""
+    if before is None:
+        (run_dir / "outcome.json").unlink(missing_ok=True)
+    else:
+        write_atomic(run_dir / "outcome.json", before)
 
 
 def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, message: str = "") -> None:

@@ -49,7 +49,7 @@ class Owner:
 @contextmanager
 def owned(run_dir: Path, world: World) -> Iterator[Owner]:
     """Own the run directory for the length of the block, all ranks together; `InputError` if another job does."""
-    file, token, problem = run_dir / OWNER, "", ""
+    file, token, problem, is_new = run_dir / OWNER, "", "", not run_dir.exists()
     if world.rank == 0:
         try:
             token = _take(file)
@@ -65,6 +65,9 @@ def owned(run_dir: Path, world: World) -> Iterator[Owner]:
         finally:
             if token and _read(file).get("token") == token:
                 file.unlink()
+                if is_new:
+                    with contextlib.suppress(OSError):  # unless something was written, as is usual
+                        run_dir.rmdir()
 
 
 def _take(file: Path) -> str:

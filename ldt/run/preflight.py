@@ -5,9 +5,11 @@ directory, and a small all-reduce. Without this a mismatch shows up as a hang or
 """
 
 import hashlib
+import os
 import platform
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -18,13 +20,15 @@ from typing import Any
 import torch
 
 from ldt import __version__, log
-from ldt.dist import World, all_gather, all_reduce_sum, broadcast
-from ldt.errors import InputError
+from ldt.dist import World, all_gather, all_reduce_sum, broadcast, raise_first
+from ldt.errors import DISK_FULL, InputError
 
 logger = log.get_logger(__name__)
 
 CLOCK_SECONDS = 60.0
 VISIBLE_SECONDS = 90.0  # attribute caches of network file systems
+WRITTEN_INTO = ("checkpoints", "ema", "samples", "stalls")
+APPENDED_TO = ("metrics.jsonl", "metrics.cut.jsonl")
 
 
 def compare_ranks(config_yaml: str, world: World) -> None:
@@ -93,6 +97,21 @@ def check_shared(run_dir: Path, world: World, seconds: float = VISIBLE_SECONDS) 
             f"run_dir={run_dir} is not shared: {', '.join(sorted(set(blind)))} did not see a file that rank 0 wrote "
             f"there within {seconds:g} s; put it on a file system that all nodes share"
         )
+
+
+def check_writable(run_dir: Path, world: World) -> None:
+    """`InputError` if a rank may not write where the run will write, which it may find out at its end (collective)."""
+    problem = ""
+    for path in (run_dir, *(run_dir / name for name in (*WRITTEN_INTO, *APPENDED_TO))):
+        try:
+            if path.name in APPENDED_TO and path.exists():
+                path.open("ab").close()
+            elif path.name not in APPENDED_TO and os.path.lexists(path):
+                tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            if error.errno not in DISK_FULL:  # which passes, and is said elsewhere
+                problem = problem or f"{path} can't be written ({error.strerror}); mend that or choose another run_dir"
+    raise_first(problem)
 
 
 def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None:

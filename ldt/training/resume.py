@@ -6,9 +6,9 @@ from pathlib import Path
 from ldt import log
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import TrainState
-from ldt.checkpoint.restore import newest_whole, restore, start_from
+from ldt.checkpoint.restore import newest_whole, restore, set_aside, start_from
 from ldt.config import from_dict, to_dict
-from ldt.dist import World, barrier
+from ldt.dist import World
 from ldt.engine.ema import ShardedEMA
 from ldt.engine.engine import learning_rate
 from ldt.engine.partition import Partition
@@ -24,27 +24,31 @@ ORDER = ("seed", "data.streams", "data.window", "data.sources", "train.global_ba
 """Keys that decide which sample a global index means."""
 
 
-def resume(config: TrainJob, fingerprint: str, partition: Partition, ema: ShardedEMA, world: World) -> TrainState:
-    """The state to go on from, with the engine and the averages filled to match (collective).
+def resume(
+    config: TrainJob, fingerprint: str, partition: Partition, ema: ShardedEMA, world: World
+) -> tuple[TrainState, list[Path]]:
+    """The state to go on from, with the engine and the averages filled to match; and which checkpoints are damaged.
 
-    The log is cut back to it. `fingerprint` identifies the data, which must be those of the checkpoint.
+    Nothing in the run directory is changed; `cut_back` does that once the start is accepted. `fingerprint` identifies
+    the data, which must be those of the checkpoint (collective).
     """
-    run_dir = Path(config.run_dir)
-    found = newest_whole(run_dir / "checkpoints", world)
+    found, damaged = newest_whole(Path(config.run_dir) / "checkpoints", world)
     if found is None:
         if config.train.init_from:
             start_from(Path(config.train.init_from), partition, ema)
-        state = TrainState(samples_seen=0, data_fingerprint=fingerprint)
-    else:
-        state = _continue(Checkpoint.read(found), config, fingerprint, partition, ema)
-    if world.rank == 0:
-        cut = log.keep_jsonl_until(run_dir / "metrics.jsonl", "samples_seen", state.samples_seen)
-        if found or cut:
-            where = f"from {found}" if found else "without a checkpoint"
-            aside = f"; {pluralize(cut, 'later log line', 'later log lines')} set aside" if cut else ""
-            logger.info("resuming at %s samples %s%s", f"{state.samples_seen:,}", where, aside)
-    barrier()
-    return state
+        return TrainState(samples_seen=0, data_fingerprint=fingerprint), damaged
+    state = _continue(Checkpoint.read(found), config, fingerprint, partition, ema)
+    logger.info("resuming at %s samples from %s", f"{state.samples_seen:,}", found)
+    return state, damaged
+
+
+def cut_back(run_dir: Path, state: TrainState, damaged: list[Path]) -> None:
+    """Leave the log and the checkpoints as they were at the state's clock; on rank 0."""
+    cut = log.keep_jsonl_until(run_dir / "metrics.jsonl", "samples_seen", state.samples_seen)
+    if cut:
+        lines = pluralize(cut, "log line", "log lines")
+        logger.info("%s of later than %s samples set aside", lines, f"{state.samples_seen:,}")
+    set_aside(damaged)
 
 
 def _continue(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldt import log, tracking
+from ldt.checkpoint.manifest import TrainState
 from ldt.checkpoint.restore import newest_whole
 from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
 from ldt.config import to_dict, to_yaml
@@ -24,7 +25,7 @@ from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
-from ldt.dist import World, broadcast
+from ldt.dist import World, on_rank_zero
 from ldt.engine.ema import ShardedEMA, profiles
 from ldt.engine.engine import Engine, StepResult, learning_rate
 from ldt.engine.partition import MOMENTS
@@ -35,7 +36,7 @@ from ldt.progress import ProgressLine
 from ldt.run import directory, outcome
 from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
 from ldt.run.owner import Owner, owned
-from ldt.run.preflight import check_room, check_shared
+from ldt.run.preflight import check_room, check_shared, check_writable
 from ldt.run.stop import StopRequests
 from ldt.run.watchdog import Watchdog
 from ldt.sampling.draw import ImageModel, load_autoencoder, load_text
@@ -44,7 +45,7 @@ from ldt.training.config import TrainJob
 from ldt.training.consensus import StepConsensus
 from ldt.training.data import open_data
 from ldt.training.monitor import Meter, draw_preview, peak_memory, validation_loss
-from ldt.training.resume import resume
+from ldt.training.resume import cut_back, resume
 from ldt.training.setup import describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
@@ -54,13 +55,18 @@ def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
     """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
-        if world.rank == 0:
-            outcome.begin(run_dir)
-        check_shared(run_dir, world)
+        before, trainer = outcome.begin(run_dir) if world.rank == 0 else None, None
         try:
             with in_a_sentence():
-                code, message, seen = Trainer(config, world, owner).train()
+                check_shared(run_dir, world)
+                check_writable(run_dir, world)
+                trainer = Trainer(config, world, owner)
+                code, message, seen = trainer.train()
         except BaseException as error:
+            if trainer is None and isinstance(error, InputError):  # refused: the run stays as it was
+                if world.rank == 0:
+                    outcome.take_back(run_dir, before)
+                raise
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
             outcome.write_outcome(run_dir, code, message=words)
@@ -71,11 +77,16 @@ def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
 
 
 class Trainer:
-    """One attempt at a run: its parts, and the loop that drives them."""
+    """One attempt at a run: its parts, and the loop that drives them.
+
+    Until everything is checked, and the attempt with it accepted, nothing in the run directory changes.
+    """
 
     def __init__(self, config: TrainJob, world: World, owner: Owner) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
+        if config.log.tensorboard:
+            tracking.require_tensorboard()
         self.shards = open_data(config.data, world)
         self.spec = self.shards.manifest.spec
         self.objective = Objective(config.objective, self.spec.latent_shape)
@@ -86,12 +97,9 @@ class Trainer:
         denoiser = build(config.model, shape, classes, config.seed, text)
         self.parameters, averages = parameter_count(denoiser), len(profiles(config.ema))
         micro_batch = fit_into_memory(denoiser, config, self.spec, averages, world)
-        number = 0
         if world.rank == 0:
-            number = directory.prepare(self.run_dir, to_yaml(config), world.size)
             for root in (self.run_dir / "checkpoints", self.run_dir / "ema"):
                 remove_leftovers(root)
-        self.attempt = broadcast(number)
         check_room(self.run_dir, self.parameters, 3 + averages, world)
         self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
@@ -99,7 +107,8 @@ class Trainer:
         self.writer = Writer(self.engine.partition, world, owner.check)
         self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics, self.meter = self.run_dir / "metrics.jsonl", Meter()
-        self._restore()
+        self.state, damaged = self._restore()
+        self.attempt = self.state.attempt = on_rank_zero(world, lambda: self._accept(damaged))
         self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.state.samples_seen)
 
     def train(self) -> tuple[int, str, int]:
@@ -210,19 +219,26 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------ start, return, and the state
 
-    def _restore(self) -> None:
+    def _restore(self) -> tuple[TrainState, list[Path]]:
         fingerprint = self.shards.manifest.fingerprint
-        self.state = resume(self.config, fingerprint, self.engine.partition, self.ema, self.world)
-        self.state.attempt = self.attempt
+        return resume(self.config, fingerprint, self.engine.partition, self.ema, self.world)
+
+    def _accept(self, damaged: list[Path]) -> int:
+        """Write down that this attempt goes on with the run; returns its number. On rank 0, after all checks."""
+        list(log.read_jsonl(self.run_dir / "environment.jsonl"))  # refuses before anything is changed, as the next line
+        cut_back(self.run_dir, self.state, damaged)
+        return directory.prepare(self.run_dir, to_yaml(self.config), self.world.size)
 
     def _roll_back(self) -> None:
         """Return to the newest checkpoint, pass over the bad positions, and save that this was done (collective)."""
         self.writer.finish()
         roll_back = self.bad_steps.begin_roll_back(self.state, self.batch)
-        if newest_whole(self.run_dir / "checkpoints", self.world) is None:
+        if newest_whole(self.run_dir / "checkpoints", self.world)[0] is None:
             raise RunError(f"{roll_back.reason}, before there was a checkpoint to return to; {REMEDY}")
         logger.warning("%s; rolling back to the newest checkpoint and passing over them", roll_back.reason)
-        self._restore()
+        self.state, damaged = self._restore()
+        self.state.attempt = self.attempt
+        on_rank_zero(self.world, lambda: cut_back(self.run_dir, self.state, damaged))
         roll_back.mark_for_skipping(self.state)
         self._save(checkpoint=True, snapshot=False)
         self.writer.finish()
