@@ -15,8 +15,8 @@ from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import read_exported
 from ldt.checkpoint.manifest import MANIFEST, MODEL, Damaged
 from ldt.config_fields import path_field, required_path_field
+from ldt.data.shard_files import RECIPE
 from ldt.data.shards import open_shards
-from ldt.data.shards.manifest import RECIPE
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
 from ldt.errors import InputError

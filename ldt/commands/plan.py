@@ -14,8 +14,8 @@ import torch
 from ldt.commands.gpu_specs import DEVICES
 from ldt.config_fields import choice
 from ldt.data.loader import RankSlice
+from ldt.data.shard_files import HEAD
 from ldt.data.shards import Manifest
-from ldt.data.shards.manifest import HEAD
 from ldt.engine import ema, memory
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count

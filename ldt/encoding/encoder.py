@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ldt import log
 from ldt.data.prefetch import ahead
+from ldt.data.shard_files import HEAD, RECIPE, VALIDATION
 from ldt.data.shards import mds
 from ldt.data.shards.layout import Samples
-from ldt.data.shards.manifest import HEAD, RECIPE, VALIDATION, Manifest, make_table, read_head
+from ldt.data.shards.manifest import Manifest, make_table, read_head
 from ldt.data.shards.shard_writer import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
 from ldt.data.shards.statistics import Sums
 from ldt.dist import World, on_rank_zero, raise_first

@@ -13,8 +13,8 @@ from ldt.data.images import prepare
 from ldt.data.images.open import open_images
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles, open_latents
+from ldt.data.shard_files import VALIDATION
 from ldt.data.shards.layout import Layout
-from ldt.data.shards.manifest import VALIDATION
 from ldt.data.split import Split
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldt.config_fields import choice, path_field
-from ldt.data.shards.manifest import HEAD
+from ldt.data.shard_files import HEAD
 from ldt.errors import InputError
 from ldt.sampling.config import DrawConfig
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from ldt.config_fields import choice, section
 from ldt.errors import InputError
-from ldt.nn.attention import KERNELS
 
 DEEPEST, WIDEST = 1024, 1 << 17  # nobody has trained larger ones, and a slip of the keyboard would fill the memory
 
@@ -97,7 +96,7 @@ class ModelConfig:
     output_convolution: bool = False
     learned_sigma: bool = False
     init: str = choice("dit", "uvit")
-    attention: str = choice(*KERNELS)
+    attention: str = choice("auto", "sdpa", "flash", "reference")
     activation_checkpointing: bool = False
     head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)

@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt.data.latent_spec import LatentSpec
+from ldt.data.shard_files import HEAD, RECIPE, TABLE, VALIDATION
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote
 from ldt.errors import InputError
@@ -23,9 +24,6 @@ from ldt.paths import is_remote
 
 VERSION = 3  # 2 had no captions and is read as data without them
 READABLE = (2, VERSION)
-HEAD, TABLE = "manifest.json", "shards.npy"
-RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
-VALIDATION = "validation"
 _SCHEMA = {"format": str, "dtype": str, "flips": bool, "class_counts": [natural], "recipe": dict}
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
 

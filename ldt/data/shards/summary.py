@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.manifest import RECIPE, TABLE, Manifest
+from ldt.data.shard_files import RECIPE, TABLE
+from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.statistics import Sums
 from ldt.errors import InputError

@@ -1,0 +1,5 @@
+"""Names of the files in a directory of latent shards."""
+
+HEAD, TABLE = "manifest.json", "shards.npy"
+RECIPE = "encode.json"  # marks a directory that is being encoded; gone when it is whole
+VALIDATION = "validation"  # the sub-directory of the held-out split
