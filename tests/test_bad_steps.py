@@ -128,7 +128,7 @@ def test_the_limit_is_robust():
         return judge.loss_limit(8, TrainState(0, "data", recent_losses=recent, **state))
 
     limit = limit_after(losses)
-    assert 1.1 < limit < 1.6
+    assert limit == pytest.approx(1.045 + 10 * 1.4826 * 0.025), "the median, and the deviation of a normal distribution"
     assert limit_after([*losses[:-3], 1e9, 1e9, 1e9]) == pytest.approx(limit, rel=0.05)
     assert limit_after(losses[:-1]) == float("inf")
     assert limit_after(losses, avoid=[8]) == -float("inf")

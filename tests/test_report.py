@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ldt.image_files import class_grid, write_picture
 from ldt.log import append_jsonl
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import flops
-from ldt.reporting.curves import best_score, decimate, evaluation_groups, make_charts, restarts, smooth
+from ldt.reporting.curves import best_score, decimate, evaluation_groups, hours_at, make_charts, restarts, smooth
 from ldt.reporting.history import read_history, running_hours
 from ldt.reporting.html import Markup, script_json, tag
 from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, open_real, split_grid
@@ -335,6 +336,14 @@ def test_hours_leave_out_pauses_and_lost_work() -> None:
     lines = [{"time": t} for t in (3600.0, 7200.0, 100_000.0)]
     assert running_hours(lines, [0.0, 96_400.0]) == pytest.approx([1.0, 2.0, 3.0])
     assert running_hours(lines, []) == pytest.approx([0.0, 1.0, 1 + 92_800 / 3600])
+
+
+def test_hours_of_a_score_lie_between_those_of_the_lines_around_it(run_dir: Path) -> None:
+    """A checkpoint is seldom where a line was logged: a fifth of the way between two lines is a fifth of their time."""
+    history = read_history(run_dir, "run")
+    run = replace(history, lines=[{"samples_seen": s} for s in (100, 200, 400)], hours=[1.0, 2.0, 7.0])
+    assert [hours_at(run, s) for s in (100, 150, 240, 400)] == pytest.approx([1.0, 1.5, 3.0, 7.0])
+    assert math.isnan(hours_at(run, 1000)), "after the last line there is nothing to go by"
 
 
 def test_lines_from_before_the_clock_was_set_back_are_gone(run_dir: Path) -> None:

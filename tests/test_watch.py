@@ -12,10 +12,11 @@ import pytest
 from run_data import shared_run
 
 from ldt.checkpoint.writer import Retention, remove_old
+from ldt.evaluation import follow
 from ldt.log import read_jsonl
 from ldt.run import claims
 from ldt.run.claims import Claim, forget, pinned, want
-from ldt.run.outcome import DONE, begin, write_outcome
+from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT, begin, write_outcome
 
 FAST = ["evaluate.images=16", "evaluate.sampler=euler", "evaluate.steps=2", "evaluate.block=4"]
 
@@ -82,6 +83,15 @@ def test_watchers_share_a_run_and_survive_a_kill(run_dir, watcher):
     assert [r["samples_seen"] for r in read_jsonl(run_dir / "evaluations.jsonl")] == [1000, 2000]
     assert not [p for p in root.iterdir() if p.is_file()], "claims are given back"
     assert not list((run_dir / "evaluations").glob(".*.work"))
+
+
+@pytest.mark.parametrize(("code", "ends"), [(DONE, True), (FAILED, True), (WRONG_INPUT, True), (STOPPED, False)])
+def test_a_watcher_ends_with_its_run_and_waits_for_one_that_is_requeued(run_dir, code, ends):
+    assert not follow._has_ended(run_dir), "it may not have begun"
+    begin(run_dir)
+    assert not follow._has_ended(run_dir)
+    write_outcome(run_dir, code, 2000)
+    assert follow._has_ended(run_dir) == ends
 
 
 def test_what_is_wanted_or_claimed_is_not_deleted(run_dir):
