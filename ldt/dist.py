@@ -6,7 +6,9 @@ reads them and the rest of the code sees a `World`. Without a process group the 
 
 import datetime
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from ldt.errors import InputError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
+SLOWEST_RANK_TIMEOUT = datetime.timedelta(days=7)  # where ranks meet that may have hours of work of their own, or where
+# a watchdog looks after them, which unlike this limit doesn't count the time in which all of them stood still
 RENDEZVOUS_TIMEOUT_S = 300.0
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 GOODBYE_TIMEOUT_S = 10.0  # for the others to read what rank 0 found
@@ -87,8 +91,23 @@ def process_group(
 
 
 def _meet(world: World, seconds: float) -> dist.Store:
-    """The store that all ranks share, once all have come to it."""
-    host, port = master()
+    """The store that all ranks share, once all have come to it.
+
+    Meanwhile a signal ends the process as it would any other: there is nothing to save, and a launcher that lost a
+    rank would wait for this one.
+    """
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)} if _in_main_thread() else {}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+        return _meet_there(*master(), world, seconds)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Store:
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has opened it already
     limit = datetime.timedelta(seconds=seconds)
@@ -128,6 +147,10 @@ def _missing(store: dist.Store, key: str, ranks: Sequence[int], seconds: float) 
     except (dist.DistStoreError, RuntimeError):
         return [rank for rank in ranks if not store.check([f"{key}-{rank}"])]
     return []
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _alone() -> bool:

@@ -1,6 +1,7 @@
 """A hung rank ends the job in bounded time, and the files say which rank waits where."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +44,88 @@ def test_it_says_which_rank_waits_where(tmp_path):
     assert "in main" in (tmp_path / "rank-00001.stacks.txt").read_text()
 
 
+ALONE = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+from ldt import log
+from ldt.dist import discover
+from ldt.run import watchdog
+log.configure(0)
+watchdog.GRACE_PERIOD_S, where, limit = 2.0, Path(sys.argv[1]), float(sys.argv[3])
+report = where / "stalls" / "rank-00000.json"
+with watchdog.Watchdog(where / "stalls", limit, discover({}), (where / "outcome").write_text) as dog:
+    print("begun", flush=True)
+    if sys.argv[2] == "goes on":
+        while not report.exists():  # then it is in its grace
+            time.sleep(0.05)
+        dog.at("the next step")
+        while report.exists():
+            time.sleep(0.05)
+    elif sys.argv[2] == "works":
+        for i in range(100):
+            dog.at(f"step {i}")
+            time.sleep(0.05)
+    else:
+        ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock
+"""
+
+
+def alone(tmp_path, what, limit=1.0):
+    command = [sys.executable, "-c", ALONE, tmp_path, what, str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_that_goes_on_within_the_grace_is_left_alone(tmp_path):
+    process = alone(tmp_path, "goes on")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "rank 0 went on after" in error and not list((tmp_path).iterdir()), "nothing is left of it"
+
+
+def test_time_in_which_the_process_stood_still_is_no_stall(tmp_path):
+    """SIGSTOP for longer than any limit, also that of the guard; and of the guard with it, as a suspended job."""
+    process = alone(tmp_path, "works")
+    assert process.stdout.readline() == "begun\n"
+    (guard,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    for stopped in ([process.pid], [process.pid, guard]):
+        time.sleep(0.5)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(8)
+        for pid in reversed(stopped):
+            os.kill(pid, signal.SIGCONT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == "", error
+    assert not list(tmp_path.iterdir()) and not Path(f"/proc/{guard}").exists()
+
+
+def test_a_stuck_interpreter_is_ended_by_the_guard(tmp_path):
+    process = alone(tmp_path, "holds the lock", 0.5)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, error
+    assert '<string>", line' in (tmp_path / "stalls" / "rank-00000.stacks.txt").read_text()
+
+
+def test_a_checkpoint_that_can_not_be_read_ends_the_start(tmp_path):
+    """Reading that never returns, as from a file server that is gone: here a pipe that nobody writes."""
+    write_shards(tmp_path / "data", [40, 23])
+    settings = [*SETTINGS, f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "engine.stall_seconds=1"]
+    command = [sys.executable, "-m", "ldt", "train", *settings]
+    subprocess.run([*command, "train.total_samples=64"], check=True, capture_output=True)
+    (file,) = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
+    reader = tmp_path / "pipe.py"  # stat must say what the manifest says, so the pipe comes when the size is known
+    reader.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom ldt.checkpoint import restore\n"
+        "from ldt.cli import main\nos.mkfifo(sys.argv[1] + '.pipe')\n"
+        "restore.verify_file = lambda path, entry: open(sys.argv[1] + '.pipe').read()\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    words = [sys.executable, reader, file, *command[3:], "train.total_samples=128"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "no progress for 4 s: rank 0 in reading the checkpoint" in done.stderr, done.stderr
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "failed"
+
+
 def test_a_stopped_rank_ends_the_training(tmp_path):
     """SIGSTOP to one of two ranks of a real run: the other one ends with code 1 and says who is missing."""
     write_shards(tmp_path / "data", [40, 23])
@@ -62,7 +145,7 @@ def test_a_stopped_rank_ends_the_training(tmp_path):
     outcome = json.loads((run_dir / "outcome.json").read_text())
     assert outcome["outcome"] == "failed"
     assert "rank 0 in the step at" in outcome["message"] and "rank 1 says nothing" in outcome["message"]
-    assert "all_reduce" in (run_dir / "stalls" / "rank-00000.stacks.txt").read_text()
+    assert "torch/distributed" in (run_dir / "stalls" / "rank-00000.stacks.txt").read_text(), "in a collective"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from ldt.engine.engine import parameter_groups
 from ldt.nn.build import build
 from ldt.nn.sizes import flops
 from ldt.run.owner import owned
+from ldt.run.watchdog import Watchdog
 from ldt.training.config import TrainJob
 from ldt.training.trainer import Trainer
 
@@ -89,7 +90,7 @@ def bench(arguments: argparse.Namespace, more: list[str], world: World, scratch:
         barrier()
     with owned(scratch / "run", world) as owner:
         before = forget_peak(world.device)
-        trainer = Trainer(config, world, owner)
+        trainer = Trainer(config, world, owner, Watchdog(Path(config.run_dir), 0.0, world, print))
         with trainer.writer, trainer.loader:
             yield Bench(trainer, before)
 

@@ -5,6 +5,7 @@ They differ only in the variables they set; the rest of the code sees a `Place`.
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ldt.errors import InputError
@@ -47,6 +48,24 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
             f"the launcher set rank {found.rank} of world size {found.size}; a rank is from 0 to world size - 1"
         )
     return found
+
+
+def processes_above(env: Mapping[str, str] = os.environ) -> tuple[int, ...]:
+    """The processes of a launcher that stand above this one; others than before once one of them has ended.
+
+    torchrun and submitit start ranks themselves. `deepspeed` starts a process that starts them, and is the first to go
+    when somebody ends it; its child has no handler for that. SLURM looks after its tasks itself.
+    """
+    parent = os.getppid()
+    if "CROSS_SIZE" in env and "LOCAL_SIZE" in env:  # deepspeed's
+        try:
+            status = Path(f"/proc/{parent}/stat").read_text()
+        except OSError:  # it has ended just now
+            return (parent,)
+        return parent, int(status.rpartition(")")[2].split()[1])
+    if "TORCHELASTIC_RUN_ID" in env or "SUBMITIT_LOCAL_GLOBALID" in env:
+        return (parent,)
+    return ()
 
 
 def _slurm_place(env: Mapping[str, str]) -> Place | None:

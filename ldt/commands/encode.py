@@ -4,10 +4,8 @@ Runs on one process or many (torchrun, srun): each output shard is a unit of its
 the same files, and running the command again after a stop or a kill goes on with the shards that are missing.
 """
 
-import datetime
-
 from ldt import log
-from ldt.dist import process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
 from ldt.encoding.index import index_shards
@@ -15,14 +13,9 @@ from ldt.encoding.index import index_shards
 __all__ = ["EncodeJob", "run"]
 
 
-SLOWEST_RANK_TIMEOUT = datetime.timedelta(
-    days=7
-)  # ranks meet when all is encoded, and the slowest has a shard or more to go
-
-
 def run(config: EncodeJob) -> int:
     """Encode; returns the exit code."""
-    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:  # they meet when all is encoded
         log.configure(world.rank)
         if config.index:
             index_shards(config, world)

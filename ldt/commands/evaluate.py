@@ -15,7 +15,7 @@ from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import MANIFEST, MODEL
 from ldt.config import to_dict
 from ldt.config_fields import path_field, section
-from ldt.dist import World, broadcast, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.follow import follow
@@ -58,7 +58,7 @@ class EvaluateJob:
 
 def run(config: EvaluateJob) -> int:
     """Score the checkpoints asked for, all ranks together."""
-    with process_group() as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         evaluate(config, world)
     return 0
 

@@ -14,7 +14,7 @@ from ldt.checkpoint.checkpoint import results_of
 from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.config import to_dict
 from ldt.config_fields import choice, path_field, required_path_field
-from ldt.dist import World, broadcast, in_block_order, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, in_block_order, process_group
 from ldt.errors import InputError
 from ldt.image_files import WRITERS
 from ldt.paths import local_path
@@ -46,7 +46,7 @@ class SampleJob(DrawConfig):
 
 def run(config: SampleJob) -> int:
     """Draw the images on all ranks; rank 0 writes them."""
-    with process_group() as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
         model = image_model(loaded, config.precision, world.device, config.compile)
         output = _output(config, loaded, world)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ldt import log
 from ldt.config import to_yaml
-from ldt.dist import process_group
-from ldt.run import directory
+from ldt.dist import RENDEZVOUS_TIMEOUT_S, SLOWEST_RANK_TIMEOUT, process_group
+from ldt.run import directory, stop
 from ldt.run.preflight import compare_ranks
 from ldt.training.config import TrainJob
 from ldt.training.monitor import peak_memory
@@ -15,11 +15,14 @@ __all__ = ["TrainJob", "run"]
 
 logger = log.get_logger(__name__)
 
+ASKED_TIMEOUT_S = 5.0  # for the other ranks to come, when this one has been asked to stop: they may be gone
+
 
 def run(config: TrainJob) -> int:
     """Train until `train.total_samples` or until asked to stop; returns the exit code."""
     run_dir = Path(config.run_dir)
-    with process_group() as world:
+    patience = ASKED_TIMEOUT_S if stop.was_asked() else RENDEZVOUS_TIMEOUT_S
+    with process_group(patience, SLOWEST_RANK_TIMEOUT) as world:
         compare_ranks(to_yaml(config), world)
         code, message, seen = attempt(config, world)
         if world.rank == 0:

@@ -1,7 +1,8 @@
 """Requests to stop: a signal or the clock sets a flag, the training loop agrees on it at a step boundary.
 
-SIGTERM, SIGUSR1 (sent before a time limit) and the first Ctrl-C ask for a checkpoint and exit code 75. Further signals
-of the first two kinds change nothing; a second Ctrl-C aborts at once.
+SIGTERM, SIGUSR1 (sent before a time limit), SIGHUP (the terminal was closed; ignored under nohup) and the first Ctrl-C
+ask for a checkpoint and exit code 75. Further signals of the first three kinds change nothing; a second Ctrl-C aborts
+at once. A launcher that is gone is such a request too: nobody would ever end its ranks otherwise.
 """
 
 import signal
@@ -9,16 +10,29 @@ import time
 from types import FrameType
 from typing import Self
 
-EARLY = (signal.SIGTERM, signal.SIGUSR1)
-REQUESTS = (*EARLY, signal.SIGINT)
+from ldt.cluster.launchers import processes_above
 
 _early = ""  # a signal that came before there was a loop to stop
+_launcher: tuple[int, ...] = ()
+
+
+def early_requests() -> list[signal.Signals]:
+    """The signals that are requests from the start of the process on."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1] + ([] if ignored else [signal.SIGHUP])
 
 
 def listen() -> None:
-    """From now on remember SIGTERM and SIGUSR1 for the `StopRequests` to come, instead of dying of them."""
-    for number in EARLY:
+    """From now on remember requests for the `StopRequests` to come, instead of dying of them; look who launched us."""
+    global _launcher
+    _launcher = processes_above()
+    for number in early_requests():
         signal.signal(number, _remember)
+
+
+def was_asked() -> bool:
+    """Whether a request has come since `listen`."""
+    return bool(_early)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
@@ -27,19 +41,24 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequests:
-    """While active, catches the signals and watches the clock; `limit_s` of 0 is no limit."""
+    """While active, catches the signals and watches clock and launcher; `limit_s` of 0 is no limit."""
 
     def __init__(self, limit_s: float = 0.0) -> None:
-        self._signal = _early
+        self._signal, self._launcher = _early, _launcher or processes_above()
         self._end = time.monotonic() + limit_s if limit_s else float("inf")
 
     @property
     def received(self) -> str:
         """The first reason to stop, empty for none."""
-        return self._signal or ("time limit" if time.monotonic() > self._end else "")
+        if self._signal:
+            return self._signal
+        if time.monotonic() > self._end:
+            return "time limit"
+        return "" if processes_above() == self._launcher else "the launcher is gone"
 
     def __enter__(self) -> Self:
-        self._previous = {s: signal.signal(s, self._handle) for s in REQUESTS}
+        requests = [*early_requests(), signal.SIGINT]
+        self._previous = {s: signal.signal(s, self._handle) for s in requests}
         return self
 
     def __exit__(self, *_: object) -> None:

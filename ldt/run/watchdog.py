@@ -1,13 +1,18 @@
 """Ends a job that hangs, and says where: on every rank a thread waits for signs of progress.
 
 After `limit_s` without one, the rank writes the stacks of all its threads into `RUN/stalls/`, a moment later names
-which rank waits where and which has not reported at all, and the process ends with code 1. A rank whose interpreter is
-stuck too is ended by a timer in C.
+which rank waits where and which has not reported at all, and the process ends with code 1, unless it has gone on
+meanwhile. A rank whose interpreter is stuck too is ended by a small process beside it (`ldt.run.guard`).
+
+Time in which the whole process stood still (SIGSTOP, a suspended job, a paused container, a closed laptop) is no stall.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +21,7 @@ from typing import Any, Self
 
 from ldt.dist import World
 from ldt.log import get_logger
+from ldt.run import guard
 
 logger = get_logger(__name__)
 
@@ -30,13 +36,14 @@ class Watchdog:
 
     def __init__(self, directory: Path, limit_s: float, world: World, on_stall: Callable[[str], None]) -> None:
         self._directory, self._limit, self._world, self._on_stall = directory, limit_s, world, on_stall
-        self._where, self._since = "starting", time.monotonic()
+        self._awake = 0.0  # seconds that this process has run while it was watched
+        self._where, self._since, self._allowed = "starting", 0.0, limit_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def at(self, where: str) -> None:
-        """A sign of progress: what this rank does from now on."""
-        self._where, self._since = where, time.monotonic()
+    def at(self, where: str, limits: float = 1.0) -> None:
+        """A sign of progress: what this rank does from now on, for which it may take so many times the limit."""
+        self._where, self._since, self._allowed = where, self._awake, limits * self._limit
 
     def __enter__(self) -> Self:
         if self._limit:
@@ -44,7 +51,10 @@ class Watchdog:
             for old in (self._dump, self._report(self._world.rank)):
                 old.unlink(missing_ok=True)
             self._stacks = self._dump.open("w")
-            self.at(self._where)
+            faulthandler.register(guard.DUMP_SIGNAL, self._stacks)
+            seconds = 2 * self._limit + GRACE_PERIOD_S
+            command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(seconds)]
+            self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
             self._thread.start()
         return self
 
@@ -52,9 +62,14 @@ class Watchdog:
         if self._limit:
             self._done.set()
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            self._guard.wait()
+            faulthandler.unregister(guard.DUMP_SIGNAL)
             self._stacks.close()
             self._dump.unlink()
+            with contextlib.suppress(OSError):  # the last rank, if none has anything to say
+                self._directory.rmdir()
 
     @property
     def _dump(self) -> Path:
@@ -64,18 +79,37 @@ class Watchdog:
         return self._directory / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self._limit / 4, 1.0)):
-            faulthandler.dump_traceback_later(2 * self._limit + GRACE_PERIOD_S, exit=True, file=self._stacks)
-            waited = time.monotonic() - self._since
-            if waited > self._limit:
-                self._end(waited)
+        while self._tick():
+            since = self._since
+            if self._awake - since > self._allowed:
+                try:
+                    self._give_up(since)
+                except BaseException:
+                    os._exit(1)
 
-    def _end(self, waited: float) -> None:
+    def _tick(self) -> bool:
+        """Wait a moment, unless it is all over, and note how long this process has been running."""
+        period, before = min(self._limit / 4, 1.0), time.monotonic()
+        over = self._done.wait(period)
+        self._awake += min(time.monotonic() - before, 2 * period)  # longer only if it stood still
+        with contextlib.suppress(OSError):  # somebody has killed the guard
+            assert self._guard.stdin is not None
+            self._guard.stdin.write(b".")
+        return not over
+
+    def _give_up(self, since: float) -> None:
+        """Report where this rank waits, see whether it goes on after all, and if not, end the process."""
+        faulthandler.dump_traceback(self._stacks)
+        report = {"rank": self._world.rank, "where": self._where, "seconds": round(self._awake - since, 1)}
+        self._report(self._world.rank).write_text(json.dumps(report))
+        end = self._awake + GRACE_PERIOD_S
+        while self._since == since and self._awake < end and self._tick():
+            pass
+        if self._since != since or self._done.is_set():
+            logger.warning("rank %d went on after %.0f s in %s", self._world.rank, self._awake - since, report["where"])
+            self._report(self._world.rank).unlink()
+            return
         try:
-            faulthandler.dump_traceback(self._stacks)
-            report = {"rank": self._world.rank, "where": self._where, "seconds": round(waited, 1)}
-            self._report(self._world.rank).write_text(json.dumps(report))
-            time.sleep(GRACE_PERIOD_S)
             reports = [r for r in map(self._read, range(self._world.size)) if r]
             summary = self._summary(reports)
             logger.error("%s", summary)
@@ -98,7 +132,7 @@ class Watchdog:
         silent = sorted(set(range(self._world.size)) - {r["rank"] for r in reports})
         parts = [f"rank {_numbers(ranks)} in {where}" for where, ranks in places.items()]
         parts += [f"rank {_numbers(silent)} says nothing (stopped, or its node is gone)"] if silent else []
-        return f"no progress for {self._limit:g} s: {'; '.join(parts)}; stacks are in {self._directory}"
+        return f"no progress for {self._allowed:g} s: {'; '.join(parts)}; stacks are in {self._directory}"
 
 
 def _numbers(ranks: list[int]) -> str:

@@ -50,18 +50,25 @@ from ldt.training.setup import describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
 
+START_LIMITS = 4  # times engine.stall_seconds that a part of the start may take: a large checkpoint from a slow disk
+
 
 def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
     """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
         before, trainer = outcome.begin(run_dir) if world.rank == 0 else None, None
+
+        def note_stall(summary: str) -> None:
+            outcome.write_outcome(run_dir, FAILED, trainer.state.samples_seen if trainer else None, summary)
+
         try:
             with in_a_sentence():
                 check_shared(run_dir, world)
                 check_writable(run_dir, world)
-                trainer = Trainer(config, world, owner)
-                code, message, seen = trainer.train()
+                with Watchdog(run_dir / "stalls", config.engine.stall_seconds, world, note_stall) as watchdog:
+                    trainer = Trainer(config, world, owner, watchdog)
+                    code, message, seen = trainer.train()
         except BaseException as error:
             if trainer is None and isinstance(error, InputError):  # refused: the run stays as it was
                 if world.rank == 0:
@@ -82,8 +89,9 @@ class Trainer:
     Until everything is checked, and the attempt with it accepted, nothing in the run directory changes.
     """
 
-    def __init__(self, config: TrainJob, world: World, owner: Owner) -> None:
-        self.config, self.world, self.run_dir = config, world, Path(config.run_dir)
+    def __init__(self, config: TrainJob, world: World, owner: Owner, watchdog: Watchdog) -> None:
+        self.config, self.world, self.run_dir, self.watchdog = config, world, Path(config.run_dir), watchdog
+        watchdog.at("reading the data", START_LIMITS)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
         if config.log.tensorboard:
             tracking.require_tensorboard()
@@ -102,6 +110,7 @@ class Trainer:
                 remove_leftovers(root)
         check_room(self.run_dir, self.parameters, 3 + averages, world)
         self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
+        watchdog.at("starting the engine", START_LIMITS)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
         self.ema = ShardedEMA(config.ema, self._masters())
         self.writer = Writer(self.engine.partition, world, owner.check)
@@ -117,18 +126,16 @@ class Trainer:
         for line in describe(config, self.shards, self.parameters, self.kernel, self.loader.share, seen, self.world):
             logger.info("%s", line)
         was_done = seen >= total
-        watchdog = Watchdog(self.run_dir / "stalls", config.engine.stall_seconds, self.world, self._stalled)
         with (
             StopRequests(60 * config.train.time_limit_minutes) as stop,
-            watchdog,
             self.writer,
             self.loader,
             self.validation or contextlib.nullcontext(),
             self.tracking,
             log.progress(total, "img", "train", seen, self.world.rank == 0) as bar,
         ):
-            request = self._loop(stop, watchdog, bar)
-            watchdog.at("writing the last checkpoint")
+            request = self._loop(stop, bar)
+            self.watchdog.at("writing the last checkpoint")
             self.writer.finish()
         if self.writer.problem:
             remedy = "make room, or mend what its line in the log names, and start the same command again"
@@ -139,15 +146,15 @@ class Trainer:
             return DONE, "already finished; raise train.total_samples to continue", self.state.samples_seen
         return DONE, "trained to the end", self.state.samples_seen
 
-    def _loop(self, stop: StopRequests, watchdog: Watchdog, bar: ProgressLine) -> str:
+    def _loop(self, stop: StopRequests, bar: ProgressLine) -> str:
         """Steps until the end or a request to stop, which is returned. All that a step does stands here, in order."""
         every, request = self.config.log, ""
         steps = self.loader.steps(self.state.samples_seen)
         while self.state.samples_seen < self.total and not request:
             before, lr = self.state.samples_seen, self.learning_rate()
-            watchdog.at(f"loading the data of the step at {before} samples")
+            self.watchdog.at(f"loading the data of the step at {before} samples")
             inputs = next(steps)
-            watchdog.at(f"the step at {before} samples")
+            self.watchdog.at(f"the step at {before} samples")
             result = self.step(inputs, lr, stop.received)
             agreed = self.settle(result)
             self.tick()
@@ -160,7 +167,7 @@ class Trainer:
             else:
                 self._log_skipped(inputs.first, result, agreed.digest)
             if self.bad_steps.exhausted:
-                watchdog.at("rolling back")
+                self.watchdog.at("rolling back")
                 self._roll_back()
                 bar.go_back(self.state.samples_seen)
                 steps = self.loader.steps(self.state.samples_seen)
@@ -168,15 +175,15 @@ class Trainer:
             if due(every.every_samples, before, seen, last) and result.applied:
                 self._log_step(result, lr, agreed.digest)
             if due(every.validation_every_samples, before, seen, last):
-                watchdog.at("validation")
+                self.watchdog.at("validation")
                 self._log_validation()
             if due(every.samples_every_samples, before, seen, last):
-                watchdog.at("drawing samples")
+                self.watchdog.at("drawing samples")
                 self._draw_preview()
             snapshot = due(self.config.ema.snapshot_every_samples, before, seen, last)
             checkpoint = due(self.config.checkpoint.every_samples, before, seen) or last or bool(request)
             if checkpoint or snapshot:
-                watchdog.at("copying a checkpoint")
+                self.watchdog.at("copying a checkpoint")
                 self._save(checkpoint, snapshot)
             bar.update(self.batch, result.loss, inputs.waited)
         return request
@@ -220,6 +227,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------ start, return, and the state
 
     def _restore(self) -> tuple[TrainState, list[Path]]:
+        self.watchdog.at("reading the checkpoint", START_LIMITS)
         fingerprint = self.shards.manifest.fingerprint
         return resume(self.config, fingerprint, self.engine.partition, self.ema, self.world)
 
@@ -264,9 +272,6 @@ class Trainer:
 
     def _masters(self) -> list[Tensor]:
         return [f.master for f in self.engine.partition.owned]
-
-    def _stalled(self, summary: str) -> None:
-        outcome.write_outcome(self.run_dir, FAILED, self.state.samples_seen, summary)
 
     # -------------------------------------------------------------------------------------------- what the loop writes
 
