@@ -105,11 +105,12 @@ def _ends_within(seconds: float, world: World) -> Iterator[None]:
     """End the process, with a sentence, if the block takes longer: nothing can interrupt a library that waits."""
 
     def end() -> None:
-        logger.error(
-            "rank %d on %s: the first all-reduce over %d ranks on %s has not ended after %g s; look at the network "
-            "between the nodes (NCCL_DEBUG=INFO says what NCCL tried, NCCL_SOCKET_IFNAME chooses the interface)",
-            world.rank, socket.gethostname(), world.size, world.device.type, seconds,
-        )  # fmt: skip
+        message = (
+            f"the first all-reduce over {world.size} ranks on {world.device.type} has not ended after {seconds:g} s; "
+            "look at the network between the nodes (NCCL_DEBUG=INFO says what NCCL tried, NCCL_SOCKET_IFNAME chooses "
+            "the interface)"
+        )
+        logger.error("rank %d on %s: %s", world.rank, socket.gethostname(), message)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

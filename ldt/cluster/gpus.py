@@ -14,7 +14,7 @@ import torch
 from ldt.cluster.launchers import Place
 
 HEARTBEAT_TIMEOUT_S = 7 * 24 * 3600
-"""Of torch's own monitor: after 480 s by default it aborts a process without our stacks. engine.stall_seconds decides."""
+"""Of torch's own monitor, which would abort a process without our stacks after 480 s; engine.stall_seconds decides."""
 
 CUDA_SETTINGS = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(HEARTBEAT_TIMEOUT_S)}
 """Environment variables that torch reads when it makes a group; those that are set already stay."""
