@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
-from ldt.nn import attention
+from ldt.nn import attention, block, transformer
 from ldt.nn.attention import Flash, Padding, attend, choose_kernel, padding_of
 from ldt.nn.build import build, compile_blocks
 from ldt.nn.config import ModelConfig
@@ -191,7 +191,7 @@ def text_batch(samples, seed=0):
 
 
 def choose_flash(monkeypatch):
-    for module in (attention, importlib.import_module("ldt.nn.transformer")):
+    for module in (transformer, block):
         monkeypatch.setattr(module, "choose_kernel", lambda *a: "flash2")
 
 
@@ -247,7 +247,7 @@ def test_no_shape_depends_on_the_texts():
 def test_every_use_of_a_compiled_block_stays_compiled(monkeypatch, options, kernel):
     """Training, validation and previews, with and without guidance, of every kind of block."""
     monkeypatch.setitem(attention.FLASH, "flash2", Flash(stand_in, stand_in))
-    for module in (attention, importlib.import_module("ldt.nn.transformer")):
+    for module in (transformer, block):
         monkeypatch.setattr(module, "choose_kernel", lambda *a: kernel)
     monkeypatch.setattr(torch, "compile", lambda f, _compile=torch.compile, **k: _compile(f, **k, backend="eager"))
     torch._dynamo.reset()

@@ -32,7 +32,9 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     if micro_batch != "auto" and not budget:
         return int(micro_batch)
     classes = len(spec.classes)
-    cost = memory.activations(config.model, spec.latent_shape, classes, spec.text_shape, engine.precision)
+    cost = memory.activations(
+        config.model, spec.latent_shape, classes, spec.text_shape, engine.precision, world.device.type
+    )
     if not budget:
         parameters = parameter_count(denoiser)
         state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages)
