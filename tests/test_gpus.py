@@ -1,6 +1,8 @@
 """Which GPU a rank takes, what CUDA and NCCL are told, and who is refused: with CUDA's answers faked."""
 
 import ast
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from ranks import start_ranks
 from test_dist import outputs
 
 from ldt import dist
-from ldt.cluster.gpus import Occupant, conflict, occupant, use_device
+from ldt.cluster.gpus import Occupant, choose_arithmetic, conflict, occupant, use_device
 
 ROOT = Path(__file__).parents[1]
 TASK = {
@@ -190,3 +192,51 @@ def test_a_pools_threads_take_the_device(monkeypatch):
     assert taken == [torch.device("cuda", 2)]
     use_device(torch.device("cpu"))
     assert len(taken) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """Undoes what the test chooses, and says what is chosen."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield lambda: (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_float32_means_what_was_chosen(arithmetic, monkeypatch):
+    choose_arithmetic()
+    assert arithmetic() == ("highest", False, None, False)
+    choose_arithmetic(tf32=True)
+    assert arithmetic() == ("high", True, None, False)
+    choose_arithmetic(deterministic=True)  # without cuBLAS's setting every matrix product would be refused on CUDA
+    assert arithmetic() == ("highest", False, ":4096:8", True)
+
+
+@pytest.mark.parametrize(
+    ("command", "job", "deterministic"),
+    [
+        ("train", {"run_dir": "x", "engine": SimpleNamespace(deterministic=True)}, True),
+        ("encode", {"index": True}, False),
+        ("evaluate", {"engine": {"deterministic": True}, "evaluate": None}, True),
+        ("sample", {}, False),
+    ],
+)
+def test_every_command_that_computes_chooses_before_cuda_starts(arithmetic, monkeypatch, command, job, deterministic):
+    module = importlib.import_module(f"ldt.commands.{command}")
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # the job has no more than this
+        module.run(SimpleNamespace(**job))
+    precision, tf32, workspace, fixed = arithmetic()
+    assert (precision, tf32, fixed) == ("highest", False, deterministic)
+    assert workspace == (":4096:8" if deterministic else None)

@@ -44,6 +44,20 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def choose_arithmetic(deterministic: bool = False, tf32: bool = False) -> None:
+    """What float32 means in this process, and whether sums are added in the same order every time.
+
+    tf32: products of 10 bits in matrix products and convolutions, several times as fast; training's choice. Everything
+    else computes in true float32: torch's own default has TF32 in convolutions. To be called before the first product.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        for name, value in DETERMINISTIC_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        torch.use_deterministic_algorithms(True)
+
+
 def occupant(device: torch.device, env: Mapping[str, str] = os.environ) -> Occupant:
     """This rank's."""
     if device.type != "cuda":

@@ -7,6 +7,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 import datetime
 
 from ldt import log
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import process_group
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
@@ -24,6 +25,7 @@ def run(config: EncodeJob) -> int:
     """Encode; returns the exit code."""
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         log.configure(world.rank)
+        choose_arithmetic()
         if config.index:
             index_shards(config, world)
         else:

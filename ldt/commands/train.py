@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ldt import log
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_yaml
 from ldt.dist import process_group
 from ldt.run import directory
@@ -19,6 +20,7 @@ logger = log.get_logger(__name__)
 def run(config: TrainJob) -> int:
     """Train until `train.total_samples` or until asked to stop; returns the exit code."""
     run_dir = Path(config.run_dir)
+    choose_arithmetic(config.engine.deterministic)  # before CUDA starts; the engine asks for TF32
     with process_group() as world:
         compare_ranks(to_yaml(config), world)
         code, message, seen = attempt(config, world)
