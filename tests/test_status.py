@@ -98,3 +98,14 @@ def test_the_verdict_trusts_only_this_start(run_dir, monkeypatch, said, this_sta
     monkeypatch.setenv("SLURM_RESTART_COUNT", this_start[1])
     assert main(["verdict", f"run_dir={run_dir}", "data.path=x", f"launcher_code={launcher}"]) == code
     assert outcome.read_outcome(run_dir)["outcome"] == ("failed" if said is None else outcome.WORDS[said])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [(134, "(SIGABRT: so NCCL's watchdog ends"), (137, "(SIGKILL: a node without memory"), (1, "")],
+)
+def test_a_crash_is_told_by_its_signal(tmp_path, launcher, words):
+    outcome.begin(tmp_path)
+    assert main(["verdict", f"run_dir={tmp_path}", "data.path=x", f"launcher_code={launcher}"]) == outcome.FAILED
+    message = outcome.read_outcome(tmp_path)["message"]
+    assert message.startswith(f"crashed: its launcher ended with code {launcher}") and words in message
