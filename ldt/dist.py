@@ -5,6 +5,7 @@ reads them and the rest of the code sees a `World`. Without a process group the 
 """
 
 import datetime
+import json
 import os
 import signal
 import socket
@@ -17,8 +18,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ldt.cluster.gpus import CUDA_SETTINGS, Occupant, conflict, device_of, occupant, use_device
 from ldt.cluster.launchers import master, place
 from ldt.errors import InputError
+from ldt.log import get_logger
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -27,6 +32,7 @@ SLOWEST_RANK_TIMEOUT = datetime.timedelta(days=7)  # where ranks meet that may h
 RENDEZVOUS_TIMEOUT_S = 300.0
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 GOODBYE_TIMEOUT_S = 10.0  # for the others to read what rank 0 found
+FIRST_COLLECTIVE_TIMEOUT_S = 180.0  # connecting 1,000 GPUs takes NCCL about a minute
 
 
 @dataclass(frozen=True)
@@ -42,42 +48,35 @@ class World:
 
 def discover(env: Mapping[str, str] = os.environ) -> World:
     """This process's `place` and its device: the GPU of its local rank, or the CPU where there is none."""
-    rank, size, local_rank, local_size = place(env)
-    if not torch.cuda.is_available():
-        return World(rank, size, local_rank, local_size, torch.device("cpu"))
-    count = torch.cuda.device_count()
-    if local_size > 1 and count == 1 and env.get("SLURM_GPUS_PER_TASK"):  # SLURM shows each task its own GPU only
-        return World(rank, size, local_rank, local_size, torch.device("cuda", 0))
-    if local_rank >= count:
-        raise InputError(
-            f"local rank {local_rank} has no GPU: this node shows {count}; start at most one process a GPU "
-            "(srun --ntasks-per-node, torchrun --nproc_per_node)"
-        )
-    return World(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
+    here = place(env)
+    return World(*here, device_of(here))
 
 
 @contextmanager
 def process_group(
     rendezvous_s: float = RENDEZVOUS_TIMEOUT_S, timeout: datetime.timedelta | None = None
 ) -> Iterator[World]:
-    """Join the other processes (gloo on CPU, NCCL on CUDA) for the length of the block.
+    """Join the other processes for the length of the block: gloo for objects and on the CPU, NCCL for CUDA tensors.
 
-    `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds.
+    `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds, or who has no GPU
+    of its own.
     timeout: how long a rank waits for the others wherever they meet, `TIMEOUT` unless given.
     """
     world = discover()
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    use_device(world.device)
     before = dict(os.environ)
-    # whatever the launcher was, DeepSpeed and torch look for these
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    # whatever the launcher was, DeepSpeed and torch look for these; DeepSpeed takes LOCAL_RANK for the GPU's ordinal
+    ordinal = world.local_rank if world.device.index is None else world.device.index
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(ordinal))
     if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does: ranks that each take all cores stand in each other's way
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
     try:
         store = _meet(world, rendezvous_s) if world.size > 1 else dist.HashStore()  # a lone process needs no port
-        timeout = timeout or TIMEOUT
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        with _ends_within(FIRST_COLLECTIVE_TIMEOUT_S, world):
+            dist.init_process_group(
+                store=store, rank=world.rank, world_size=world.size, timeout=timeout or TIMEOUT, **_backend(world)
+            )
+            _connect(world)
         try:
             yield world
             barrier()  # leave together: a connection that closes early aborts whoever still listens
@@ -90,8 +89,44 @@ def process_group(
                 os.environ[name] = before[name]
 
 
+def _backend(world: World) -> dict[str, Any]:
+    """Which libraries carry what. CUDA's settings are for torch to find when it makes the group."""
+    if world.device.type == "cpu":
+        return {"backend": "gloo"}
+    for name, value in CUDA_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    return {"backend": "cpu:gloo,cuda:nccl", "device_id": world.device}
+
+
+def _connect(world: World) -> None:
+    """One all-reduce on the device: NCCL connects there, and a broken network shows."""
+    all_reduce_sum(torch.ones(1, device=world.device)).item()
+
+
+@contextmanager
+def _ends_within(seconds: float, world: World) -> Iterator[None]:
+    """End the process, with a sentence, if the block takes longer: nothing can interrupt a library that waits."""
+
+    def end() -> None:
+        message = (
+            f"the first all-reduce over {world.size} ranks on {world.device.type} has not ended after {seconds:g} s; "
+            "look at the network between the nodes (NCCL_DEBUG=INFO says what NCCL tried, NCCL_SOCKET_IFNAME chooses "
+            "the interface)"
+        )
+        logger.error("rank %d on %s: %s", world.rank, socket.gethostname(), message)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _meet(world: World, seconds: float) -> dist.Store:
-    """The store that all ranks share, once all have come to it.
+    """The store that all ranks share, once all have come to it and can work together.
 
     Meanwhile a signal ends the process as it would any other: there is nothing to save, and a launcher that lost a
     rank would wait for this one.
@@ -121,23 +156,32 @@ def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Stor
             "rank 0 alive, is the name right, and does no firewall stand between the nodes?"
         ) from None
     store = dist.PrefixStore(f"ldt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    store.set(f"here-{world.rank}", socket.gethostname())
+    store.set(f"here-{world.rank}", json.dumps(occupant(world.device)))
     if world.rank == 0:
         missing = _missing(store, "here", range(world.size), seconds)
-        store.set("missing", ", ".join(map(str, missing)))
+        store.set("refusal", _absent(missing, seconds, world) or conflict(_occupants(store, world.size)))
         _missing(store, "read", [r for r in range(1, world.size) if r not in missing], GOODBYE_TIMEOUT_S)
     try:
-        store.wait(["missing"], limit + datetime.timedelta(seconds=GOODBYE_TIMEOUT_S))
-        absent = store.get("missing").decode()
+        store.wait(["refusal"], limit + datetime.timedelta(seconds=GOODBYE_TIMEOUT_S))
+        refusal = store.get("refusal").decode()
         store.set(f"read-{world.rank}", "")
     except (dist.DistStoreError, RuntimeError):
-        absent = "rank 0, which came but went away"
-    if absent:
-        raise InputError(
-            f"after {seconds:g} s these of {world.size} ranks had not come: {absent}; look at what their nodes wrote"
-        )
+        refusal = _absent(["rank 0, which came but went away"], seconds, world)
+    if refusal:
+        raise InputError(refusal)
     store.set_timeout(TIMEOUT)
     return store
+
+
+def _absent(missing: Sequence[int | str], seconds: float, world: World) -> str:
+    if not missing:
+        return ""
+    names = ", ".join(map(str, missing))
+    return f"after {seconds:g} s these of {world.size} ranks had not come: {names}; look at what their nodes wrote"
+
+
+def _occupants(store: dist.Store, size: int) -> list[Occupant]:
+    return [Occupant(*json.loads(store.get(f"here-{rank}"))) for rank in range(size)]
 
 
 def _missing(store: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> list[int]:

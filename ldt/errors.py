@@ -5,7 +5,77 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOST_RANK = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
+OUT_OF_MEMORY = (
+    "a GPU has no memory left; train.micro_batch=auto or a smaller one, engine.zero_stage=2 and "
+    "model.activation_checkpointing=true need less"
+)
+LOST_RANK = (
+    "another rank is gone: what it said stands in its own lines, a kill -9 or a lost node says nothing; run the same "
+    "command again"
+)
+BROKEN_GPU = (
+    "a GPU has failed; leave its node out (nvidia-smi -q and dmesg name the fault), and run the same command again"
+)
+KERNEL = (
+    "a kernel failed on a GPU; if it happens again on another node, run once with CUDA_LAUNCH_BLOCKING=1 and report "
+    "what it says, else leave the node out"
+)
+
+FAILURES = [
+    (
+        r"CUDA error: out of memory|Cuda failure.{0,4} 'out of memory'|Failed to (CUDA|Cuda)\w* (c|m)alloc",
+        OUT_OF_MEMORY,
+    ),
+    (r"CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", OUT_OF_MEMORY),
+    (
+        r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory",
+        "a node has no memory left; fewer processes a node, a smaller train.micro_batch or engine.zero_stage=2 "
+        "need less",
+    ),
+    (
+        r"uncorrectable ECC|ECC error|fallen off the bus|hardware stack error|NVLink|CUDA error: unknown error",
+        BROKEN_GPU,
+    ),
+    (
+        r"illegal memory access|unspecified launch failure|misaligned address|illegal instruction|launch timed out|"
+        r"device-side assert|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_EXECUTION_FAILED|CUDNN_STATUS_EXECUTION_FAILED",
+        KERNEL,
+    ),
+    (
+        r"no kernel image is available|driver version is insufficient|forward compatibility was attempted",
+        "this torch does not fit the node's GPU or driver; install one whose CUDA the driver supports "
+        "(nvidia-smi shows "
+        "it), or use another node",
+    ),
+    (
+        r"busy or unavailable|system not yet initialized|"
+        r"invalid device ordinal|no CUDA-capable device|No CUDA GPUs are available",
+        "a GPU can't be used; another process may hold it, or the driver's services are not running (nvidia-smi, "
+        "nvidia-fabricmanager)",
+    ),
+    (
+        r"Duplicate GPU detected|ncclInvalidUsage",
+        "two ranks have the same GPU; start at most one process a GPU",
+    ),
+    (
+        r"closed by (remote )?peer|reset by (remote )?peer|remote process exited|Broken pipe|ncclRemoteError|"
+        r"communicator was aborted",
+        LOST_RANK,
+    ),
+    (
+        r"collective operation timeout|wait timeout after|[Tt]imed out (waiting|after)|ncclUniqueId|Socket Timeout|"
+        r"Connection timed out",
+        "another rank did not come in time; look for the rank that has said something else, or nothing; a network that "
+        "hangs shows with NCCL_DEBUG=INFO",
+    ),
+    (
+        r"ncclSystemError|ncclInternalError|unhandled system error|NCCL error|No route to host",
+        "the network between the GPUs failed; NCCL_DEBUG=INFO says where, NCCL_SOCKET_IFNAME and NCCL_IB_HCA "
+        "choose the "
+        "interfaces",
+    ),
+]
+"""What torch, CUDA, NCCL and gloo say, and what it means for the owner of a run; the first that fits counts."""
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +105,7 @@ class RunError(_Sentence, RuntimeError):
 
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
-    """What befalls a run that is right, said as a `RunError`: a lost rank, a full disk, no room on the GPU.
+    """Turns expected runtime failures into a `RunError`: a lost rank, a full disk, no room on the GPU, a broken one.
 
     A file that this user may not read or write is an `InputError`.
 
@@ -67,15 +137,17 @@ def _sentence(error: OSError | RuntimeError) -> str:
             return ""
         where = f" of {error.filename}" if error.filename else ""
         return f"the disk{where} is full ({error.strerror}); make room and run the same command again"
+    words = " ".join(str(error).split())
     if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is slow to import
-        return (
-            "a GPU has no memory left; train.micro_batch=auto or a smaller one, engine.zero_stage=2 and "
-            f"model.activation_checkpointing=true need less ({'. '.join(str(error).split('. ')[:2])})"
-        )
-    gone = LOST_RANK.search(str(error))
-    if gone:
-        return (
-            f"another rank is gone ({gone[0]}): what it said stands in its own lines, a kill -9 says nothing; "
-            "run the same command again"
-        )
+        return f"{OUT_OF_MEMORY} ({'. '.join(words.split('. ')[:2])})"
+    for pattern, sentence in FAILURES:
+        if found := re.search(pattern, words):
+            return f"{sentence} ({_around(words, found)})"
     return ""
+
+
+def _around(words: str, found: re.Match[str]) -> str:
+    """What was said, from the beginning of the clause that was recognised, cut to a line."""
+    start = max(words.rfind(mark, 0, found.start()) for mark in (". ", ", ", ": ", "; "))
+    start = start + 2 if start >= 0 else 0
+    return words[start : max(found.end(), start + 160)].strip()

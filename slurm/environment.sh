@@ -8,4 +8,5 @@
 
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 LDT_RUN=${LDT_RUN:-python -m ldt}
+CPU_BIND=${LDT_CPU_BIND:-none} # of srun: bound to one core each, a task's loader threads would share it with the step
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

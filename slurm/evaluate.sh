@@ -17,4 +17,4 @@ source "${LDT_ENVIRONMENT:-slurm/environment.sh}"
 GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 TASKS=${LDT_TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${GPUS##*:}}} # a100:8 is 8
 # shellcheck disable=SC2086  # LDT_RUN is several words
-exec srun --kill-on-bad-exit=1 --overcommit --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" $LDT_RUN evaluate "$@"
+exec srun --kill-on-bad-exit=1 --overcommit "--cpu-bind=$CPU_BIND" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" $LDT_RUN evaluate "$@"

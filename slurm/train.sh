@@ -21,7 +21,7 @@ RESTARTS=${SLURM_RESTART_COUNT:-0}
 echo "job $SLURM_JOB_ID start $RESTARTS: $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $TASKS tasks, $(date -Is)"
 
 # shellcheck disable=SC2086  # LDT_RUN is several words
-srun --kill-on-bad-exit=1 --overcommit --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" $LDT_RUN train "$@" &
+srun --kill-on-bad-exit=1 --overcommit "--cpu-bind=$CPU_BIND" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" $LDT_RUN train "$@" &
 step=$!
 cancelled=0
 trap 'echo "request to stop, $(date -Is)"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1

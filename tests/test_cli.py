@@ -9,13 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt import cli
-from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.run.outcome import DONE, WRONG_INPUT
 
 ROOT = Path(__file__).parents[1]
@@ -171,17 +169,6 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
-
-
-def test_what_befalls_a_run_is_a_sentence_and_our_mistakes_are_not():
-    with pytest.raises(RunError, match="the disk is full"), in_a_sentence():
-        Path("/dev/full").write_text("x")
-    with pytest.raises(RunError, match=r"train\.micro_batch=auto.*Tried to allocate"), in_a_sentence():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 80 GiB.")
-    for ours in (RuntimeError("mat1 and mat2"), FileNotFoundError(2, "No such file"), InputError("x")):
-        with pytest.raises(type(ours)) as caught, in_a_sentence():
-            raise ours
-        assert caught.value is ours
 
 
 def test_under_a_launcher_the_dry_run_is_printed_once(monkeypatch, capsys):

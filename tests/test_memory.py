@@ -68,6 +68,28 @@ def test_activations_are_what_a_real_pass_saves(name, precision):
         assert cost.of(3, 2) - 3 * cost.saves[0] == pytest.approx(half, rel=0.04)
 
 
+def test_cudas_norms_save_less():
+    """What the fused kernel saves of a bf16 activation is itself and a number a row; the CPU's saves float32 copies."""
+    model = ModelConfig(width=1024, depth=4, heads=16)  # rms norms and qk_norm
+    plain = dataclasses.replace(model, norm="layer", qk_norm=False)
+    cpu, cuda = (memory.activations(model, (4, 32, 32), 1000, None, "bf16", kind).kept for kind in ("cpu", "cuda"))
+    tokens, blocks = 258, 4
+    copies = 3 * 2  # of a bf16 tensor in float32
+    normed = 4 * tokens * 1024 * 2  # two norms, queries and keys
+    assert cpu - cuda == pytest.approx(blocks * (copies - 1) * normed, rel=0.25)
+    same = [memory.activations(plain, (4, 32, 32), 1000, None, "bf16", kind).kept for kind in ("cpu", "cuda")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm(8), torch.nn.RMSNorm(8, elementwise_affine=False)])
+def test_the_stand_in_saves_the_input_and_a_number_a_row(norm):
+    saved = []
+    memory._fuse_norms(norm)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        norm(torch.zeros(3, 5, 8, requires_grad=True))
+    assert sorted(saved) == ([8] if norm.weight is not None else []) + [15, 120]
+
+
 def test_a_budget_recomputes_no_more_blocks_than_it_must():
     cost = memory.Activations(kept=1000, saves=(100,) * 8)
     assert cost.blocks_to_recompute(4, 4000) == 0

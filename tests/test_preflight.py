@@ -85,3 +85,22 @@ def test_what_stands_idle_is_said(monkeypatch):
     assert list(describe_idle(all_of_them, 8)) == []
     assert list(describe_idle(all_of_them, 6)) == ["2 of 8 processes have nothing to do: train.global_batch=6"]
     assert list(describe_idle(World(0, 1, 0, 1, torch.device("cpu")), 8)) == []
+
+
+@pytest.mark.parametrize(
+    ("bound_to", "cores", "ranks", "said"),
+    [(1, 64, 8, True), (2, 64, 8, True), (8, 64, 8, False), (64, 64, 8, False), (1, 8, 8, False), (1, 2, 1, True)],
+)
+def test_a_process_bound_to_fewer_cores_than_it_has_threads(monkeypatch, bound_to, cores, ranks, said):
+    """srun binds a task to one core unless told otherwise; where there are no more cores than ranks, that is right."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(bound_to)))
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    lines = list(describe_idle(World(0, ranks, 0, ranks, torch.device("cpu")), 256, threads=3))
+    assert [f"may use {bound_to} of this machine's {cores} cores" in line for line in lines] == [True] * said
+
+
+@pytest.mark.parametrize("script", ["train", "encode", "evaluate"])
+def test_no_job_script_lets_srun_bind_a_task_to_one_core(script):
+    source = (Path(__file__).parents[1] / "slurm" / f"{script}.sh").read_text()
+    (line,) = [x for x in source.splitlines() if "$LDT_RUN" in x and "srun " in x]
+    assert '"--cpu-bind=$CPU_BIND"' in line

@@ -108,3 +108,14 @@ def test_commands_of_job_scripts_answer_without_torch(command):
     code = f"import sys, ldt.cli, ldt.commands.{command}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [(134, "(SIGABRT: so NCCL's watchdog ends"), (137, "(SIGKILL: a node without memory"), (1, "")],
+)
+def test_a_crash_is_told_by_its_signal(tmp_path, launcher, words):
+    outcome.begin(tmp_path)
+    assert main(["verdict", f"run_dir={tmp_path}", "data.path=x", f"launcher_code={launcher}"]) == outcome.FAILED
+    message = outcome.read_outcome(tmp_path)["message"]
+    assert message.startswith(f"crashed: its launcher ended with code {launcher}") and words in message

@@ -18,8 +18,10 @@ from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
 from ldt.data.batch import digest_text
 from ldt.data.shards import Manifest, open_shards
+from ldt.dist import all_gather
 from ldt.errors import InputError
 from ldt.models.text_encoder import ByteEncoder, load_text_encoder
+from ldt.training import monitor
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 CAPTIONS = ["", "a red boot", "Stiefel für Äpfel – 靴", "x" * 100_000, "a coat", "one shirt", "boot boot boot", "last"]
@@ -225,6 +227,24 @@ def run_dir(pool, data, tmp_path_factory):
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     return path / "one"
+
+
+def previews_case(world, settings: list[str]) -> list[int]:
+    """How often each rank loaded the text encoder in a run with five previews."""
+    loads, real = [], monitor.reload_text_encoder
+    monitor.reload_text_encoder = lambda *a: loads.append(1) or real(*a)
+    try:
+        train_case(world, settings)
+    finally:
+        monitor.reload_text_encoder = real
+    return all_gather(len(loads))
+
+
+def test_previews_load_the_text_encoder_once_and_on_one_rank(pool, data, run_dir, tmp_path):
+    settings = [*TEXT, f"data.path={data}/tar", f"run_dir={tmp_path}/run", "log.samples_every_samples=16",
+                "train.global_batch=16"]  # fmt: skip
+    assert pool(2).run(previews_case, settings=settings) == [1, 0]
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 5
 
 
 def test_a_checkpoint_of_text_is_enough_to_sample_from(run_dir, tmp_path, capsys):

@@ -8,7 +8,6 @@ from torch.overrides import TorchFunctionMode
 
 from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
-from ldt.nn.attention import attend, choose_kernel, unpadded
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import HeadConfig, ModelConfig
 from ldt.nn.embedding import AxialRotary, network_time, sincos_2d, sinusoids
@@ -107,54 +106,6 @@ def test_patches_go_in_and_out_at_the_same_place():
     moved[:, 1, 5, 2] += 1
     changed = (model(moved, t, condition) - model(x, t, condition)).abs().amax((0, 1)) > 1e-7
     assert changed[4:6, 2:4].all() and changed.sum() == 4
-
-
-def reference_varlen(q_TKE, k_TKE, v_TKE, ends, longest):
-    """Each sample by itself, as flash-attn's varlen kernel does."""
-    parts = []
-    for start, stop in zip(ends.tolist(), ends.tolist()[1:], strict=False):
-        assert stop - start <= longest
-        one = [x[start:stop].transpose(0, 1)[None] for x in (q_TKE, k_TKE, v_TKE)]
-        parts.append(attend(*one, "reference")[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_kernels_agree_forward_and_backward(dtype, padded):
-    g = torch.Generator().manual_seed(0)
-    q, k, v, weight = (torch.randn(4, 3, 17, 8, generator=g, dtype=dtype) for _ in range(4))
-    mask = torch.rand(4, 17, generator=g) < torch.tensor([[1.0], [0.6], [0.3], [0.0]])
-    mask[3, 5] = True
-    mask_BN = mask if padded else None
-    results = []
-    for kernel in ("sdpa", "reference", "unpadded"):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        if kernel == "unpadded":
-            out = unpadded(reference_varlen, *leaves, torch.ones_like(mask) if mask_BN is None else mask)
-        else:
-            out = attend(*leaves, kernel, mask_BN)
-        (out * weight).sum().backward()
-        results.append([out, *(x.grad for x in leaves)])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_what_is_masked_is_as_if_it_were_not_there():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 9, 8, generator=g, dtype=torch.float64) for _ in range(3))
-    mask = torch.arange(9).expand(2, 9) < torch.tensor([[6], [9]])
-    out = attend(q, k, v, "sdpa", mask)
-    torch.testing.assert_close(out[:1, :, :6], attend(q[:1, :, :6], k[:1, :, :6], v[:1, :, :6], "reference"))
-    assert not out[0, :, 6:].any()
-
-
-def test_kernel_choice():
-    cpu = torch.device("cpu")
-    assert choose_kernel("auto", cpu, torch.float32) == "sdpa"
-    with pytest.raises(InputError, match="model.attention=flash"):
-        choose_kernel("flash", cpu, torch.float32)
 
 
 def test_the_named_kernel_is_the_one_that_runs():

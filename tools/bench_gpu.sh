@@ -32,6 +32,7 @@ done
 train xl2-eager dit_xl2 train.global_batch=64
 train xl2-plain dit_xl2 train.global_batch=64 engine.compile=true --compare plain
 train xl2-sdpa dit_xl2 train.global_batch=64 engine.compile=true model.attention=sdpa
+train xl2-cudnn dit_xl2 train.global_batch=64 engine.compile=true model.attention=cudnn
 train xl2-flash dit_xl2 train.global_batch=64 engine.compile=true model.attention=flash
 train xl2-recomputed dit_xl2 train.global_batch=256 engine.compile=true model.activation_checkpointing=true
 train s2 dit_s2 train.global_batch=256 engine.compile=true

@@ -23,6 +23,7 @@ from torch import Tensor
 from ldt import rng
 from ldt.checkpoint.manifest import FORMAT, MANIFEST, MANIFEST_HASH, VERSION, listed, versions
 from ldt.checkpoint.tensors import write_safetensors
+from ldt.cluster.gpus import use_device
 from ldt.dist import World, all_reduce_sum
 from ldt.engine.partition import Partition
 from ldt.errors import RunError
@@ -72,7 +73,7 @@ class Writer:
 
     def __init__(self, partition: Partition, world: World, check: Callable[[], None] = lambda: None) -> None:
         self._partition, self._world, self._check = partition, world, check
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ldt-checkpoint")
+        self._pool = ThreadPoolExecutor(1, "ldt-checkpoint", initializer=use_device, initargs=(world.device,))
         self._save: _Save | None = None
         self._host: dict[str, Tensor] = {}
         self.problem = ""  # of the newest save that has ended; empty if it is whole

@@ -5,6 +5,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 """
 
 from ldt import log
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
@@ -17,6 +18,7 @@ def run(config: EncodeJob) -> int:
     """Encode; returns the exit code."""
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:  # they meet when all is encoded
         log.configure(world.rank)
+        choose_arithmetic()
         if config.index:
             index_shards(config, world)
         else:

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldt import tracking
 from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve, results_of
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import MANIFEST, MODEL
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_dict
 from ldt.config_fields import path_field, section
 from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group
@@ -32,8 +31,9 @@ class EvaluateJob:
 
     `watch` follows the run directory and scores each new checkpoint until the run is done.
 
-    The other sections are those of a training config, so that the same file serves both; of them only `log.wandb` is
-    read: the scores are then tracked too, as a run of their own beside the training's.
+    The other sections are those of a training config, so that the same file serves both; of them only two are read:
+    with `engine.deterministic` scores are the same to the bit on CUDA too; with `log.wandb` they are tracked, as a run
+    of their own beside the training's.
     """
 
     run: str = path_field()
@@ -65,7 +65,7 @@ def run(config: EvaluateJob) -> int:
 
 def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     """`run` inside of a process group; rank 0 gets the results."""
-    torch.backends.cudnn.allow_tf32 = False  # features are compared to many digits
+    choose_arithmetic(bool(config.engine.get("deterministic")))
     settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
     check(settings.metrics, detector)

@@ -112,7 +112,7 @@ def measure(config: PlanJob) -> Model:
     shape, classes, text, known_from = data_shape(config)
     with torch.device("meta"):
         parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
-    kept = memory.activations(config.model, shape, classes, text, config.engine.precision)
+    kept = memory.activations(config.model, shape, classes, text, config.engine.precision, "cuda")
     elements = shape[0] * shape[1] * shape[2]
     data = f"latents {'x'.join(map(str, shape))} in {pluralize(classes, 'class', 'classes')} ({known_from})"
     # a sample is the mean and the deviation in fp16

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ldt import log
 from ldt.checkpoint.checkpoint import results_of
 from ldt.checkpoint.load import Loaded, load_denoiser
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_dict
 from ldt.config_fields import choice, path_field, required_path_field
 from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, in_block_order, process_group
@@ -46,6 +47,7 @@ class SampleJob(DrawConfig):
 
 def run(config: SampleJob) -> int:
     """Draw the images on all ranks; rank 0 writes them."""
+    choose_arithmetic()
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
         model = image_model(loaded, config.precision, world.device, config.compile)

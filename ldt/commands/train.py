@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ldt import log
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_yaml
 from ldt.dist import RENDEZVOUS_TIMEOUT_S, SLOWEST_RANK_TIMEOUT, process_group
 from ldt.run import directory, stop
@@ -21,6 +22,7 @@ ASKED_TIMEOUT_S = 5.0  # for the other ranks to come, when this one has been ask
 def run(config: TrainJob) -> int:
     """Train until `train.total_samples` or until asked to stop; returns the exit code."""
     run_dir = Path(config.run_dir)
+    choose_arithmetic(config.engine.deterministic)  # before CUDA starts; the engine asks for TF32
     patience = ASKED_TIMEOUT_S if stop.was_asked() else RENDEZVOUS_TIMEOUT_S
     with process_group(patience, SLOWEST_RANK_TIMEOUT) as world:
         compare_ranks(to_yaml(config), world)

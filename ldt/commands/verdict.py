@@ -5,6 +5,7 @@ pdsh and torchrun return what a killed rank had), so the run's outcome.json deci
 (requeue), 2 wrong input, 1 failed. A start that its launcher has left behind as "running" is noted as a crash.
 """
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,5 +25,15 @@ def run(config: VerdictJob) -> int:
     run_dir = Path(config.run_dir)
     code = outcome.verdict(run_dir, config.launcher_code)
     if code == outcome.FAILED and outcome.read_outcome(run_dir).get("outcome") == outcome.RUNNING:
-        outcome.write_outcome(run_dir, code, message=f"crashed: its launcher ended with code {config.launcher_code}")
+        message = f"crashed: its launcher ended with code {config.launcher_code}{meaning(config.launcher_code)}"
+        outcome.write_outcome(run_dir, code, message=message)
     return code
+
+
+def meaning(launcher_code: int) -> str:
+    """What a shell's code for a signal says of the end; nothing for other codes."""
+    if launcher_code == 128 + signal.SIGABRT:
+        return " (SIGABRT: so NCCL's watchdog ends the other ranks when one is gone or hangs; look for the one that is)"
+    if launcher_code == 128 + signal.SIGKILL:
+        return " (SIGKILL: a node without memory, or somebody's kill -9)"
+    return ""

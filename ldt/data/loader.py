@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from ldt.cluster.gpus import use_device
 from ldt.data.batch import Batch, Located, SampleDraws, digest
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
@@ -113,7 +114,7 @@ class _Loader:
         ahead: int,
     ) -> None:
         self.share, self.shards, self.draws, self.device = share, shards, draws, torch.device(device)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ldt-loader")
+        self._pool = ThreadPoolExecutor(threads, "ldt-loader", initializer=use_device, initargs=(self.device,))
         self._buffers = [_Buffer(share, shards, self.device, draws.uses_text) for _ in range(ahead + 1)]
 
     def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:

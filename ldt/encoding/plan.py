@@ -94,6 +94,7 @@ class Plan:
             "shard_samples": config.shard_samples,
             "validation_fraction": config.validation_fraction,
             "seed": config.seed,
+            "tf32": torch.backends.cudnn.allow_tf32,
             "batch": config.batch,  # the last bits of a latent depend on how many are in its batch
         }
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import World, all_reduce_sum
 from ldt.engine.config import EngineConfig, OptimizerConfig
 from ldt.engine.memory import BUCKET
@@ -78,10 +79,7 @@ class Engine:
             compile_blocks(denoiser)
             if config.zero_stage == 3:  # its hooks inside of a block would break the compiled code apart
                 deepspeed.utils.set_z3_leaf_modules(denoiser, [Block])
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-        elif world.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32
+        choose_arithmetic(config.deterministic, tf32=world.device.type == "cuda" and not config.deterministic)
         matrices = matrices_of(denoiser) if optimizer.muon_lr else {}
         self._adam = _AdamW(
             parameter_groups(denoiser, optimizer, matrices),

@@ -5,8 +5,10 @@ autograd keeps, taken from a forward pass of tensors without content. BENCHMARKS
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,9 +115,14 @@ class Activations:
 
 
 def activations(
-    config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, text: TextShape | None, precision: str
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    classes: int,
+    text: TextShape | None,
+    precision: str,
+    kind: str = "cpu",
 ) -> Activations:
-    """Of a denoiser in training, eager; compiled code keeps less.
+    """Of a denoiser in training, eager; compiled code keeps less. kind: cpu or cuda, whose kernels save less.
 
     A deep Transformer's from two shallow ones: blocks are alike, with long skips those of each half. What a wide head's
     blocks save is what is left when all others are recomputed.
@@ -124,7 +131,7 @@ def activations(
     def saved(depth: int, recomputed: bool, head: int) -> int:
         blocks = depth if config.name == "transformer" else 1
         shallow = dataclasses.replace(config, depth=depth, init="dit")  # which costs no time here
-        return _saved_bytes(shallow, latent_shape, classes, text, precision, blocks + head if recomputed else 0)
+        return _saved_bytes(shallow, latent_shape, classes, text, precision, kind, blocks + head if recomputed else 0)
 
     def extrapolated(recomputed: bool, head: int = 0) -> int:
         first = 2 + config.depth % 2
@@ -147,6 +154,7 @@ def _saved_bytes(
     classes: int,
     text: TextShape | None,
     precision: str,
+    kind: str,
     recomputed_blocks: int,
 ) -> int:
     """Bytes of all storages that autograd saves in one sample's forward pass, the parameters' own left out."""
@@ -160,6 +168,8 @@ def _saved_bytes(
         model = build(config, latent_shape, classes, seed=0, text=text)
         if precision == "bf16":
             _to_bfloat16(model)
+        if kind == "cuda":
+            _fuse_norms(model)
         checkpoint_blocks(model, recomputed_blocks)
         words = None
         if text is not None and config.uses_text:
@@ -170,6 +180,29 @@ def _saved_bytes(
             _loss = model(torch.zeros(1, *latent_shape), torch.zeros(1), condition).square().mean()
         own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Saves what CUDA's kernel does: the input, the weight and one float32 a row; the CPU's keeps three float32 copies.
+
+    A torch without CUDA can't run that kernel even on tensors without content.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = functools.partial(_apply_norm, module)  # type: ignore[method-assign]
+
+
+def _apply_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _FusedRMSNorm.apply(x, norm.weight)
+    return out
 
 
 def _to_bfloat16(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 from ldt import log
 from ldt.checkpoint.load import Loaded
 from ldt.checkpoint.manifest import versions
+from ldt.cluster.gpus import use_device
 from ldt.config import to_dict
 from ldt.data.shards.manifest import read_head
 from ldt.dist import World, barrier, broadcast
@@ -126,7 +127,10 @@ def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, st
     # on a CPU whose cores all have a process, a second thread only gets in the way
     overlap = world.device.type == "cuda" or len(os.sched_getaffinity(0)) > world.local_size
     missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
-    with ThreadPoolExecutor(1) as thread, log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar:
+    with (
+        ThreadPoolExecutor(1, initializer=use_device, initargs=(world.device,)) as thread,
+        log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar,
+    ):
         pending: Future[None] | None = None
         for k in missing:
             image_BHWC = sample_images(model, block_ids(k, config.block), config)

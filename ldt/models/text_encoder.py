@@ -21,6 +21,7 @@ from ldt.nn.text_shape import TextShape
 
 BYTES = "bytes"
 CHARACTERS = 64  # no caption needs more characters a token, and tokenizers are slow on long ones
+TOGETHER = 32  # captions that an encoder gets at once
 
 
 class TextEncoder(Protocol):
@@ -79,6 +80,23 @@ class ByteEncoder:
 
     def cuts(self, caption: str) -> bool:
         return len(caption.encode()) > self.shape.length
+
+
+class KnownCaptions:
+    """Some captions that were encoded once: the encoder itself, often larger than the denoiser, is needed no more."""
+
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
+        self.name, self.hash, self.shape = encoder.name, encoder.hash, encoder.shape
+        each = list(dict.fromkeys(captions))
+        blocks = [encoder.encode(each[i : i + TOGETHER]) for i in range(0, len(each), TOGETHER)]
+        self._rows = dict(zip(each, np.concatenate(blocks), strict=True))
+        self._cut = {caption for caption in each if encoder.cuts(caption)}
+
+    def encode(self, captions: Sequence[str]) -> NDArray[np.generic]:
+        return np.stack([self._rows[caption] for caption in captions])
+
+    def cuts(self, caption: str) -> bool:
+        return caption in self._cut
 
 
 class TransformersEncoder:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldt.nn.attention import attend, choose_kernel
+from ldt.nn.attention import Padding, attend, choose_kernel
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, sincos_2d
 
@@ -33,18 +33,18 @@ class Block(nn.Module):
         h_BND: Tensor,
         modulation_BMD: Tensor | None,
         skip_BND: Tensor | None = None,
-        mask_BN: Tensor | None = None,
+        padding: Padding | None = None,
         first_BKNE: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.skip is not None:
             assert skip_BND is not None
             h_BND = self.skip(torch.cat([h_BND, skip_BND], dim=-1))
         if self.modulation is None:
-            out_BND, value_BKNE = self.attention(self.norm1(h_BND), mask_BN, first_BKNE)
+            out_BND, value_BKNE = self.attention(self.norm1(h_BND), padding, first_BKNE)
             h_BND = h_BND + out_BND
             return h_BND + self.mlp(self.norm2(h_BND)), value_BKNE
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation_BMD).chunk(6, dim=-1)
-        out_BND, value_BKNE = self.attention(modulate(self.norm1(h_BND), shift1, scale1), mask_BN, first_BKNE)
+        out_BND, value_BKNE = self.attention(modulate(self.norm1(h_BND), shift1, scale1), padding, first_BKNE)
         h_BND = h_BND + gate1 * out_BND
         return h_BND + gate2 * self.mlp(modulate(self.norm2(h_BND), shift2, scale2)), value_BKNE
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes else None
 
     def forward(
-        self, x_BND: Tensor, mask_BN: Tensor | None = None, first_BKNE: Tensor | None = None
+        self, x_BND: Tensor, padding: Padding | None = None, first_BKNE: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         q_BKNE, k_BKNE, v_BKNE = rearrange(self.qkv(x_BND), "b n (s k e) -> s b k n e", s=3, k=self.heads)
         q_BKNE, k_BKNE = self.q_norm(q_BKNE), self.k_norm(k_BKNE)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             assert first_BKNE is not None
             v_BKNE = self.mix[0] * v_BKNE + self.mix[1] * first_BKNE
         kernel = choose_kernel(self.kernel, x_BND.device, v_BKNE.dtype)
-        out_BKNE = attend(q_BKNE, k_BKNE, v_BKNE, kernel, mask_BN)
+        out_BKNE = attend(q_BKNE, k_BKNE, v_BKNE, kernel, padding)
         return self.out(rearrange(out_BKNE, "b k n e -> b n (k e)")), v_BKNE
 
 

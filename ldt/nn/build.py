@@ -1,5 +1,6 @@
 """From a config to a denoiser."""
 
+import importlib
 import warnings
 
 import torch
@@ -11,6 +12,10 @@ from ldt.nn.config import ModelConfig
 from ldt.nn.text_shape import TextShape
 from ldt.nn.transformer import Transformer
 from ldt.nn.unet import UNet
+
+CODES = 64
+"""Compiled versions of a block: 4 kinds of block (first, with a skip from before, with one, last), each in training,
+validation and previews with and without guidance. Beyond dynamo's own limit of 8 it would run them eagerly."""
 
 
 def build(
@@ -74,6 +79,8 @@ def compile_blocks(denoiser: nn.Module) -> None:
     # the compiler imports parts of torch that complain about themselves, and looks at every tensor's gradient
     warnings.filterwarnings("ignore", r"`torch.jit.\w+` is deprecated", DeprecationWarning)
     warnings.filterwarnings("ignore", r"The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    dynamo = importlib.import_module("torch._dynamo")  # slow to import
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, CODES)
     parts = [m for m in denoiser.modules() if isinstance(m, Block)] if isinstance(denoiser, Transformer) else [denoiser]
     for block in parts:
         block.forward = torch.compile(block.forward, dynamic=False)

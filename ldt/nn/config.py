@@ -96,7 +96,7 @@ class ModelConfig:
     output_convolution: bool = False
     learned_sigma: bool = False
     init: str = choice("dit", "uvit")
-    attention: str = choice("auto", "sdpa", "flash", "reference")
+    attention: str = choice("auto", "sdpa", "cudnn", "flash", "reference")
     activation_checkpointing: bool = False
     head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)

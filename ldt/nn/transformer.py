@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldt.diffusion.condition import Condition, text_mask
 from ldt.errors import InputError
+from ldt.nn.attention import Padding, choose_kernel, padding_of
 from ldt.nn.block import Block, Modulation, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, TextEmbedding, TimeEmbedding, TimeSinusoids
@@ -102,17 +103,18 @@ class Transformer(nn.Module):
         patch_BNP = patch_BNP.to(self.patchify.weight.dtype)
         h_BND = self.patchify(patch_BNP)
         time_BD = self.time(t_B)
-        modulation_B1D = mask_BN = None
+        modulation_B1D = padding = None
         if self.config.conditioning == "in_context":
             before_BMD, mask_BM = self._tokens(time_BD, condition)
             h_BND = torch.cat([before_BMD.to(h_BND.dtype), h_BND], dim=1)
             if mask_BM is not None:
                 mask_BN = F.pad(mask_BM, (0, h_BND.shape[1] - mask_BM.shape[1]), value=True)
+                padding = padding_of(mask_BN, choose_kernel(self.config.attention, h_BND.device, h_BND.dtype))
         else:
             modulation_B1D = F.silu(self._summary(time_BD, condition))[:, None]
         if self.position is not None:
             h_BND = h_BND + self.position
-        h_BND = self._run_blocks(h_BND, modulation_B1D, mask_BN)[:, self.prefix :]
+        h_BND = self._run_blocks(h_BND, modulation_B1D, padding)[:, self.prefix :]
         if self.head is not None:
             out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth))
         else:
@@ -149,12 +151,12 @@ class Transformer(nn.Module):
             out_BD = out_BD + total_BD / there_BM1.sum(1).clamp(min=1)
         return out_BD
 
-    def _run_blocks(self, h_BND: Tensor, modulation_B1D: Tensor | None, mask_BN: Tensor | None) -> Tensor:
+    def _run_blocks(self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None) -> Tensor:
         skips: list[Tensor] = []
         first_BKNE = None  # the first block's values, where the others want them
         for i, block in enumerate(self.blocks):
             skip_BND = skips.pop() if block.skip is not None else None
-            arguments = (h_BND, modulation_B1D, skip_BND, mask_BN, first_BKNE)
+            arguments = (h_BND, modulation_B1D, skip_BND, padding, first_BKNE)
             if i < self.checkpointed and torch.is_grad_enabled():
                 h_BND, value_BKNE = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -46,9 +46,7 @@ class ImageModel:
     @property
     def examples(self) -> list[tuple[int, str]]:
         """Labels and captions that images are drawn of unless others are given; none for a denoiser of classes."""
-        if self.text is None:
-            return []
-        return [(int(label), caption) for label, caption in self.spec.text["examples"]] or [(0, "")]
+        return [] if self.text is None else examples_of(self.spec)
 
 
 def image_model(loaded: Loaded, precision: str, device: torch.device, compiled: bool = False) -> ImageModel:
@@ -60,6 +58,11 @@ def image_model(loaded: Loaded, precision: str, device: torch.device, compiled: 
     uses_text = loaded.config["model"].get("condition_on", "class") != "class"
     text = load_text(loaded.spec, uses_text, device)
     return ImageModel(denoiser, loaded.objective, loaded.spec, autoencoder, device, text)
+
+
+def examples_of(spec: LatentSpec) -> list[tuple[int, str]]:
+    """Labels and captions that stand in the data's manifest as examples."""
+    return [(int(label), caption) for label, caption in spec.text["examples"]] or [(0, "")]
 
 
 def load_text(spec: LatentSpec, uses_text: bool, device: torch.device) -> TextEncoder | None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ldt.data.batch import Batch
+from ldt.data.latent_spec import LatentSpec
 from ldt.data.loader import ValidationLoader
 from ldt.diffusion.objectives import Objective
-from ldt.dist import World, all_gather, all_reduce_sum
+from ldt.dist import World, all_gather, all_reduce_sum, on_rank_zero
 from ldt.image_files import class_grid, write_picture
+from ldt.models.text_encoder import KnownCaptions, TextEncoder, reload_text_encoder
 from ldt.sampling.config import ImageConfig
-from ldt.sampling.draw import ImageModel, default_labels, sample_images
+from ldt.sampling.draw import ImageModel, default_labels, examples_of, sample_images
 
 TIME_BINS = 10
 PREVIEW_COLUMNS = 8
@@ -40,10 +42,31 @@ def validation_loss(
     }
 
 
+def preview_images(spec: LatentSpec) -> int:
+    """How many images a preview shows."""
+    return min(10, len(spec.classes)) * PREVIEW_COLUMNS
+
+
+def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder | None:
+    """The captions of all previews, encoded by rank 0, which lets go of their encoder then (collective)."""
+    if not uses_text:
+        return None
+    examples = examples_of(spec)
+    images = preview_images(spec) + world.size  # with those that only fill the ranks' parts
+    captions = [examples[i % len(examples)][1] for i in range(images)]
+
+    def encode() -> TextEncoder:
+        return KnownCaptions(reload_text_encoder(spec.text, world.device), captions)
+
+    known = on_rank_zero(world, encode)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # the memory fit comes next
+    return known
+
+
 def draw_preview(model: ImageModel, settings: ImageConfig, world: World, path: Path) -> None:
     """Write a grid of samples, always of the same noise and labels (collective)."""
-    classes = len(model.spec.classes)
-    images = min(10, classes) * PREVIEW_COLUMNS
+    images = preview_images(model.spec)
     mine = -(-images // world.size)  # the same number on every rank: ZeRO-3 gathers weights together
     drawn = sample_images(model, range(world.rank * mine, (world.rank + 1) * mine), settings)
     blocks = all_gather(drawn.numpy())

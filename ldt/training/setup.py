@@ -1,5 +1,6 @@
 """What a training run settles before its first step: its micro-batch, its loaders, and what it says of itself."""
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +33,9 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     if micro_batch != "auto" and not budget:
         return int(micro_batch)
     classes = len(spec.classes)
-    cost = memory.activations(config.model, spec.latent_shape, classes, spec.text_shape, engine.precision)
+    cost = memory.activations(
+        config.model, spec.latent_shape, classes, spec.text_shape, engine.precision, world.device.type
+    )
     if not budget:
         parameters = parameter_count(denoiser)
         state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages)
@@ -86,11 +89,17 @@ def describe(
         f"{pluralize(share.count, 'micro-batch', 'micro-batches')} of up to {share.size} a process; "
         f"{max(total - samples_seen, 0):,} of {total:,} samples to go"
     )
-    yield from describe_idle(world, config.train.global_batch)
+    yield from describe_idle(world, config.train.global_batch, 1 + config.data.threads)
 
 
-def describe_idle(world: World, batch: int) -> Iterator[str]:
-    """What of the machine stands idle: GPUs without a process, processes without a sample."""
+def describe_idle(world: World, batch: int, threads: int = 1) -> Iterator[str]:
+    """What of the machine stands idle: GPUs without a process, processes without a sample, cores that none may use."""
+    cores, fair = len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size
+    if cores < min(threads, fair):
+        yield (
+            f"a process may use {cores} of this machine's {os.cpu_count()} cores and has {threads} threads that share "
+            "them: the launcher has bound it (srun --cpu-bind=none, or more --cpus-per-task)"
+        )
     gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
     if gpus > world.size == 1:
         yield f"1 of this machine's {gpus} GPUs is used; torchrun --nproc_per_node {gpus} -m ldt train … uses all"

@@ -39,12 +39,12 @@ from ldt.run.owner import Owner, owned
 from ldt.run.preflight import check_room, check_shared, check_writable
 from ldt.run.stop import StopRequests
 from ldt.run.watchdog import Watchdog
-from ldt.sampling.draw import ImageModel, load_autoencoder, load_text
+from ldt.sampling.draw import ImageModel, load_autoencoder
 from ldt.training.bad_steps import REMEDY, BadSteps
 from ldt.training.config import TrainJob
 from ldt.training.consensus import StepConsensus
 from ldt.training.data import open_data
-from ldt.training.monitor import Meter, draw_preview, peak_memory, validation_loss
+from ldt.training.monitor import Meter, draw_preview, peak_memory, preview_text, validation_loss
 from ldt.training.resume import cut_back, resume
 from ldt.training.setup import describe, fit_into_memory, make_loaders
 
@@ -99,6 +99,8 @@ class Trainer:
         self.spec = self.shards.manifest.spec
         self.objective = Objective(config.objective, self.spec.latent_shape)
         self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
+        uses_text = config.model.uses_text and config.log.samples_every_samples > 0
+        self.text = preview_text(self.spec, uses_text, world)
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
         shape, classes, text = self.spec.latent_shape, len(self.spec.classes), self.spec.text_shape
@@ -311,8 +313,8 @@ class Trainer:
 
     def _draw_preview(self) -> None:
         assert self.autoencoder is not None
-        text = load_text(self.spec, self.config.model.uses_text, self.world.device)
-        model = ImageModel(self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, text)
+        parts = (self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, self.text)
+        model = ImageModel(*parts)
         path = self.run_dir / "samples" / f"{self.state.samples_seen:012d}.png"
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
             draw_preview(model, self.config.log.preview, self.world, path)

@@ -1,0 +1,133 @@
+"""Every way in which CUDA, NCCL and gloo fail has its sentence, and no mistake of ours has one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldt.errors import InputError, RunError, in_a_sentence
+
+NCCL = "NCCL error in: torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+WORDS = {  # as torch 2.13, NCCL 2.27 and CUDA 12 say it
+    "a GPU has no memory left": [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "NCCL error in: x.cpp:1, unhandled cuda error, NCCL version 2.27.3\nncclUnhandledCudaError: Call to "
+        "CUDA library "
+        "failed.\nLast error:\nFailed to CUDA calloc async 608 bytes",
+        NCCL + "unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    ],
+    "a node has no memory left": [
+        "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate "
+        "8589934592 bytes. Error code 12 (Cannot allocate memory)",
+        "unable to mmap 1024 bytes: Cannot allocate memory (12)",
+    ],
+    "a GPU has failed": [
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: hardware stack error",
+        "CUDA error: unknown error",
+        "CUDA error: uncorrectable NVLink error detected during the execution",
+        "Unable to determine the device handle for GPU 0000:0F:00.0: GPU has fallen off the bus",
+    ],
+    "a kernel failed on a GPU": [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: misaligned address",
+        "CUDA error: an illegal instruction was encountered",
+        "CUDA error: the launch timed out and was terminated",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( ...)`",
+    ],
+    "this torch does not fit": [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
+        "CUDA error: forward compatibility was attempted on non supported HW",
+    ],
+    "a GPU can't be used": [
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+        "CUDA error: system not yet initialized",
+        "CUDA error: invalid device ordinal",
+        "No CUDA GPUs are available",
+    ],
+    "two ranks have the same GPU": [
+        NCCL
+        + "invalid usage, NCCL version 2.27.3\nncclInvalidUsage: This usually reflects invalid usage of NCCL library."
+        "\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+    ],
+    "another rank is gone": [
+        NCCL
+        + "remote process exited or there was a network error, NCCL version 2.26.2\nncclRemoteError: A call failed "
+        "possibly due to a network error or a remote process exiting prematurely.",
+        NCCL
+        + "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\nncclSystemError: System "
+        "call (e.g. socket, malloc) or external library call failed or device error. It can be also caused by "
+        "unexpected "
+        "exit of a remote peer, you can check NCCL warnings for failure reason and see if there is connection "
+        "closure by a "
+        "peer.\nLast error:\nsocketProgress: Connection closed by remote peer node2<43210>",
+        "NCCL communicator was aborted on rank 3. Original reason for failure was: watchdog timeout",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3127",
+        "[pair.cc:598] Read error [10.0.0.2]:3127: Connection reset by peer",
+        "Broken pipe",
+    ],
+    "another rank did not come in time": [
+        "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=19, OpType=ALLREDUCE, "
+        "Timeout(ms)=1800000) "
+        "ran for 1800023 milliseconds before timing out.",
+        "wait timeout after 300000ms, keys: /ldt-0//default_pg/0//cuda//ncclUniqueId",
+        "[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+        "Socket Timeout",
+        "The client socket has timed out after 300000ms while trying to connect: Connection timed out",
+    ],
+    "the network between the GPUs failed": [
+        NCCL + "unhandled system error, NCCL version 2.27.3\nncclSystemError: System call failed.\nLast error:\n"
+        "Call to ibv_modify_qp failed with error Invalid argument",
+        NCCL
+        + "internal error - please report this issue to the NCCL developers\nncclInternalError: Internal check failed.",
+        "[socket.cpp:1024] No route to host",
+    ],
+}
+
+
+@pytest.mark.parametrize(("sentence", "words"), [(s, w) for s, all_words in WORDS.items() for w in all_words])
+def test_what_a_library_says_is_a_sentence(sentence, words):
+    with pytest.raises(RunError) as caught, in_a_sentence():
+        raise RuntimeError(words)
+    said = str(caught.value)
+    assert said.startswith(sentence) and "\n" not in said and len(said) < 500
+    assert said.endswith(")") and "()" not in said, "it quotes what was recognised"
+
+
+def test_torchs_own_kinds_of_errors_are_known():
+    for kind in (torch.AcceleratorError, torch.distributed.DistBackendError, torch.distributed.DistStoreError):
+        assert issubclass(kind, RuntimeError), "in_a_sentence would not see it"
+    with pytest.raises(RunError, match=r"train\.micro_batch=auto.*Tried to allocate"), in_a_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 80 GiB.")
+
+
+def test_a_full_disk_is_a_sentence():
+    with pytest.raises(RunError, match="the disk is full"), in_a_sentence():
+        Path("/dev/full").write_text("x")
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)"),
+        RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+        FileNotFoundError(2, "No such file"),
+        BrokenPipeError(32, "Broken pipe"),  # the command line has its own answer
+        InputError("x"),
+        KeyError("CUDA error: out of memory"),
+    ],
+    ids=repr,
+)
+def test_our_mistakes_keep_their_traceback(ours):
+    with pytest.raises(type(ours)) as caught, in_a_sentence():
+        raise ours
+    assert caught.value is ours
