@@ -5,6 +5,7 @@ Settings are the keys of the commands (`ldt sample --help`, `ldt evaluate --help
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ldt.config import from_dict
 from ldt.dist import discover, process_group
 from ldt.errors import InputError
 from ldt.paths import local_path
-from ldt.sampling.draw import image_model
+from ldt.sampling.draw import image_model, load_guide
 
 __all__ = ["Model", "load"]
 
@@ -86,7 +87,8 @@ class Model:
                 raise InputError(f"{key}= is decided when the model is loaded; give it to ldt.load")
         keys = {"run": str(self.path), "images": images, "classes": list(classes), "prompts": list(prompts)}
         config = from_dict(SampleJob, keys | {"precision": self._precision} | settings, "the arguments")
-        blocks, _ = draw(self._images, self._loaded.config, config)
+        model = replace(self._images, guide=load_guide(config, self._loaded, self._images.device))
+        blocks, _ = draw(model, self._loaded.config, config)
         return np.concatenate(list(blocks))
 
     def encode(self, images: ArrayLike) -> NDArray[np.float32]:

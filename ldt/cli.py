@@ -29,6 +29,7 @@ class Command(NamedTuple):
     positional: str = ""  # the field that takes arguments which are neither a YAML file nor key=value
     reads_run_config: bool = False  # without a YAML file, start from the run's own config
     options: tuple[str, ...] = ()  # fields that may be given as --field VALUE too
+    sweeps: bool = False  # key=a,b stands for one job each; its module has `run_sweep(jobs)` too
 
 
 COMMANDS = {
@@ -42,6 +43,7 @@ COMMANDS = {
         "score a checkpoint against real images",
         "run",
         reads_run_config=True,
+        sweeps=True,
     ),
     "inspect": Command(
         "inspect", "InspectJob", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"
@@ -158,14 +160,15 @@ def _run(name: str, words: list[str]) -> int:
     base = _config_of_run(overrides, given) if command.reads_run_config and path is None else {}
     overrides += [f"{field}={value}" for field in command.options if (value := getattr(flags, field)) is not None]
     overrides += ["watch=true"] if flags.watch else []
-    settings: Any = config.load(job, path, overrides, given, base)
+    variants = config.sweep(overrides) if command.sweeps else [overrides]
+    jobs: list[Any] = [config.load(job, path, words, given, base) for words in variants]
     rank = place().rank
     if flags.dry_run:
         if rank == 0:
-            print(config.to_yaml(settings), end="")
+            print("---\n".join(map(config.to_yaml, jobs)), end="")
         return DONE
     log.configure(rank, quiet=flags.quiet)
-    return int(program.run(settings))
+    return int(program.run_sweep(jobs) if len(jobs) > 1 else program.run(jobs[0]))
 
 
 class _Parser(argparse.ArgumentParser):

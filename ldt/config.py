@@ -6,6 +6,7 @@ nearest match. Loading changes nothing that the user wrote but the `~` of a path
 
 import dataclasses
 import difflib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,27 @@ def load(
     _update(merged, _parse_overrides(overrides, schema), schema, "the command line")
     _update(merged, given or {}, schema, "the command line")
     return _build(merged, schema)
+
+
+def sweep(words: Sequence[str]) -> list[list[str]]:
+    """One list of words for each combination of the values that are given as `key=a,b,c`."""
+    choices = []
+    for word in words:
+        key, separator, value = word.partition("=")
+        choices.append([f"{key}={v}" for v in _split(value)] if separator else [word])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _split(value: str) -> list[str]:
+    """Split at commas that are in no brackets."""
+    parts, depth = [""], 0
+    for character in value:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str) -> None:

@@ -6,7 +6,6 @@ of its own.
 """
 
 import contextlib
-import itertools
 import os
 import shlex
 import shutil
@@ -155,7 +154,7 @@ def plan(arguments: Sequence[str]) -> tuple[SubmitJob, list[list[str]]]:
     site = next((a.partition("=")[2] for a in own if a.startswith("cluster=")), "slurm")
     config = configuration.load(SubmitJob, _site_file(site), own)
     words = [a for a in others if a not in flags]
-    runs = [_with_own_directory(run, words) for run in _sweep(words)]
+    runs = [_with_own_directory(run, words) for run in configuration.sweep(words)]
     for run in runs:
         _load(run)
     return config, runs
@@ -170,28 +169,6 @@ def _site_file(site: str) -> Path | None:
             return path
     there = ", ".join(sorted(p.stem for p in Path("configs/cluster").glob("*.yaml")))
     raise InputError(f"cluster={site} is neither slurm, local, a file, nor one of configs/cluster: {there}")
-
-
-def _sweep(words: Sequence[str]) -> list[list[str]]:
-    """One list of arguments for each combination of the values that are given as a,b,c."""
-    choices = []
-    for word in words:
-        key, separator, value = word.partition("=")
-        values = _split(value) if separator else [""]
-        choices.append([f"{key}={v}" for v in values] if separator else [word])
-    return [list(combination) for combination in itertools.product(*choices)]
-
-
-def _split(value: str) -> list[str]:
-    """Split at commas that are in no brackets."""
-    parts, depth = [""], 0
-    for character in value:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
 
 
 def _with_own_directory(run: list[str], words: Sequence[str]) -> list[str]:

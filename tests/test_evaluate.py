@@ -33,7 +33,7 @@ from ldt.metrics.reference import reference_of_images
 from ldt.metrics.scores import METRICS
 from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
 from ldt.sampling.config import DrawConfig
-from ldt.sampling.draw import image_model, sample_images
+from ldt.sampling.draw import ImageModel, image_model, sample_images
 
 FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
 SCORE = "fd_efficientnet_lite0"
@@ -106,6 +106,10 @@ def test_the_score_is_that_of_the_images(run_dir: Path, settings: Callable[..., 
     assert result[SCORE] == pytest.approx(expected, rel=1e-4)
     assert result["samples_seen"] == 2000 and result["images"] == 21 and result["reference_images"] == 90
     assert result["rank_deficient"] is True, "21 images, 1280 features"
+
+
+def _model(run_dir: Path) -> ImageModel:
+    return image_model(load_denoiser(run_dir), "fp32", torch.device("cpu"))
 
 
 def run_dir_images(run_dir: Path) -> Path:
@@ -204,14 +208,14 @@ def test_an_interrupted_evaluation_makes_only_what_is_missing(
     run_dir: Path, tmp_path: Path, settings: Callable[..., EvaluateConfig]
 ) -> None:
     """Blocks that a killed job left are kept, a damaged one is made again, and the numbers are the same."""
-    loaded, detector, config = load_denoiser(run_dir), make_detector("efficientnet_lite0"), settings()
+    model, detector, config = _model(run_dir), make_detector("efficientnet_lite0"), settings()
     store = FeatureStore(tmp_path / "work")
-    assert make_features(config, loaded, detector, store, ALONE) == 3
+    assert make_features(config, model, detector, store, ALONE) == 3
     files = sorted(store.directory.iterdir())
     before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     files[0].unlink()
     files[1].write_bytes(before[1][0][:100])
-    make_features(config, loaded, detector, store, ALONE)
+    make_features(config, model, detector, store, ALONE)
     after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     assert [a[0] for a in after] == [b[0] for b in before]
     assert [a[1] == b[1] for a, b in zip(after, before, strict=True)] == [False, False, True]

@@ -66,6 +66,7 @@ TABLE = {
     "model.unet.blocks": ("1", GOES_ON),
     "model.unet.head_channels": ("16", GOES_ON),
     "model.unet.context": ("64", GOES_ON),
+    "model.inner_head": ("1", OTHER_MODEL),
     "model.head.depth": ("1", OTHER_MODEL),
     "model.head.width": ("64", GOES_ON),  # plays no part without a head
     "model.head.heads": ("4", GOES_ON),

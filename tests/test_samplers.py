@@ -8,8 +8,9 @@ import torch
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
+from ldt.diffusion.guidance import class_guided
 from ldt.diffusion.objectives import Objective, Prediction
-from ldt.diffusion.samplers import SAMPLERS, as_predict, guide, sample, sampling_times
+from ldt.diffusion.samplers import SAMPLERS, as_predict, sample, sampling_times
 from ldt.diffusion.schedules import SCHEDULES, Schedule, make_schedule
 from ldt.errors import InputError
 
@@ -199,7 +200,7 @@ def test_guidance_combines_on_all_channels_in_one_call() -> None:
     denoiser = Marked()
     x = torch.zeros(3, 4, 2, 2)
     label_B = torch.tensor([1, 2, 3])
-    y = guide(denoiser, null_label=10, scale=2.5)(x, torch.full((3,), 0.5), Condition(label_B))
+    y = class_guided(denoiser, null_label=10, scale=2.5)(x, torch.full((3,), 0.5), Condition(label_B))
     expected = 10 + 2.5 * (label_B - 10.0)
     assert torch.equal(y, expected[:, None, None, None].expand(3, 4, 2, 2))
     assert denoiser.calls == [(6, 0.5)]

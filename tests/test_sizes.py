@@ -74,6 +74,8 @@ COUNTED = [
     (uvit("S/4"), None),
     (ModelConfig(width=48, depth=3, heads=4, long_skips=True), None),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="text"), TEXT),
+    (ModelConfig(width=48, depth=3, heads=4, inner_head=1), None),
+    (ModelConfig(width=48, depth=3, heads=4, inner_head=1, conditioning="adaln_zero", learned_sigma=True), None),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="class_and_text", mlp_ratio=3), FEATURES),
     (ModelConfig(width=48, depth=2, heads=4, conditioning="adaln_zero", condition_on="text"), FEATURES),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="text", head=HeadConfig(2, 64, 4)), TEXT),
@@ -89,7 +91,8 @@ def test_the_formula_counts_what_torch_counts(config, text):
         if text:
             words = torch.zeros(1, text.length, dtype=torch.int64)
             words = words if text.vocabulary else torch.zeros(1, text.length, text.width)
-        model(torch.zeros(1, *LATENT), torch.zeros(1), Condition(torch.zeros(1, dtype=torch.int64), words))
+        inputs = torch.zeros(1, *LATENT), torch.zeros(1), Condition(torch.zeros(1, dtype=torch.int64), words)
+        model(*inputs, inner=True) if config.inner_head else model(*inputs)
     assert flops(config, LATENT, text) == counter.get_total_flops()
 
 

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
         def whole() -> None:
             directory = broadcast(tempfile.mkdtemp() if world.rank == 0 else "")
-            make_features(config, loaded, detector, store := FeatureStore(Path(directory)), world)
+            make_features(config, model, detector, store := FeatureStore(Path(directory)), world)
             barrier()
             if world.rank == 0:
                 store.remove()

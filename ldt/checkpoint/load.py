@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldt.checkpoint.average import reconstruct
 from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.manifest import (
     MODEL,
@@ -57,14 +58,15 @@ class Loaded:
 def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
     """The denoiser of a run's newest checkpoint, of one checkpoint or of an exported model.
 
-    `weights`: `ema`, `master`, or another average of the checkpoint. The files read are checked against their hashes.
+    `weights`: `ema`, `master`, another average of the checkpoint, or the width of one to be reconstructed.
+    The files read are checked against their hashes.
     """
     directory = Path(path)
     if (directory / MODEL).exists():
         tensors, facts, digest = read_exported(directory)
     else:
         directory = resolve(directory)
-        tensors, facts, digest = read_weights(directory, weights)
+        tensors, facts, digest = read_average(directory, weights)
     config = facts["config"]
     spec = read_spec(facts["sampling"])
     model = from_dict(ModelConfig, config["model"])
@@ -98,6 +100,21 @@ def _check_fit(directory: Path, expected: dict[str, torch.Size], tensors: dict[s
                 f"{directory} does not fit its own config: parameter {name} is {list(tensors[name].shape)} and should "
                 f"be {list(expected[name])}"
             )
+
+
+def read_average(checkpoint: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """`read_weights` of a kind that the checkpoint holds, or of the average of a width such as 0.15."""
+    if not weights[:1].isdigit():
+        return read_weights(checkpoint, weights)
+    try:
+        width = float(weights)
+        read = Checkpoint.read(checkpoint).verify()
+    except ValueError:
+        raise InputError(f"weights={weights} must be ema, master, another kind, or a width such as 0.15") from None
+    except Damaged as error:
+        raise InputError(f"checkpoint {checkpoint} is damaged: {error}; use the one before it") from None
+    tensors, facts = reconstruct(read, width)
+    return tensors, facts, f"{read.hash}-{width:g}"
 
 
 def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:

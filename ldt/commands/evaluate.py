@@ -1,7 +1,9 @@
 """Score checkpoints of a run against real images, or follow a run and score each new one."""
 
 import contextlib
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,10 +65,48 @@ def run(config: EvaluateJob) -> int:
     return 0
 
 
+def run_sweep(jobs: list[EvaluateJob]) -> int:
+    """Score with each of several settings; rank 0 ends with a table of them."""
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
+        results = [(to_dict(job.evaluate), result) for job in jobs for result in evaluate(job, world)]
+        if world.rank == 0:
+            for line in table(results):
+                print(line)
+            first = jobs[0]
+            print(f"results: {_output(first.evaluate, select(_path(first), first.evaluate.checkpoint)[0])}")
+    return 0
+
+
+def table(results: list[tuple[Section, Section]]) -> Iterator[str]:
+    """A line for each (settings, result): the settings that differ, the clock and the scores."""
+    varied = [key for key in results[0][0] if len({str(settings[key]) for settings, _ in results}) > 1]
+    scores = list(itertools.takewhile(lambda key: key not in results[0][0], list(results[0][1])[1:]))
+    lines = [[*varied, "samples_seen", *scores]]
+    for settings, result in results:
+        cells = [settings[key] for key in varied] + [str(result["samples_seen"])]
+        lines.append([_shown(cell) for cell in cells] + [f"{result[name]:.4f}" for name in scores])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+
+
+def _shown(cell: Any) -> str:
+    return f"{cell:g}" if isinstance(cell, float) else str(cell)
+
+
+def _path(config: EvaluateJob) -> Path:
+    return Path(config.run or config.run_dir)
+
+
+def _output(config: EvaluateConfig, checkpoint: Path) -> Path:
+    """The evaluations.jsonl that scores of a checkpoint go into."""
+    return Path(config.output) if config.output else results_of(checkpoint) / "evaluations.jsonl"
+
+
 def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     """`run` inside of a process group; rank 0 gets the results."""
     choose_arithmetic(bool(config.engine.get("deterministic")))
-    settings, run_dir = config.evaluate, Path(config.run or config.run_dir)
+    settings, run_dir = config.evaluate, _path(config)
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
     check(settings.metrics, detector)
     if config.watch:
@@ -78,7 +118,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     with contextlib.ExitStack() as stack:
         for path in paths:
             loaded = load_denoiser(path, settings.weights, world.device)
-            output = Path(settings.output) if settings.output else results_of(loaded.path) / "evaluations.jsonl"
+            output = _output(settings, loaded.path)
             if reference is None:  # all checkpoints of a run have the same
                 reference = open_reference(settings, loaded, detector, world)
             result = score_once(settings, loaded, reference, detector, output, world)

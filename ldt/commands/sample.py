@@ -20,7 +20,7 @@ from ldt.errors import InputError
 from ldt.image_files import WRITERS
 from ldt.paths import local_path
 from ldt.sampling.config import DrawConfig
-from ldt.sampling.draw import ImageModel, block_ids, default_labels, image_model, sample_images
+from ldt.sampling.draw import ImageModel, block_ids, default_labels, image_model, load_guide, sample_images
 
 
 @dataclass
@@ -50,7 +50,9 @@ def run(config: SampleJob) -> int:
     choose_arithmetic()
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
-        model = image_model(loaded, config.precision, world.device, config.compile)
+        model = image_model(
+            loaded, config.precision, world.device, config.compile, load_guide(config, loaded, world.device)
+        )
         output = _output(config, loaded, world)
         blocks, labels = draw(model, loaded.config, config, world)
         with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:

@@ -61,13 +61,15 @@ class ObjectiveConfig:
 class SamplerConfig:
     """How to go from noise to data.
 
-    `guidance` 1 is none. Outside (`guidance_low`, `guidance_high`] of t the conditional prediction is used alone.
+    `guidance` and `guidance_inner` of 1 are none: how far to go from no condition and from the inner head
+    (`model.inner_head`). Outside (`guidance_low`, `guidance_high`] of t the prediction is used alone.
     `shift` s moves the times to s·t / (1 + (s − 1)·t): above 1 spends more steps where there is more noise.
     """
 
     sampler: str = choice("heun", "euler", "ddim", "ddpm", "dpmpp_2m", "sde", "dpmpp_2m_sde")
     steps: int = 25
     guidance: float = 1.0
+    guidance_inner: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     shift: float = 1.0

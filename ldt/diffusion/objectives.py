@@ -78,11 +78,29 @@ class Objective:
         determinant = (alpha * b - sigma * a).abs().clamp(min=SINGULAR)
         return torch.minimum(alpha**2, self.config.min_snr_gamma * sigma**2) / determinant**2
 
-    def loss(self, denoiser: Denoiser, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """Mean squared error of each sample, weighted by its time, in float32: [B]."""
+    def loss(
+        self,
+        denoiser: Denoiser,
+        x0_BCHW: Tensor,
+        eps_BCHW: Tensor,
+        t_B: Tensor,
+        condition: Condition,
+        inner: bool = False,
+    ) -> Tensor:
+        """Mean squared error of each sample, weighted by its time, in float32: [B].
+
+        inner: add the same of the inner head's prediction (2512.24176, eq. 6 with λ = 1).
+        """
         t_B111 = t_B[:, None, None, None]
         xt_BCHW = self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
-        y_BCHW = denoiser(xt_BCHW, t_B, condition).float()
+        if not inner:
+            return self._error(denoiser(xt_BCHW, t_B, condition).float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B)
+        outputs = denoiser(xt_BCHW, t_B, condition, inner=True)  # type: ignore[call-arg]
+        errors = [self._error(y_BCHW.float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B) for y_BCHW in outputs]
+        return errors[0] + errors[1]
+
+    def _error(self, y_BCHW: Tensor, xt_BCHW: Tensor, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        t_B111 = t_B[:, None, None, None]
         if self.config.time_floor:
             return ((y_BCHW - x0_BCHW) / t_B111.clamp(min=self.config.time_floor)).square().mean((1, 2, 3))
         if self.loss_space != self.config.prediction:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import SamplerConfig
+from ldt.diffusion.guidance import Guide, class_guided, inner_guided
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
 from ldt.diffusion.schedules import Schedule, shift_time
 
@@ -145,48 +146,45 @@ def sample(
     null_label: int,
     config: SamplerConfig,
     step_noise: Noise,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Clean latents [B, C, H, W] (whitened, as the denoiser knows them) from standard normal noise.
 
-    step_noise: what a stochastic sampler adds at each step. The times are shifted by `config.shift` and by the
-    objective's own shift.
+    step_noise: what a stochastic sampler adds at each step; guide: the worse model of autoguidance. The times are
+    shifted by `config.shift` and by the objective's own shift.
     """
-    predict = as_predict(denoiser, objective, condition, null_label, config)
+    predict = as_predict(denoiser, objective, condition, null_label, config, guide)
     times = sampling_times(config.steps, config.shift * objective.time_shift)
     x_BCHW = noise_BCHW * _number(objective.schedule.sigma, times[0])
     return SAMPLERS[config.sampler](predict, objective.schedule, x_BCHW, times, step_noise)
 
 
 def as_predict(
-    denoiser: Denoiser, objective: Objective, condition: Condition, null_label: int, config: SamplerConfig
+    denoiser: Denoiser,
+    objective: Objective,
+    condition: Condition,
+    null_label: int,
+    config: SamplerConfig,
+    guide: Guide | None = None,
 ) -> Predict:
     """The sampler's view of a denoiser under a condition, with guidance where its interval says so.
 
-    The interval is Kynkäänniemi et al. 2404.07724.
+    The inner head's guidance acts on the prediction with and without the condition, then that of the class between
+    the two, then that of the guide on the result.
     """
-    guided = guide(denoiser, null_label, config.guidance)
+    guided = denoiser if config.guidance_inner == 1 else inner_guided(denoiser, config.guidance_inner)
+    guided = guided if config.guidance == 1 else class_guided(guided, null_label, config.guidance)
 
     def predict(x_BCHW: Tensor, t: float) -> Prediction:
         t_B = x_BCHW.new_full((len(x_BCHW),), t)
-        inside = config.guidance != 1 and config.guidance_low < t <= config.guidance_high
+        inside = config.guidance_low < t <= config.guidance_high
         y_BCHW = (guided if inside else denoiser)(x_BCHW, t_B, condition)
-        return objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
+        prediction = objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
+        if inside and guide is not None:
+            return guide.extrapolate(prediction, x_BCHW, t_B, condition)
+        return prediction
 
     return predict
-
-
-def guide(denoiser: Denoiser, null_label: int, scale: float) -> Denoiser:
-    """Classifier-free guidance (Ho and Salimans 2207.12598): null + scale · (conditional − null), on all channels.
-
-    One call of the denoiser on twice the batch. `scale` 1 is the conditional prediction, 0 the unconditional one.
-    """
-
-    def guided(x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        both = condition.followed_by(condition.unconditional(null_label))
-        y_BCHW, null_BCHW = denoiser(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
-        return null_BCHW + scale * (y_BCHW - null_BCHW)
-
-    return guided
 
 
 def _velocity(schedule: Schedule, prediction: Prediction, t: float) -> Tensor:

@@ -130,7 +130,9 @@ def activations(
 
     def saved(depth: int, recomputed: bool, head: int) -> int:
         blocks = depth if config.name == "transformer" else 1
-        shallow = dataclasses.replace(config, depth=depth, init="dit")  # which costs no time here
+        shallow = dataclasses.replace(
+            config, depth=depth, init="dit", inner_head=min(config.inner_head, 1)
+        )  # which costs no time here
         return _saved_bytes(shallow, latent_shape, classes, text, precision, kind, blocks + head if recomputed else 0)
 
     def extrapolated(recomputed: bool, head: int = 0) -> int:
@@ -177,7 +179,9 @@ def _saved_bytes(
             words = words.long() if text.vocabulary else words
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             condition = Condition(torch.zeros(1, dtype=torch.int64), words)
-            _loss = model(torch.zeros(1, *latent_shape), torch.zeros(1), condition).square().mean()
+            inputs = (torch.zeros(1, *latent_shape), torch.zeros(1), condition)
+            outputs = model(*inputs, inner=True) if config.inner_head else (model(*inputs),)
+            _loss = sum(y.square().mean() for y in outputs)
         own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 

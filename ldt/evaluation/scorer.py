@@ -30,15 +30,29 @@ from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
 from ldt.metrics.scores import compute, score_names
-from ldt.sampling.draw import block_ids, image_model, sample_images
+from ldt.sampling.draw import ImageModel, block_ids, image_model, load_guide, sample_images
 
 logger = log.get_logger(__name__)
 
 Section = dict[str, Any]
 
 
-NOT_IN_RESULT = ("checkpoint", "reference", "fit", "output", "cache_dir", "weights_file", "model", "compile")
+NOT_IN_RESULT = (
+    "checkpoint",
+    "reference",
+    "fit",
+    "output",
+    "cache_dir",
+    "weights_file",
+    "model",
+    "compile",
+    "guide",
+    "guide_weights",
+)
 """Keys that say where things are and how they are computed, not what."""
+
+SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0}
+"""Keys that stand in a result only where they are in use, so that results from before they came stay valid."""
 
 
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
@@ -75,13 +89,17 @@ def score_once(
 ) -> Section | None:
     """Score a checkpoint unless its result is there; rank 0 writes it, says where and returns it."""
     identity = {k: v for k, v in to_dict(config).items() if k not in NOT_IN_RESULT}
+    guide = load_guide(config, loaded, world.device)
+    identity = {k: v for k, v in identity.items() if SILENT_UNLESS_CHANGED.get(k) != v}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
+    identity |= {"guide_hash": guide.hash} if guide else {}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
         start = time.time()
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
-        blocks = make_features(config, loaded, detector, store, world)
+        model = image_model(loaded, config.precision, world.device, config.compile, guide)
+        blocks = make_features(config, model, detector, store, world)
         if world.rank != 0:
             return None
         scores, moments = compute(config.metrics, detector, store, blocks, reference, config.seed)
@@ -111,13 +129,14 @@ def score_once(
     return result
 
 
-def make_features(config: EvaluateConfig, loaded: Loaded, detector: Detector, store: FeatureStore, world: World) -> int:
+def make_features(
+    config: EvaluateConfig, model: ImageModel, detector: Detector, store: FeatureStore, world: World
+) -> int:
     """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks.
 
     The network always sees whole blocks: what a last one has too many is dropped. While it makes the next block, a
     thread looks at the last one.
     """
-    model = image_model(loaded, config.precision, world.device, config.compile)
     blocks = -(-config.images // config.block)
 
     def detect(k: int, image_BHWC: torch.Tensor) -> None:

@@ -71,8 +71,9 @@ class ModelConfig:
     `time_embedding`: through a perceptron, or the bare sinusoids. `learned_sigma`: as many output channels again,
     which nothing here trains or uses: for weights from elsewhere. `activation_checkpointing`: keep only what enters
     each block and compute the rest again in the backward pass. `value_residual`: every block's values are mixed with
-    the first one's (Zhou et al. 2410.17897). `head`: wide blocks at the end. `unet` belongs to name=unet, which ignores
-    the Transformer's keys.
+    the first one's (Zhou et al. 2410.17897). `inner_head`: after how many blocks a second output
+    is read and trained, for `guidance_inner` (0: none). `head`: wide blocks at the end. `unet` belongs to name=unet,
+    which ignores the Transformer's keys.
     """
 
     name: str = choice("transformer", "unet")
@@ -98,6 +99,7 @@ class ModelConfig:
     init: str = choice("dit", "uvit")
     attention: str = choice("auto", "sdpa", "cudnn", "flash", "reference")
     activation_checkpointing: bool = False
+    inner_head: int = 0
     head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)
 
@@ -117,6 +119,11 @@ class ModelConfig:
             )
         if self.positions == "sincos" and self.width % 4:
             raise InputError(f"model.positions=sincos needs model.width divisible by 4, not {self.width}")
+        if not 0 <= self.inner_head < self.depth or (self.inner_head and self.name != "transformer"):
+            raise InputError(
+                f"model.inner_head={self.inner_head} must be 0 (none) or the number of a transformer's block below "
+                f"model.depth={self.depth}"
+            )
         if self.head.depth:
             self._check_head()
         if self.name == "unet" and self.attention not in ("auto", "sdpa"):

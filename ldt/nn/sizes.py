@@ -106,6 +106,8 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
         total += image * p * p * (channels + output) * W
     else:
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
+    if config.inner_head:
+        total += image * p * p * output * D + (0 if in_context else 2 * D * D)
     if config.time_embedding == "mlp":
         total += 256 * D + D * D
     if config.long_skips:
@@ -132,5 +134,5 @@ def _counted(config: ModelConfig, latent_shape: tuple[int, int, int], text: Text
         if text is not None:
             tokens = torch.zeros(1, text.length, *([] if text.vocabulary else [text.width]), dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x_BCHW, t_B, Condition(label_B, tokens))
+            model(x_BCHW, t_B, Condition(label_B, tokens), **({"inner": True} if config.inner_head else {}))
     return counter.get_total_flops()

@@ -19,6 +19,7 @@ from ldt.nn.attention import Padding, choose_kernel, padding_of
 from ldt.nn.block import Block, Modulation, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, TextEmbedding, TimeEmbedding, TimeSinusoids
+from ldt.nn.inner_head import InnerHead
 from ldt.nn.text_shape import TextShape
 from ldt.nn.wide_head import WideHead
 
@@ -55,6 +56,7 @@ class Transformer(nn.Module):
             Block(config, rotary, first=i == 0, skip=config.long_skips and i >= config.depth - half)
             for i in range(config.depth)
         )
+        self.inner = InnerHead(config, output) if config.inner_head else None
         self.head = None
         if config.head.depth:
             self.head = WideHead(config, channels, output, self.rows, self.columns)
@@ -85,6 +87,8 @@ class Transformer(nn.Module):
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.weight)
         nn.init.zeros_((self.head or self).unpatchify.weight)
+        if self.inner is not None:
+            nn.init.zeros_(self.inner.unpatchify.weight)
 
     def _init_as_uvit(self) -> None:
         """Normal of deviation 0.02 cut at ±2 for matrices and positions, standard normal for labels."""
@@ -97,7 +101,10 @@ class Transformer(nn.Module):
             if position is not None and position.requires_grad:
                 nn.init.trunc_normal_(position, std=0.02)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    def forward(
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, inner: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction; with `inner`, also that of the inner head."""
         p = self.config.patch
         patch_BNP = rearrange(x_BCHW, "b c (r p) (k q) -> b (r k) (c p q)", p=p, q=p)
         patch_BNP = patch_BNP.to(self.patchify.weight.dtype)
@@ -114,7 +121,7 @@ class Transformer(nn.Module):
             modulation_B1D = F.silu(self._summary(time_BD, condition))[:, None]
         if self.position is not None:
             h_BND = h_BND + self.position
-        h_BND = self._run_blocks(h_BND, modulation_B1D, padding)[:, self.prefix :]
+        middle_BND, h_BND = (h[:, self.prefix :] for h in self._run_blocks(h_BND, modulation_B1D, padding))
         if self.head is not None:
             out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth))
         else:
@@ -123,6 +130,14 @@ class Transformer(nn.Module):
                 shift_B1D, scale_B1D = self.modulation(modulation_B1D).chunk(2, dim=-1)
                 h_BND = modulate(h_BND, shift_B1D, scale_B1D)
             out_BNP = self.unpatchify(h_BND)
+        if not inner:
+            return self._image(out_BNP)
+        assert self.inner is not None, "a denoiser without an inner head"
+        return self._image(out_BNP), self._image(self.inner(middle_BND, modulation_B1D))
+
+    def _image(self, out_BNP: Tensor) -> Tensor:
+        """Patches as a prediction [B, C, H, W]."""
+        p = self.config.patch
         out_BCHW = rearrange(out_BNP, "b (r k) (c p q) -> b c (r p) (k q)", r=self.rows, p=p, q=p)
         if self.convolution is not None:
             out_BCHW = self.convolution(out_BCHW)
@@ -151,7 +166,11 @@ class Transformer(nn.Module):
             out_BD = out_BD + total_BD / there_BM1.sum(1).clamp(min=1)
         return out_BD
 
-    def _run_blocks(self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None) -> Tensor:
+    def _run_blocks(
+        self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens after the block of the inner head (before the first, where there is none) and after the last."""
+        middle_BND = h_BND
         skips: list[Tensor] = []
         first_BKNE = None  # the first block's values, where the others want them
         for i, block in enumerate(self.blocks):
@@ -165,4 +184,6 @@ class Transformer(nn.Module):
                 first_BKNE = value_BKNE
             if self.config.long_skips and i < self.config.depth // 2:
                 skips.append(h_BND)
-        return h_BND
+            if i + 1 == self.config.inner_head:
+                middle_BND = h_BND
+        return middle_BND, h_BND

@@ -56,6 +56,7 @@ def wide_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config,
         width=head.width,
+        inner_head=0,
         depth=head.depth,
         heads=head.heads,
         conditioning="adaln_zero",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ldt.config_fields import check_seed, choice
+from ldt.config_fields import check_seed, choice, path_field
 from ldt.diffusion.config import SamplerConfig
 from ldt.errors import InputError
 
@@ -30,16 +30,26 @@ class ImageConfig(SamplerConfig):
 class DrawConfig(ImageConfig):
     """Which weights make the images, and in what arithmetic.
 
+    `guide`: another run, checkpoint or exported model, or this run's of another age, whose prediction is left behind
+    (autoguidance, with `guide_scale`); `guide_weights`: ema, master, another average, or the width of one (0.2).
     `block`: images that the network makes at once; it is part of the last bits, as is `compile`, the denoiser's blocks
     by torch.compile, for large ones on a GPU.
     """
 
     block: int = 50
     weights: str = choice("ema", "master")
+    guide: str = path_field("")
+    guide_weights: str = "ema"
+    guide_scale: float = 1.0
     precision: str = choice("fp32", "bf16")
     compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.guide) != (self.guide_scale != 1):
+            raise InputError(
+                f"guide={self.guide or 'nothing'} and guide_scale={self.guide_scale} belong together: give a guide "
+                "and a scale other than 1, such as 1.5"
+            )
         if self.block < 1:
             raise InputError(f"block={self.block} must be at least 1; it is how many images the network makes at once")

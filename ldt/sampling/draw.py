@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldt import log, rng
-from ldt.checkpoint.load import Loaded
+from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
+from ldt.diffusion.guidance import Guide
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.diffusion.samplers import sample
 from ldt.errors import InputError
@@ -24,7 +25,7 @@ from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import TextEncoder, reload_text_encoder
 from ldt.nn.build import compile_blocks
 from ldt.rng import Purpose
-from ldt.sampling.config import MOST_STEPS, ImageConfig
+from ldt.sampling.config import MOST_STEPS, DrawConfig, ImageConfig
 
 logger = log.get_logger(__name__)
 
@@ -42,6 +43,7 @@ class ImageModel:
     autoencoder: Autoencoder
     device: torch.device
     text: TextEncoder | None = None
+    guide: Guide | None = None
 
     @property
     def examples(self) -> list[tuple[int, str]]:
@@ -49,7 +51,9 @@ class ImageModel:
         return [] if self.text is None else examples_of(self.spec)
 
 
-def image_model(loaded: Loaded, precision: str, device: torch.device, compiled: bool = False) -> ImageModel:
+def image_model(
+    loaded: Loaded, precision: str, device: torch.device, compiled: bool = False, guide: Guide | None = None
+) -> ImageModel:
     """The image model of a loaded checkpoint; under `bf16` the denoiser's weights are rounded, as in training."""
     autoencoder = load_autoencoder(loaded.spec, device)
     denoiser = loaded.denoiser.bfloat16() if precision == "bf16" else loaded.denoiser
@@ -57,12 +61,35 @@ def image_model(loaded: Loaded, precision: str, device: torch.device, compiled: 
         compile_blocks(denoiser)
     uses_text = loaded.config["model"].get("condition_on", "class") != "class"
     text = load_text(loaded.spec, uses_text, device)
-    return ImageModel(denoiser, loaded.objective, loaded.spec, autoencoder, device, text)
+    return ImageModel(denoiser, loaded.objective, loaded.spec, autoencoder, device, text, guide)
 
 
 def examples_of(spec: LatentSpec) -> list[tuple[int, str]]:
     """Labels and captions that stand in the data's manifest as examples."""
     return [(int(label), caption) for label, caption in spec.text["examples"]] or [(0, "")]
+
+
+def load_guide(config: DrawConfig, loaded: Loaded, device: torch.device) -> Guide | None:
+    """The worse model of autoguidance, if there is one; `InputError` unless it knows the same latents and classes."""
+    if config.guidance_inner != 1 and not loaded.config["model"].get("inner_head"):
+        raise InputError(
+            f"guidance_inner={config.guidance_inner} needs a model with an inner head, and {loaded.path} has none; "
+            "train with model.inner_head, or leave guidance_inner=1"
+        )
+    if not config.guide:
+        return None
+    other = load_denoiser(config.guide, config.guide_weights, device)
+    for what in ("latent_shape", "classes", "mean_C", "std_C", "autoencoder_hash"):
+        if getattr(other.spec, what) != getattr(loaded.spec, what):
+            raise InputError(
+                f"guide={config.guide} has another {what} than {loaded.path}; give a model trained on the same data"
+            )
+    if other.config["objective"].get("schedule") != loaded.config["objective"].get("schedule"):
+        raise InputError(f"guide={config.guide} was trained with another objective.schedule than {loaded.path}")
+    if (other.spec.text == {}) != (loaded.spec.text == {}):
+        raise InputError(f"guide={config.guide} and {loaded.path} must both know captions, or neither")
+    denoiser = other.denoiser.bfloat16() if config.precision == "bf16" else other.denoiser
+    return Guide(denoiser, other.objective, config.guide_scale, other.hash)
 
 
 def load_text(spec: LatentSpec, uses_text: bool, device: torch.device) -> TextEncoder | None:
@@ -132,7 +159,9 @@ def sample_images(
             .to(model.device)
         )
 
-    latent_BCHW = sample(model.denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise)
+    latent_BCHW = sample(
+        model.denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise, model.guide
+    )
     mean_C11 = torch.tensor(model.spec.mean_C, device=model.device)[:, None, None]
     std_C11 = torch.tensor(model.spec.std_C, device=model.device)[:, None, None]
     return model.autoencoder.decode(latent_BCHW * std_C11 + mean_C11).cpu()

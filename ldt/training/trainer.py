@@ -219,12 +219,13 @@ class Trainer:
 
     def weighted_loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Sum of the samples' losses, padding left out: a scalar."""
-        return (self._loss_B(denoiser, batch) * batch.weight_B).sum()
+        inner = self.config.model.inner_head > 0
+        return (self._loss_B(denoiser, batch, inner) * batch.weight_B).sum()
 
-    def _loss_B(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+    def _loss_B(self, denoiser: Denoiser, batch: Batch, inner: bool = False) -> Tensor:
         t_B = self.objective.timesteps(batch.uniform_B)
         condition = Condition(label_B=batch.label_B, text=batch.text)
-        return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition)
+        return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
 
     # ------------------------------------------------------------------------------------ start, return, and the state
 

@@ -1,0 +1,56 @@
+"""Guidance: ways to go further than a denoiser's own prediction. Each wraps one and is one itself, so they compose.
+
+All extrapolate from a worse prediction through a better one, worse + scale · (better − worse); a scale of 1 is off:
+
+    inner    from the inner head to the last layer          2512.24176; no second forward pass
+    class    from no condition to the condition             Ho and Salimans 2207.12598; twice the batch
+    auto     from a smaller or younger model to this one    Karras et al. 2406.02070; a pass of the other model
+
+Each is used inside the interval (guidance_low, guidance_high] of times alone (Kynkäänniemi et al. 2404.07724).
+"""
+
+import torch
+from torch import Tensor
+
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.objectives import Denoiser, Objective, Prediction
+
+
+def inner_guided(denoiser: Denoiser, scale: float) -> Denoiser:
+    """The denoiser with what its last layer adds to its inner head's prediction multiplied by `scale`."""
+
+    def guided(x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        full_BCHW, inner_BCHW = denoiser(x_BCHW, t_B, condition, inner=True)  # type: ignore[call-arg]
+        return inner_BCHW + scale * (full_BCHW - inner_BCHW)
+
+    return guided
+
+
+def class_guided(denoiser: Denoiser, null_label: int, scale: float) -> Denoiser:
+    """null + scale · (conditional − null) on all channels, by one call of the denoiser on twice the batch.
+
+    `scale` 1 is the conditional prediction, 0 the unconditional one.
+    """
+
+    def guided(x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        both = condition.followed_by(condition.unconditional(null_label))
+        y_BCHW, null_BCHW = denoiser(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both).chunk(2)
+        return null_BCHW + scale * (y_BCHW - null_BCHW)
+
+    return guided
+
+
+class Guide:
+    """Another model of the same latents and classes, whose prediction is the worse one."""
+
+    def __init__(self, denoiser: Denoiser, objective: Objective, scale: float, hash: str) -> None:
+        self._denoiser, self._objective, self._scale, self.hash = denoiser, objective, scale, hash
+
+    def extrapolate(self, better: Prediction, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Prediction:
+        """worse + scale · (better − worse) of x0 and of ε, for the two models may predict different things."""
+        y_BCHW = self._denoiser(x_BCHW, t_B, condition)
+        worse = self._objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
+        return Prediction(
+            worse.x0_BCHW + self._scale * (better.x0_BCHW - worse.x0_BCHW),
+            worse.eps_BCHW + self._scale * (better.eps_BCHW - worse.eps_BCHW),
+        )
