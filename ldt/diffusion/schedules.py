@@ -112,11 +112,14 @@ class DiscreteVP:
         zero = torch.zeros(1, dtype=torch.float64)
         self.betas = betas
         self._log_alphas = torch.cat([zero, 0.5 * torch.log1p(-betas).cumsum(0)])
+        self._tables: dict[torch.device, Tensor] = {}
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log α and its slope, float64."""
         position = step_of_time(t).double() + 1
-        table = self._log_alphas.to(t.device)
+        table = self._tables.get(t.device)
+        if table is None:  # once: a copy to the GPU makes the host wait
+            table = self._tables[t.device] = self._log_alphas.to(t.device)
         low = position.floor().clamp(0, STEPS - 1).long()
         rise = table[low + 1] - table[low]
         return table[low] + (position - low) * rise, STEPS * rise

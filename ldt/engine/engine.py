@@ -43,12 +43,15 @@ class StepResult(NamedTuple):
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can let a step go by, and leave matrices to Muon.
+    """AdamW that can let a step go by, clip gradients inside of its kernel, and leave matrices to Muon.
 
     DeepSpeed calls it deep inside of its own step, at every stage alike: at 0 for all groups, else for one at a time.
     """
 
     skip = False
+    divisor = 1.0  # of all gradients
+    device = torch.device("cpu")
+    grad_scale: Tensor | None  # as torch's fused kernel reads it
     muon: Muon
 
     def step(self, closure: Any = None) -> Any:
@@ -57,9 +60,12 @@ class _AdamW(torch.optim.AdamW):
         matrices = [(group, group["params"]) for group in self.param_groups if group["muon"]]
         for group, owners in matrices:
             if owners:
+                if self.divisor > 1:
+                    torch._foreach_div_([owner.grad for owner in owners], self.divisor)
                 lr = group["lr"]
                 self.muon.step(owners, self.state, lr * group["muon"], lr * group["weight_decay"])
             group["params"] = []
+        self.grad_scale = torch.full((), self.divisor, device=self.device) if self.divisor > 1 else None
         super().step(closure)
         for group, owners in matrices:
             group["params"] = owners
@@ -88,12 +94,13 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
+        self._adam.device, self._clip = world.device, optimizer.clip
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=denoiser,
                 optimizer=self._adam,
-                config=_deepspeed_config(config, optimizer, micro_batches, parameter_count(denoiser), world.device),
+                config=_deepspeed_config(config, micro_batches, parameter_count(denoiser), world.device),
             )
         self.module: nn.Module = self.deepspeed
         self.partition = Partition(self.deepspeed, config.zero_stage)
@@ -133,18 +140,22 @@ class Engine:
             self.mark("forward")
             self.deepspeed.backward(loss * factor)
             self.mark("backward")
-        shares = torch.cat(
-            [torch.stack([total, self._squared_norm()]), torch.tensor(votes, dtype=torch.float64).to(total)]
-        )
-        loss_sum, squared_norm, *sums = all_reduce_sum(shares).tolist()
+        shares = torch.cat([torch.stack([total, self._squared_norm()]), self._on_device(votes)])
+        loss_sum, squared_norm, *sums = all_reduce_sum(shares).tolist()  # the one wait for the GPU in a step
         step_loss, grad_norm = loss_sum / global_batch, squared_norm**0.5
-        # DeepSpeed squares norms in float32 and would leave out a step that overflows there by itself
+        # a norm that overflows in float32 is a bad step too
         finite = math.isfinite(step_loss) and squared_norm < FLOAT32_MAX
         self._adam.skip = not (finite and step_loss <= loss_limit)
+        self._adam.divisor = max(1.0, (grad_norm + 1e-6) / self._clip) if self._clip and not self._adam.skip else 1.0
         self.mark("check")
         self.deepspeed.step()
         self.mark("optimizer")
         return StepResult(step_loss, grad_norm, not self._adam.skip, sums)
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        """float64, from pinned memory: a copy from any other would wait."""
+        cuda = self.world.device.type == "cuda"
+        return torch.tensor(numbers, dtype=torch.float64, pin_memory=cuda).to(self.world.device, non_blocking=True)
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the gradient's squared norm: a float64 scalar."""
@@ -180,23 +191,26 @@ def parameter_groups(
 
 
 def _deepspeed_config(
-    config: EngineConfig, optimizer: OptimizerConfig, micro_batches: int, parameters: int, device: torch.device
+    config: EngineConfig, micro_batches: int, parameters: int, device: torch.device
 ) -> dict[str, Any]:
+    """Norm, clipping and the look for overflow are `Engine.step`'s: each of DeepSpeed's own waits for the GPU."""
     bucket = min(parameters, BUCKET)
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own reports
         "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": device.type == "cuda",
+            "compute_grad_norm": config.zero_stage in (0, 3) or (config.zero_stage, config.precision) == (1, "bf16"),
             "memory_efficient_linear": not config.compile,  # stage 3's own linear layer can't be compiled
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.precision == "bf16":
         out["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -215,4 +229,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         # its shared-memory collectives would be compiled at start (27 s, needs g++); training doesn't use them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
+    for module in (deepspeed.runtime.bf16_optimizer, deepspeed.runtime.zero.stage3):
+        assert callable(module.is_invalid_grad_norm), module  # it reads the norm a second time, after `Engine.step`
+        module.is_invalid_grad_norm = lambda norm: False
     return deepspeed
