@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ldt.cluster.gpus import CUDA_SETTINGS, Occupant, conflict, device_of, occupant, use_device
-from ldt.cluster.launchers import master, place
+from ldt.cluster.launchers import another_port, master, place
 from ldt.errors import InputError
 from ldt.log import get_logger
 
@@ -150,7 +150,7 @@ def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Stor
         tcp = dist.TCPStore(host, port, None, world.rank == 0 and not served, limit, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
         if world.rank == 0 and "EADDRINUSE" in str(error):
-            raise InputError(f"port {port} of {host} is taken; set MASTER_PORT to a free one") from None
+            raise InputError(f"port {port} of {host} is taken; {another_port()}") from None
         raise InputError(
             f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {host}:{port} within {seconds:g} s; is "
             "rank 0 alive, is the name right, and does no firewall stand between the nodes?"

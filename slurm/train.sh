@@ -5,6 +5,7 @@
 #
 # One task a GPU (LDT_TASKS_PER_NODE overrides). A request to stop (time limit, preemption, scancel --signal=USR1 --batch)
 # ends in a checkpoint and a requeue; a lost node requeues on those that are left; a crash or a wrong config does not.
+# srun reports 75 as an error of a task; what counts is `ldt verdict` below, which reads RUN/outcome.json.
 # Site settings are flags of sbatch or SBATCH_* variables; what a shell on a node needs is in slurm/environment.sh.
 #SBATCH --job-name=ldt-train
 #SBATCH --nodes=1 --exclusive

@@ -87,6 +87,10 @@ def test_where_the_ranks_meet():
     assert master({"SUBMITIT_LOCAL_JOB_ID": "5"}) == ("127.0.0.1", 20005)
     with pytest.raises(InputError, match="start them with torchrun"):
         master({})
+    deepspeed = {"MASTER_ADDR": "a", "MASTER_PORT": "29500", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}
+    assert master(deepspeed) == ("a", 20000 + os.getppid() % 12000), "of its own launcher"
+    assert master(deepspeed | {"CROSS_SIZE": "2"}) == ("a", 29500), "other nodes can't know that"
+    assert master(deepspeed | {"MASTER_PORT": "7"}) == ("a", 7), "what it was told"
 
 
 MEET = """
@@ -140,5 +144,5 @@ def test_a_taken_port_is_named():
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         done = subprocess.run(["env", *(f"{k}={v}" for k, v in env.items()), sys.executable, "-c", MEET, "3"],
                               capture_output=True, text=True)  # fmt: skip
-    assert f"port {port} of 127.0.0.1 is taken; set MASTER_PORT to a free one" in done.stdout
+    assert f"port {port} of 127.0.0.1 is taken; set MASTER_ADDR, and MASTER_PORT to a free one" in done.stdout
     assert free_port() != port

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,39 @@ def test_a_rank_that_is_killed_while_starting_does_not_hold_the_others(data, tmp
     assert process.returncode != 0 and not members(tmp_path / "run")
     assert "had not come: 1" in error or "Signal 15" in error or "return code = -9" in error, error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def default_port():
+    """Somebody else holds the port that deepspeed gives every job."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # somebody really does
+            s.bind(("", 29500))
+            s.listen()
+        yield
+
+
+def test_two_jobs_on_one_machine_do_not_collide(data, tmp_path, default_port):
+    command = [BIN / "deepspeed", "--num_accelerators=2", "--module", "ldt", "train", *SETTINGS, f"data.path={data}"]
+    both = [
+        subprocess.Popen([*command, f"run_dir={tmp_path}/{name}", "train.total_samples=400"], stderr=subprocess.PIPE)
+        for name in ("one", "two")
+    ]
+    for process in both:
+        _, error = process.communicate(timeout=180)
+        assert process.returncode == 0, error.decode()
+    assert lines(tmp_path / "one")[-1]["digest"] == lines(tmp_path / "two")[-1]["digest"]
+
+
+def test_a_taken_port_names_the_flag_of_the_launcher(data, tmp_path):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        command = [BIN / "deepspeed", "--num_accelerators=2", f"--master_port={s.getsockname()[1]}", "--module", "ldt"]
+        command += ["train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "start deepspeed with --master_port=PORT and a free one" in done.stderr, done.stderr
 
 
 def ranks(run_dir: Path, rank: int) -> list[int]:

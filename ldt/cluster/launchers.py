@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from ldt.errors import InputError
 
+FIRST_PORT, PORTS = 20000, 12000  # below the ports of outgoing connections
+DEEPSPEED_PORT = 29500  # unless it is told another one
+
 
 class Place(NamedTuple):
     """A launcher's word on who this process is."""
@@ -57,7 +60,7 @@ def processes_above(env: Mapping[str, str] = os.environ) -> tuple[int, ...]:
     when somebody ends it; its child has no handler for that. SLURM looks after its tasks itself.
     """
     parent = os.getppid()
-    if "CROSS_SIZE" in env and "LOCAL_SIZE" in env:  # deepspeed's
+    if _is_deepspeed(env):
         try:
             status = Path(f"/proc/{parent}/stat").read_text()
         except OSError:  # it has ended just now
@@ -66,6 +69,19 @@ def processes_above(env: Mapping[str, str] = os.environ) -> tuple[int, ...]:
     if "TORCHELASTIC_RUN_ID" in env or "SUBMITIT_LOCAL_GLOBALID" in env:
         return (parent,)
     return ()
+
+
+def another_port(env: Mapping[str, str] = os.environ) -> str:
+    """What gives the ranks another port to meet at, in words: every launcher has its own way."""
+    if _is_deepspeed(env):
+        return "start deepspeed with --master_port=PORT and a free one"
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "start torchrun with --master_port=PORT and a free one"
+    return "set MASTER_ADDR, and MASTER_PORT to a free one"
+
+
+def _is_deepspeed(env: Mapping[str, str]) -> bool:
+    return "CROSS_SIZE" in env and "LOCAL_SIZE" in env
 
 
 def _slurm_place(env: Mapping[str, str]) -> Place | None:
@@ -106,14 +122,21 @@ def integer(env: Mapping[str, str], name: str, default: str | None = None) -> in
 
 
 def master(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else made from SLURM's or submitit's job."""
+    """Host and port where the ranks meet: MASTER_ADDR and MASTER_PORT, else made from SLURM's or submitit's job.
+
+    `deepspeed` gives every job the same port unless it is told one; on a single node it is made from the launcher's
+    process, so that two jobs on one machine don't collide.
+    """
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], integer(env, "MASTER_PORT")
+        port = integer(env, "MASTER_PORT")
+        if port == DEEPSPEED_PORT and _is_deepspeed(env) and env["CROSS_SIZE"] == "1":
+            port = FIRST_PORT + os.getppid() % PORTS
+        return env["MASTER_ADDR"], port
     if "SLURM_STEP_NODELIST" in env and "SLURM_JOB_ID" in env:
         number = 31 * integer(env, "SLURM_JOB_ID") + integer(env, "SLURM_STEP_ID", "0")
-        return first_node(env["SLURM_STEP_NODELIST"]), 20000 + number % 12000  # below the ports of outgoing connections
+        return first_node(env["SLURM_STEP_NODELIST"]), FIRST_PORT + number % PORTS
     if "SUBMITIT_LOCAL_JOB_ID" in env:
-        return "127.0.0.1", 20000 + integer(env, "SUBMITIT_LOCAL_JOB_ID") % 12000
+        return "127.0.0.1", FIRST_PORT + integer(env, "SUBMITIT_LOCAL_JOB_ID") % PORTS
     raise InputError(
         "several processes but no MASTER_ADDR and MASTER_PORT; start them with torchrun, deepspeed, srun or "
         "tools/submit.py"
