@@ -53,9 +53,7 @@ class Model:
     def __init__(self, loaded: Loaded, precision: str, device: torch.device, compiled: bool = False) -> None:
         self._loaded, self._precision = loaded, precision
         self._images = image_model(loaded, precision, device, compiled)
-        self._mean_C11, self._std_C11 = (
-            np.array(values, np.float32)[:, None, None] for values in (loaded.spec.mean_C, loaded.spec.std_C)
-        )
+        self._mean, self._std = loaded.spec.whitening
 
     def __repr__(self) -> str:
         return f"<ldt.Model {self.path} at {self.samples_seen:,} samples, {len(self.classes)} classes>"
@@ -98,14 +96,14 @@ class Model:
             raise InputError(f"images are {image_NHWC.dtype} {image_NHWC.shape}; give uint8 [N, H, W, C]")
         parts = torch.from_numpy(np.ascontiguousarray(image_NHWC)).split(BATCH)
         mean_NCHW = torch.cat([self._images.autoencoder.encode(part)[0].cpu() for part in parts])
-        return (mean_NCHW.numpy() - self._mean_C11) / self._std_C11
+        return (mean_NCHW.numpy() - self._mean) / self._std
 
     def decode(self, latents: ArrayLike) -> NDArray[np.uint8]:
         """Images uint8 [N, H, W, C] of whitened latents [N, C, h, w]."""
         latent_NCHW = np.asarray(latents, np.float32)
-        if latent_NCHW.ndim != 4 or latent_NCHW.shape[1] != len(self._mean_C11):
-            raise InputError(f"latents are {latent_NCHW.shape}; give [N, {len(self._mean_C11)}, h, w]")
-        parts = torch.from_numpy(latent_NCHW * self._std_C11 + self._mean_C11).split(BATCH)
+        if latent_NCHW.ndim != 4 or latent_NCHW.shape[1] != len(self._mean):
+            raise InputError(f"latents are {latent_NCHW.shape}; give [N, {len(self._mean)}, h, w]")
+        parts = torch.from_numpy(latent_NCHW * self._std + self._mean).split(BATCH)
         return torch.cat([self._images.autoencoder.decode(part).cpu() for part in parts]).numpy()
 
     def evaluate(self, images: int = 50_000, **settings: Any) -> dict[str, Any]:

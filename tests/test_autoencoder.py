@@ -119,18 +119,18 @@ def test_bad_weights_and_images_are_named(saved, tmp_path):
     with pytest.raises(InputError, match="missing is not a directory"):
         Autoencoder.load(str(tmp_path / "missing"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    with pytest.raises(InputError, match="is diffusers' UNet2DModel; give an AutoencoderKL"):
+    with pytest.raises(InputError, match="is diffusers' UNet2DModel; give one of AutoencoderKL, AutoencoderDC"):
         Autoencoder.load(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="config.json that names no class"):
         Autoencoder.load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="can't be loaded as diffusers' AutoencoderKL"):
+    with pytest.raises(InputError, match="can't be loaded as one of diffusers'"):
         Autoencoder.load(str(tmp_path))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(InputError, match="can't be loaded as diffusers' AutoencoderKL"):
+    with pytest.raises(InputError, match="can't be loaded as one of diffusers'"):
         Autoencoder.load(str(tmp_path))
-    with pytest.raises(InputError, match="1 channels and sides divisible by 4, not 30x32 with 1"):
+    with pytest.raises(InputError, match="takes images with sides divisible by 4, not 30x32"):
         Autoencoder.load(str(saved)).encode(torch.zeros(1, 30, 32, 1, dtype=torch.uint8))
 
 

@@ -1,6 +1,7 @@
 """Every shipped training config loads, is what its header says it is, and dry-runs."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ from ldt.cli import main
 from ldt.encoding.config import EncodeJob
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import ModelConfig
-from ldt.nn.sizes import dit, flops, uvit
+from ldt.nn.sizes import dit, dit_dh, flops, uvit
 from ldt.training.config import TrainJob
 
 ROOT = Path(__file__).parents[1] / "configs"
 TRAINING = sorted(p for d in ("imagenet256", "imagenet512") for p in (ROOT / d).glob("*.yaml"))
 MILLIONS = {
+    "imagenet256/dcae_f32_xl": 674.9,
     "imagenet256/dit_s2": 32.9,
     "imagenet256/dit_xl2": 674.8,
+    "imagenet256/flux2_xl": 675.1,
     "imagenet256/ldt_transformer": 330.3,
+    "imagenet256/rae_dinov2_xl": 838.1,
     "imagenet256/sit_xl2": 674.8,
     "imagenet256/unet_ldm8": 395.5,
     "imagenet256/uvit_h2": 500.8,
@@ -27,6 +31,13 @@ MILLIONS = {
     "imagenet512/ldt_transformer": 330.3,
     "imagenet512/sit_xl2": 674.8,
     "imagenet512/uvit_h4": 500.9,
+}
+
+
+LATENTS = {  # of those that are not 4 channels at an eighth of the size
+    "imagenet256/dcae_f32_xl": (32, 8, 8),
+    "imagenet256/flux2_xl": (32, 32, 32),
+    "imagenet256/rae_dinov2_xl": (768, 16, 16),
 }
 
 
@@ -39,12 +50,23 @@ def test_it_has_the_parameters_that_its_header_tells(path):
     config = configs.load(TrainJob, path)
     side = int(path.parent.name.removeprefix("imagenet")) // 8
     with torch.device("meta"):
-        model = build(config.model, (4, side, side), 1000, seed=0)
+        model = build(config.model, LATENTS.get(name_of(path), (4, side, side)), 1000, seed=0)
     assert parameter_count(model) / 1e6 == pytest.approx(MILLIONS[name_of(path)], abs=0.1)
     header = path.read_text().split("run_dir:")[0]
     assert f"{MILLIONS[name_of(path)]:.0f} M parameters" in header or "395 M parameters" in header
     assert "theirs, not reproduced here" in header and f"ldt train configs/{name_of(path)}.yaml" in header
     assert f"ldt encode configs/encode/{path.parent.name}.yaml" in header
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_its_cost_is_what_the_plan_says(name, capsys):
+    """The header quotes a command and its hours; the data that it encodes are those it trains on."""
+    header = " ".join(line.removeprefix("#").strip() for line in (ROOT / f"{name}.yaml").read_text().splitlines())
+    command, hours = re.search(r"ldt (plan .+?) says ([\d.]+) h", header).groups()
+    assert main([word.replace("configs/", f"{ROOT}/") for word in command.split()]) == 0
+    said = capsys.readouterr().out
+    assert f"time           {hours} h" in said and "warning" not in said
+    assert f"output={configs.load(TrainJob, ROOT / f'{name}.yaml').data.path}" in header
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
@@ -62,6 +84,8 @@ def test_reproductions_are_the_published_architectures():
         assert model(f"imagenet{size}/dit_xl2") == dataclasses.replace(dit("XL/2"), learned_sigma=False)
         flow = dataclasses.replace(dit("XL/2"), learned_sigma=False, time="continuous")
         assert model(f"imagenet{size}/sit_xl2") == flow
+    assert model("imagenet256/rae_dinov2_xl") == dit_dh("XL")
+    assert model("imagenet256/dcae_f32_xl") == dataclasses.replace(dit("XL/2"), patch=1, learned_sigma=False)
     assert model("imagenet256/dit_s2") == dataclasses.replace(dit("S/2"), learned_sigma=False)
     assert model("imagenet256/uvit_h2") == dataclasses.replace(uvit("H/2"), output_convolution=False)
     assert model("imagenet512/uvit_h4") == dataclasses.replace(uvit("H/4"), output_convolution=False)

@@ -270,7 +270,7 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         ({"images.path": large.parent, "validation_fraction": 0}, "wide.png"),
         ({"images.path": empty}, "empty"),
         ({"images.path": tmp_path / "absent"}, "absent"),
-        ({"images.size": 9}, "images.size=9"),
+        ({"images.size": 9}, "not 9x9; change images.size"),
         ({"autoencoder": tmp_path / "none"}, "none"),
         ({"shard_samples": 0}, "shard_samples=0"),
         ({"seed": -1}, "seed=-1 must be"),

@@ -27,20 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-samples", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--latent", default="4x32x32", help="channels, height and width")
+    parser.add_argument("--no-posterior", action="store_true", help="latents alone, without a deviation")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Samples a second of each reader, hot cache, latents of 4x32x32 fp16 (16 KB a sample), and ratios to the limit."""
+    """Samples a second of each reader, hot cache, fp16 latents (16 KB a sample of 4x32x32), and ratios to the limit."""
     from shard_data import make_loader, write_shards
 
-    shape = (4, 32, 32)
+    channels, height, width = map(int, arguments.latent.split("x"))
+    shape, posterior = (channels, height, width), not arguments.no_posterior
     counts = [arguments.shard_samples] * (arguments.samples // arguments.shard_samples)
     out: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         for format in ("tar", "mds"):
-            write_shards(root / format, counts, format, "fp16", False, shape)
-        out["memmap gather, samples/s"] = limit = _memmap(root / "gather.bin", arguments.samples, shape)
+            write_shards(root / format, counts, format, "fp16", False, shape, posterior=posterior)
+        row = (2 if posterior else 1) * channels * height * width
+        out["memmap gather, samples/s"] = limit = _memmap(root / "gather.bin", arguments.samples, row)
         shards = {f: open_shards(root / f) for f in ("tar", "mds")}
         rng = np.random.default_rng(0)
         for format, opened in shards.items():
@@ -79,7 +83,7 @@ def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
     parts: dict[str, Callable[[], Any]] = {
         "locate": lambda: locations.of(batch * next(steps)),
         "read": lambda: shards.read(first.shard_n, first.sample_n),
-        "one normal draw of two": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, elements),
+        "one normal draw": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, elements),
         "digest": lambda: digest(rows, first.sample_n),
         "all of fill": lambda: draws.fill(rows, shards, first),
     }
@@ -94,9 +98,8 @@ def _rate(action: Callable[[], Any], samples: int, seconds: float = 1.5) -> floa
     return done / (time.perf_counter() - start)
 
 
-def _memmap(path: Path, samples: int, shape: tuple[int, ...]) -> float:
-    """Rows of one flat file copied in random order into a reused batch."""
-    row = 2 * int(np.prod(shape))
+def _memmap(path: Path, samples: int, row: int) -> float:
+    """Rows of `row` numbers of one flat file copied in random order into a reused batch."""
     np.random.default_rng(0).integers(0, 1 << 14, (samples, row), np.uint16).tofile(path)
     data = np.memmap(path, np.float16, "r", shape=(samples, row))
     batch, rng = np.empty((256, row), np.float16), np.random.default_rng(0)

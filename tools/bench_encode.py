@@ -66,7 +66,7 @@ def _forward(encoder: Encoder, count: int, batch: int) -> None:
     size, channels = encoder.plan.image_size, autoencoder.image_channels
     pixels = torch.randint(0, 256, (batch, size, size, channels), dtype=torch.uint8)
     for start in range(0, count, batch):
-        [moments.cpu() for moments in autoencoder.encode(pixels[: count - start])]
+        [m.cpu() for m in autoencoder.encode(pixels[: count - start]) if m is not None]
 
 
 def _seconds(action: Callable[[], Any], count: int) -> tuple[float, float]:

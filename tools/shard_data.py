@@ -1,6 +1,7 @@
 """Small shard directories of random latents for tests and tools, written by the same functions as `ldt encode`."""
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import xxhash
 
 from ldt.data.batch import SampleDraws
+from ldt.data.latent_spec import pack_statistics
 from ldt.data.loader import Loader, RankSlice, ValidationLoader, make_order
 from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Layout, Samples
@@ -26,7 +28,7 @@ def make_samples(count: int, layout: Layout, seed: int = 0, classes: int = len(C
     def moments() -> np.ndarray:
         mean = rng.standard_normal((count, 1, *layout.latent_shape))
         std = 0.05 + 0.2 * rng.random((count, 1, *layout.latent_shape))
-        return layout.pack(torch.from_numpy(np.concatenate([mean, std], 1)))
+        return layout.pack(torch.from_numpy(np.concatenate([mean, std] if layout.posterior else [mean], 1)))
 
     return Samples(rng.integers(0, classes, count), moments(), moments() if layout.flips else None)
 
@@ -41,9 +43,14 @@ def write_shards(
     spoiled: dict[int, float] | None = None,
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
+    posterior: bool = True,
+    by_element: bool = False,
 ) -> list[Samples]:
-    """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value."""
-    layout = Layout(latent_shape, dtype, flips)
+    """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value.
+
+    posterior: whether latents have a deviation; by_element: whether each element has whitening statistics of its own.
+    """
+    layout = Layout(latent_shape, dtype, flips, posterior=posterior)
     directory.mkdir(parents=True, exist_ok=True)
     rows, written, first = [], [], 0
     for i, count in enumerate(counts):
@@ -72,6 +79,9 @@ def write_shards(
         image_size=8,
         image_channels=1,
         table=make_table(rows),
+        posterior=posterior,
+        mean_CHW=pack_statistics(np.linspace(-0.5, 0.5, prod(latent_shape))) if by_element else "",
+        std_CHW=pack_statistics(np.linspace(0.5, 2.0, prod(latent_shape))) if by_element else "",
     )
     manifest.save(directory)
     return written

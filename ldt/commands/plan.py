@@ -27,8 +27,9 @@ from ldt.training.config import TrainJob
 EFFICIENCY = 0.4
 """Of the data sheet's matrix products that a well-tuned training step makes use of."""
 
-LOADER_RATE = 5_000
-"""Samples a second of one loader thread (BENCHMARKS.md)."""
+LOADER_RATE = 40e6
+"""Normal numbers a second of one loader thread, which is what its time goes into: two a number of the latent, or one
+where there is no posterior to draw from (BENCHMARKS.md)."""
 
 
 @dataclass
@@ -37,7 +38,8 @@ class PlanJob(TrainJob):
 
     device: its data sheet; device_tflops, device_memory_gb: instead of the sheet's, such as a measured matrix peak (0:
     the sheet's). network_gb: bytes a second between nodes for each GPU, and disk_gb of the file system under the run,
-    in 10⁹. price: of a GPU hour. latent, classes: of data that are not there yet.
+    in 10⁹. price: of a GPU hour. latent, classes, posterior (false of a representation or deep-compression autoencoder,
+    whose latents have no deviation): of data that are not there yet.
     """
 
     nodes: int = 1
@@ -50,6 +52,7 @@ class PlanJob(TrainJob):
     price: float = 0.0
     latent: str = "4x32x32"
     classes: int = 1000
+    posterior: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +79,7 @@ class Model:
     flops: int  # of one image, forward
     activations: memory.Activations
     sample_bytes: int  # of its latent in the shards
+    sample_draws: int  # normal numbers for it
 
 
 @dataclass(frozen=True)
@@ -109,25 +113,28 @@ def run(config: PlanJob) -> int:
 
 def measure(config: PlanJob) -> Model:
     """Build the denoiser without weights, and count."""
-    shape, classes, text, known_from = data_shape(config)
+    shape, classes, text, posterior, known_from = data_shape(config)
     with torch.device("meta"):
         parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision, "cuda")
-    elements = shape[0] * shape[1] * shape[2]
+    numbers = (2 if posterior else 1) * math.prod(shape)
     data = f"latents {'x'.join(map(str, shape))} in {pluralize(classes, 'class', 'classes')} ({known_from})"
-    # a sample is the mean and the deviation in fp16
-    return Model(parameters, data, flops(config.model, shape, text), kept, 2 * 2 * elements)
+    # a sample is the mean and, with a posterior, the deviation in fp16; each goes with as many normal numbers
+    return Model(parameters, data, flops(config.model, shape, text), kept, 2 * numbers, numbers)
 
 
-def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | None, str]:
-    """Latent shape, classes and captions: of the data if they are there, else as the config says; and which it was."""
+def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | None, bool, str]:
+    """Latent shape, classes, captions and whether there is a posterior: of the data if they are there, else as the
+    config says; and which it was."""
     path = config.data.path or next(source.path for source in config.data.sources.values())  # they are alike
     if (Path(path) / HEAD).exists():
         manifest = Manifest.load(path)
-        return manifest.latent_shape, len(manifest.classes), manifest.text_shape, f"as in {path}"
+        classes = len(manifest.classes)
+        return manifest.latent_shape, classes, manifest.text_shape, manifest.posterior, f"as in {path}"
     channels, height, width = map(int, config.latent.split("x"))
     text = TextShape(256, vocabulary=257) if config.model.uses_text else None
-    return (channels, height, width), config.classes, text, f"by latent= and classes=: {path} is not here"
+    known_from = f"by latent= and classes=: {path} is not here"
+    return (channels, height, width), config.classes, text, config.posterior, known_from
 
 
 def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
@@ -236,7 +243,7 @@ def warnings(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
         yield f"{1 - batch / (chosen.share.rows * ranks):.0%} of the rows are padding: {batch} does not divide well"
     if chosen.communication > 0.25 * chosen.step:
         yield f"{chosen.communication / chosen.step:.0%} of the step is communication: fewer nodes or a larger batch"
-    if rate / ranks > LOADER_RATE * config.data.threads:
+    if rate / ranks * model.sample_draws > LOADER_RATE * config.data.threads:
         yield f"a rank takes {rate / ranks:,.0f} samples/s: raise data.threads={config.data.threads}"
     save = (3 + len(ema.profiles(config.ema))) * 4 * model.parameters / 1e9 / config.disk_gb
     every = config.checkpoint.every_samples / rate

@@ -132,6 +132,11 @@ def state_dict(ours: Transformer) -> dict[str, Tensor]:
 
 def whitened(vae: Any, spec: LatentSpec) -> Any:
     """The autoencoder with whitened latents: what it decodes is turned back first, what it encodes is whitened."""
+    if spec.by_element or type(vae).__name__ != "AutoencoderKL":
+        raise InputError(
+            "diffusers' DiTPipeline decodes with an AutoencoderKL, whitened by channel, and autoencoder "
+            f"{spec.autoencoder} of this model is another or whitened by element; export it as safetensors"
+        )
     if not (vae.config.use_quant_conv and vae.config.use_post_quant_conv):
         raise InputError(
             f"autoencoder {spec.autoencoder} has no 1x1 convolutions around its latents, into which the whitening "

@@ -101,18 +101,22 @@ class SampleDraws:
         """Write the samples into the first rows of a CPU batch.
 
         latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same
-        bits.
+        bits. Without a posterior std is 0 and nothing is drawn.
         """
         manifest, n, key_n = shards.manifest, len(samples.key_n), samples.key_n
         flip_n = rng.bits(self.seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if self.flips else None
         records = shards.read(samples.shard_n, samples.sample_n, flip_n, text=batch.text is not None)
         latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
         elements = int(np.prod(manifest.latent_shape))
-        posterior = rng.normal(self.seed, Purpose.POSTERIOR, key_n, elements).reshape(shape)
-        np.multiply(records.std_nCHW, posterior, out=latent)
-        latent += records.mean_nCHW
-        latent -= np.array(manifest.mean_C, np.float32)[:, None, None]
-        latent /= np.array(manifest.std_C, np.float32)[:, None, None]
+        if manifest.posterior:
+            posterior = rng.normal(self.seed, Purpose.POSTERIOR, key_n, elements).reshape(shape)
+            np.multiply(records.std_nCHW, posterior, out=latent)
+            latent += records.mean_nCHW
+        else:
+            latent[:] = records.mean_nCHW
+        mean, std = manifest.whitening
+        latent -= mean
+        latent /= std
         batch.noise_BCHW.numpy()[:n] = rng.normal(self.seed, Purpose.NOISE, key_n, elements).reshape(shape)
         # 23 bits and a half: exact in float32, never 0 and never 1
         step = rng.bits(self.seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)

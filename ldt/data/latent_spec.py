@@ -1,8 +1,13 @@
 """The facts of a data set that outlive its shards: the manifest has them, and so does every checkpoint."""
 
 import math
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ldt.files import natural, real, schema_error
 from ldt.nn.text_shape import TextShape
@@ -31,6 +36,8 @@ TEXT_SCHEMA = {
 }
 OPTIONAL_SCHEMA = {
     "class_counts": [natural],
+    "mean_CHW": str,
+    "std_CHW": str,
     "text": lambda v: v == {} or not schema_error(v, TEXT_SCHEMA),
 }
 
@@ -40,9 +47,10 @@ class LatentSpec:
     """What it takes to make images of a model's latents without the data that it was trained on.
 
     latent_shape: channels, height, width; mean_C, std_C: statistics over all posterior draws, with which latents are
-    whitened; image_size, image_channels: of the images behind them; class_counts: training samples of each class,
-    empty in old checkpoints; text: the encoder of the captions, as `ldt.models.text_encoder.describe` tells it, with
-    some examples [label, caption], empty for data without captions.
+    whitened; mean_CHW, std_CHW: of each element, base64 of float32 [C, H, W], with which they are whitened instead
+    where these are not empty; image_size, image_channels: of the images behind them; class_counts: training samples of
+    each class, empty in old checkpoints; text: the encoder of the captions, as `ldt.models.text_encoder.describe` tells
+    it, with some examples [label, caption], empty for data without captions.
     """
 
     latent_shape: tuple[int, int, int]
@@ -55,6 +63,8 @@ class LatentSpec:
     image_channels: int
     class_counts: list[int] = field(default_factory=list)
     text: dict[str, Any] = field(default_factory=dict)
+    mean_CHW: str = ""
+    std_CHW: str = ""
 
     @classmethod
     def from_json(cls, facts: Any) -> "LatentSpec":
@@ -68,11 +78,32 @@ class LatentSpec:
         spec = LatentSpec(**known | {"latent_shape": tuple(facts["latent_shape"])})
         if not len(spec.mean_C) == len(spec.std_C) == spec.latent_shape[0]:
             raise ValueError(f"mean_C and std_C are not of {spec.latent_shape[0]} channels")
+        for name in ("mean_CHW", "std_CHW") if spec.mean_CHW or spec.std_CHW else ():
+            values = _unpack(getattr(spec, name), name)
+            if len(values) != math.prod(spec.latent_shape) or not np.isfinite(values).all():
+                raise ValueError(f"{name} is not {math.prod(spec.latent_shape)} numbers, one an element of the latents")
         return spec
 
     def to_json(self) -> dict[str, Any]:
         """The facts as they stand in manifests: of this class alone where a class extends it."""
-        return {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
+        facts = {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
+        if not self.by_element:
+            del facts["mean_CHW"], facts["std_CHW"]
+        return facts
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each element of the latents has whitening statistics of its own, not only each channel."""
+        return bool(self.mean_CHW)
+
+    @cached_property
+    def whitening(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation that latents are whitened with: [C, 1, 1] each, or [C, H, W] by element."""
+        if not self.by_element:
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean_C, self.std_C))
+            return mean, std
+        mean, std = (_unpack(getattr(self, k), k).reshape(self.latent_shape) for k in ("mean_CHW", "std_CHW"))
+        return mean, std
 
     @property
     def spec(self) -> "LatentSpec":
@@ -83,3 +114,15 @@ class LatentSpec:
     def text_shape(self) -> TextShape | None:
         """Shape of an encoded caption; None for data without captions."""
         return TextShape(self.text["length"], self.text["width"], self.text["vocabulary"]) if self.text else None
+
+
+def pack_statistics(values: ArrayLike) -> str:
+    """Statistics of each element as `LatentSpec.mean_CHW` holds them."""
+    return b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def _unpack(text: str, name: str) -> NDArray[np.float32]:
+    try:
+        return np.frombuffer(b64decode(text, validate=True), "<f4").astype(np.float32)
+    except ValueError:
+        raise ValueError(f"{name} is not base64 of float32") from None

@@ -35,6 +35,7 @@ class EncodeJob:
 
     `dtype`: of the stored moments; `flips`: store the moments of the mirrored image too; `validation_fraction`: share
     of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
+    `whitening`: by mean and deviation of each channel, or of each element as representation autoencoders have it.
     `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
     `latents`: instead of images, a tree of .npy or .npz latents of this autoencoder; `latents_scale`: what the draws in
     .npy were multiplied with.
@@ -51,6 +52,7 @@ class EncodeJob:
     dtype: str = choice("fp16", "bf16", "fp32")
     flips: bool = False
     shard_samples: int = 4096
+    whitening: str = choice("channel", "element")
     validation_fraction: float = 0.02
     seed: int = 0
     batch: int = 64

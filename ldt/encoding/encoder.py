@@ -6,6 +6,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
+
+BLOCK_NUMBERS = 1 << 25  # whose float64 copies are in memory at a time
 
 
 class Encoder:
@@ -168,8 +171,9 @@ class Encoder:
         stored = [layout.pack(torch.cat(view)) for view in zip(*parts, strict=True)]
         sums = []
         for packed in stored:
-            for start in range(0, len(packed), 256):  # bounds the memory of float64 copies
-                block = layout.unpack(packed[start : start + 256].view(np.uint8))
+            rows = max(1, min(256, BLOCK_NUMBERS // prod(layout.moments_shape)))
+            for start in range(0, len(packed), rows):  # bounds the memory of float64 copies
+                block = layout.unpack(packed[start : start + rows].view(np.uint8))
                 bad = ~np.isfinite(block).reshape(len(block), -1).all(1)
                 if bad.any():
                     at = unit.start + start + int(bad.argmax())
@@ -178,7 +182,7 @@ class Encoder:
                         f"the latent of image {name} is not finite in {layout.dtype}; use dtype=fp32 or check the "
                         "autoencoder"
                     )
-                sums.append(Sums.of(block))
+                sums.append(Sums.of(block, self.config.whitening == "element"))
         samples = Samples(
             np.array(labels, np.int64),
             stored[0],
@@ -206,21 +210,14 @@ class Encoder:
                 )
         done = [(u, s) for u, s in sidecars.items() if s is not None]
         training = [s for u, s in done if not u.part]
-        mean_C, std_C = Sums.total(s.sums for s in training).mean_std()  # of training data for both splits
+        whitening = Sums.total(s.sums for s in training).facts(self.plan.layout.latent_shape)  # for both splits
         held_out = [s for u, s in done if u.part]
         if held_out:
-            self._save_manifest(self.output / VALIDATION, held_out, mean_C, std_C, "")
-        self._save_manifest(self.output, training, mean_C, std_C, hash_of(s.source for _, s in done))
+            self._save_manifest(self.output / VALIDATION, held_out, whitening, "")
+        self._save_manifest(self.output, training, whitening, hash_of(s.source for _, s in done))
         self._clean_up()
 
-    def _save_manifest(
-        self,
-        directory: Path,
-        sidecars: list[Sidecar],
-        mean_C: NDArray[np.float64],
-        std_C: NDArray[np.float64],
-        source: str,
-    ) -> None:
+    def _save_manifest(self, directory: Path, sidecars: list[Sidecar], whitening: dict[str, Any], source: str) -> None:
         config = self.config
         if config.format == "mds":
             columns = ([s.name for s in sidecars], [s.bytes for s in sidecars], [s.samples for s in sidecars])
@@ -233,8 +230,7 @@ class Encoder:
             flips=config.flips,
             classes=list(self.plan.images.classes),
             class_counts=np.sum([s.class_counts for s in sidecars], axis=0).tolist(),
-            mean_C=mean_C.tolist(),
-            std_C=std_C.tolist(),
+            **whitening,
             autoencoder=config.autoencoder,
             autoencoder_hash=self.plan.autoencoder.hash,
             image_size=self.plan.image_size,
@@ -242,6 +238,7 @@ class Encoder:
             table=make_table([s.row for s in sidecars]),
             recipe=self.plan.recipe(),
             captions=self.plan.text is not None,
+            posterior=self.plan.layout.posterior,
             text=describe(self.plan.text) | {"examples": self.plan.examples()} if self.plan.text else {},
             caption_counts={k: sum(s.captions[k] for s in sidecars) for k in self.plan.caption_counts([])},
             source=source,

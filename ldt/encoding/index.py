@@ -30,6 +30,11 @@ def index_shards(config: EncodeJob, world: World) -> None:
             f"index={directory} holds latents of {layout.latent_shape[0]} channels, autoencoder={config.autoencoder} "
             f"makes {autoencoder.latent_channels}; give the autoencoder that they come from"
         )
+    if layout.posterior and not autoencoder.posterior:
+        raise InputError(
+            f"index={directory} holds a mean and a standard deviation, and autoencoder={config.autoencoder} "
+            f"({autoencoder.kind}) has no posterior; give the autoencoder that they come from"
+        )
     text: dict[str, Any] = {}
     if layout.text:
         if not config.text.encoder:
@@ -38,8 +43,9 @@ def index_shards(config: EncodeJob, world: World) -> None:
         layout = replace(layout, text=TextShape(text["length"], text["width"], text["vocabulary"]))
     mine: list[Sidecar] = []
     message = ""
+    by_element = config.whitening == "element"
     try:
-        mine = [adopt.examine(directory, name, format, layout) for name in names[world.rank :: world.size]]
+        mine = [adopt.examine(directory, name, format, layout, by_element) for name in names[world.rank :: world.size]]
     except InputError as error:
         message = str(error)
     raise_first(message)
@@ -51,7 +57,6 @@ def index_shards(config: EncodeJob, world: World) -> None:
         counts = np.zeros(len(classes), np.int64)
         for s in sidecars:
             counts[: len(s.class_counts)] += s.class_counts
-        mean_C, std_C = Sums.total(s.sums for s in sidecars).mean_std()
         Manifest(
             format=format,
             latent_shape=layout.latent_shape,
@@ -59,8 +64,7 @@ def index_shards(config: EncodeJob, world: World) -> None:
             flips=layout.flips,
             classes=classes,
             class_counts=counts.tolist(),
-            mean_C=mean_C.tolist(),
-            std_C=std_C.tolist(),
+            **Sums.total(s.sums for s in sidecars).facts(layout.latent_shape),
             autoencoder=config.autoencoder,
             autoencoder_hash=autoencoder.hash,
             image_size=layout.latent_shape[1] * autoencoder.downsample,
@@ -68,6 +72,7 @@ def index_shards(config: EncodeJob, world: World) -> None:
             table=make_table([s.row for s in sidecars]),
             recipe={"index": True},
             captions=layout.captions,
+            posterior=layout.posterior,
             text=text,
         ).save(directory)
         samples = sum(s.samples for s in sidecars)

@@ -53,16 +53,14 @@ class Plan:
             self.image_size = shape[1] * self.autoencoder.downsample
         else:
             self.images, self.image_size = open_images(config.images.path), config.images.size
+            self.autoencoder.check_size(self.image_size, self.image_size)
             down = self.autoencoder.downsample
-            if self.image_size < 1 or self.image_size % down:
-                raise InputError(
-                    f"images.size={self.image_size} must be a multiple of {down}, the autoencoder's downsampling"
-                )
             shape = (self.autoencoder.latent_channels, self.image_size // down, self.image_size // down)
         encoder = config.text.encoder
         self.text = load_text_encoder(encoder, config.text.length, device) if encoder else None
         text_shape = self.text.shape if self.text else None
-        self.layout = Layout(shape, config.dtype, config.flips, self.text is not None, text_shape)
+        has_text, posterior = self.text is not None, self.autoencoder.posterior
+        self.layout = Layout(shape, config.dtype, config.flips, has_text, text_shape, posterior)
         self.split = Split(len(self.images), config.validation_fraction, config.seed)
         if self.split.training_samples == 0:
             raise InputError(f"{self.place} leaves no training images; lower validation_fraction")
@@ -78,9 +76,11 @@ class Plan:
         config = self.config
         latents = {"latents": config.latents, "latents_scale": config.latents_scale} if config.latents else {}
         text = {"text": describe(self.text)} if self.text else {}
+        whitening = {"whitening": "element"} if config.whitening == "element" else {}
         return {
             **latents,
             **text,
+            **whitening,
             "images.path": config.images.path,
             "images.size": config.images.size,
             "images.fit": config.images.fit,
@@ -145,7 +145,13 @@ class Plan:
     def content(self, number: int) -> NDArray[Any]:
         """One prepared image, or the moments of one latent."""
         if isinstance(self.images, LatentFiles):
-            return self.images.checked_moments(number)
+            moments = self.images.checked_moments(number)
+            if not self.layout.posterior and moments[1].any():
+                raise InputError(
+                    f"latent {self.images.name(number)} has a standard deviation, and "
+                    f"autoencoder={self.config.autoencoder} has no posterior; give the autoencoder that it comes from"
+                )
+            return moments if self.layout.posterior else moments[:1]
         wanted = self.config.images
         image = self.images.image(number)
         try:
@@ -154,11 +160,12 @@ class Plan:
             raise InputError(f"image {self.images.name(number)}: {error}") from None
 
     def moments(self, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, 2, C, H, W] of the images and, with flips, of their mirror images; moments stay as they are."""
+        """[B, 2 or 1, C, H, W] of the images and, with flips, of their mirror images; moments stay as they are."""
         if self.config.latents:
             return (image_BHWC,)
         views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
-        return tuple(torch.stack(self.autoencoder.encode(view), 1).cpu() for view in views)
+        encoded = (self.autoencoder.encode(view) for view in views)
+        return tuple(torch.stack([m for m in moments if m is not None], 1).cpu() for moments in encoded)
 
     def examples(self) -> list[tuple[int, str]]:
         """Label and beginning of the caption of some training images, evenly spaced: what samples are drawn of."""

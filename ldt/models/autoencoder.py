@@ -1,9 +1,11 @@
-"""The autoencoder between images and latents: diffusers' AutoencoderKL, by hub name, local path or embedded.
+"""The autoencoder between images and latents: one of diffusers', by hub name, local path or embedded.
 
-Latents are the raw moments of its posterior (no scaling factor): whitening belongs to the data, not to the network.
+Latents are raw (no scaling factor): whitening belongs to the data, not to the network. `autoencoder_kinds` says how
+each of diffusers' classes is used.
 """
 
 import importlib.resources
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -14,22 +16,26 @@ import xxhash
 from torch import Tensor
 
 from ldt.errors import InputError
+from ldt.models.autoencoder_kinds import KINDS
 
 EMBEDDED = "embedded:fashion_mnist"
 
 
 class Autoencoder:
-    """Images uint8 [B, H, W, C] ↔ latent moments float32 [B, C, H/f, W/f], f the `downsample` factor.
+    """Images uint8 [B, H, W, C] ↔ latents float32 [B, C, H/f, W/f], f the `downsample` factor.
 
+    kind: diffusers' name of its class; posterior: whether latents have a standard deviation beside their mean;
     hash: xxh64 of the weights in name order, whatever file they came from.
     """
 
     def __init__(self, name: str, model: Any) -> None:
-        self.name = name
+        self.name, self.kind = name, type(model).__name__
         self.model = model.eval().requires_grad_(False)
-        self.image_channels: int = model.config.in_channels
-        self.latent_channels: int = model.config.latent_channels
-        self.downsample: int = 2 ** (len(model.config.block_out_channels) - 1)
+        self._adapter = KINDS[self.kind](self.model)
+        self.image_channels = self._adapter.image_channels
+        self.latent_channels = self._adapter.latent_channels
+        self.downsample = self._adapter.downsample
+        self.posterior = self._adapter.posterior
         self.hash = _weights_hash(model)
         self.device = torch.device("cpu")
 
@@ -52,48 +58,88 @@ class Autoencoder:
     def to(self, device: torch.device | str) -> Self:
         """Move the network; returns itself."""
         self.device = torch.device(device)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        flat = all(p.ndim <= 4 for p in self.model.parameters())  # those for video have no such memory format
+        self.model.to(self.device, memory_format=torch.channels_last if flat else torch.preserve_format)
         return self
 
-    @torch.inference_mode()
-    def encode(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of uint8 images: float32 [B, C, H/f, W/f] each."""
-        batch, height, width, channels = image_BHWC.shape
-        if channels != self.image_channels or height % self.downsample or width % self.downsample:
+    def check_size(self, height: int, width: int) -> None:
+        """`InputError` for images of a size that the network can't take."""
+        only, factor = self._adapter.image_size, self.downsample
+        if only and (height, width) != (only, only):
             raise InputError(
-                f"autoencoder {self.name} takes images with {self.image_channels} channels and sides divisible by "
-                f"{self.downsample}, not {height}x{width} with {channels}; change images.size"
+                f"autoencoder {self.name} takes images of {only}x{only} alone, not {height}x{width}; set "
+                f"images.size={only}"
             )
-        x_BCHW = image_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.model.encode(x_BCHW).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        if min(height, width) < 1 or height % factor or width % factor:
+            raise InputError(
+                f"autoencoder {self.name} takes images with sides divisible by {factor}, not {height}x{width}; change "
+                "images.size"
+            )
 
     @torch.inference_mode()
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Images of raw latents: uint8 [B, H, W, C], rounded and clipped."""
-        x_BCHW = self.model.decode(latent_BCHW.to(self.device)).sample.float()
+    def encode(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and, with a posterior, standard deviation of uint8 images' latents: float32 [B, C, H/f, W/f] each."""
+        batch, height, width, channels = image_BHWC.shape
+        if channels != self.image_channels:
+            raise InputError(
+                f"autoencoder {self.name} takes images with {self.image_channels} channels, not {channels}"
+            )
+        self.check_size(height, width)
+        x_BCHW = image_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean_BCHW, std_BCHW = self._adapter.encode(x_BCHW)
+        return mean_BCHW.float(), None if std_BCHW is None else std_BCHW.float()
+
+    @torch.inference_mode()
+    def decode(self, latent_BCHW: Tensor, at_once: int = 0) -> Tensor:
+        """Images of raw latents: uint8 [B, H, W, C], rounded and clipped.
+
+        at_once: how many the network decodes together, 0 for all; its memory and the last bits depend on it.
+        """
+        slices = latent_BCHW.to(self.device).split(at_once or len(latent_BCHW))
+        return torch.cat([self._decode(slice_BCHW) for slice_BCHW in slices])
+
+    def _decode(self, latent_BCHW: Tensor) -> Tensor:
+        x_BCHW = self._adapter.decode(latent_BCHW).float()
         return ((x_BCHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _from_pretrained(name: str, path: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers warns of its own dependencies while it is imported
-        from diffusers import AutoencoderKL
+        import diffusers
+        from diffusers.utils import logging as words
+    verbosity = words.get_verbosity()
+    words.set_verbosity_error()  # it warns of attributes that it saved itself; what matters is checked below
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The `local_dir_use_symlinks`", UserWarning)  # diffusers to the hub
-            model, loading = AutoencoderKL.from_pretrained(
+            kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")  # of any kind
+            if kind not in KINDS:
+                raise InputError(_unknown(name, kind))
+            if kind == "AutoencoderRAE" and importlib.util.find_spec("transformers") is None:
+                raise InputError(
+                    f"autoencoder {name} is an {kind}, which needs transformers; pip install ldt-train[text]"
+                )
+            model, loading = getattr(diffusers, kind).from_pretrained(
                 path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
+    except InputError:
+        raise
     except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
         reason = " ".join(str(error).split())[:200]
         looked = "" if Path(path).is_dir() else "; there is no such directory here, so the model hub was asked"
         raise InputError(
-            f"autoencoder {name} can't be loaded as diffusers' AutoencoderKL from safetensors ({reason}){looked}; "
+            f"autoencoder {name} can't be loaded as one of diffusers' from safetensors ({reason}){looked}; "
             f"give a hub name, a directory saved by diffusers, or {EMBEDDED}"
         ) from None
+    finally:
+        words.set_verbosity(verbosity)
     _check_weights(name, model, loading)
     return model
+
+
+def _unknown(name: str, kind: Any) -> str:
+    return f"autoencoder {name} is diffusers' {kind}; give one of {', '.join(KINDS)}"
 
 
 def _check_directory(path: Path) -> None:
@@ -104,8 +150,8 @@ def _check_directory(path: Path) -> None:
         kind = json.loads(config.read_bytes())["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"autoencoder {path} has a config.json that names no class; save it with diffusers") from None
-    if kind != "AutoencoderKL":
-        raise InputError(f"autoencoder {path} is diffusers' {kind}; give an AutoencoderKL")
+    if kind not in KINDS:
+        raise InputError(_unknown(str(path), kind))
 
 
 def _check_weights(name: str, model: Any, loading: dict[str, Any]) -> None:

@@ -14,16 +14,24 @@ class ImageConfig(SamplerConfig):
     """What decides image i besides the weights.
 
     `labels`: class i mod classes; or drawn by (seed, i), each class as likely as in the training data, or all equally.
+    Of a block of images the autoencoder decodes `decode_slice` at once (0: all), because its memory grows with their
+    pixels; the last bits depend on it.
     """
 
     seed: int = 0
     labels: str = choice("balanced", "data", "random")
+    decode_slice: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
         if self.steps > MOST_STEPS:
             raise InputError(f"steps={self.steps} must be at most {MOST_STEPS}")
+        if self.decode_slice < 0:
+            raise InputError(
+                f"decode_slice={self.decode_slice} must be a number of images that are decoded at once, or 0 for a "
+                "whole block"
+            )
 
 
 @dataclass

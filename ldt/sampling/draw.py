@@ -162,9 +162,8 @@ def sample_images(
     latent_BCHW = sample(
         model.denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise, model.guide
     )
-    mean_C11 = torch.tensor(model.spec.mean_C, device=model.device)[:, None, None]
-    std_C11 = torch.tensor(model.spec.std_C, device=model.device)[:, None, None]
-    return model.autoencoder.decode(latent_BCHW * std_C11 + mean_C11).cpu()
+    mean, std = (torch.from_numpy(x).to(model.device) for x in model.spec.whitening)
+    return model.autoencoder.decode(latent_BCHW * std + mean, config.decode_slice).cpu()
 
 
 def block_ids(k: int, block: int) -> range:

@@ -37,8 +37,11 @@ def read_layout(directory: Path, name: str, format: str) -> Layout:
     return FIND[format](np.fromfile(directory / name, np.uint8), str(directory / name))
 
 
-def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
-    """Check a whole shard and describe it. `class_counts` is as long as its largest label needs."""
+def examine(directory: Path, name: str, format: str, layout: Layout, by_element: bool = False) -> Sidecar:
+    """Check a whole shard and describe it. `class_counts` is as long as its largest label needs.
+
+    by_element: whether its sums are those of each element, for whitening=element.
+    """
     path = str(directory / name)
     content = np.fromfile(directory / name, np.uint8)
     index = WALK[format](content, layout, path)
@@ -54,15 +57,15 @@ def examine(directory: Path, name: str, format: str, layout: Layout) -> Sidecar:
         raw_nb = np.lib.stride_tricks.sliding_window_view(content, layout.moments_bytes)[start_n]
         for first in range(0, len(raw_nb), BLOCK):
             moments = layout.unpack(raw_nb[first : first + BLOCK])
-            bad = ~np.isfinite(moments).reshape(len(moments), -1).all(1) | (moments[:, 1] < 0).reshape(
-                len(moments), -1
-            ).any(1)
+            bad = ~np.isfinite(moments).reshape(len(moments), -1).all(1)
+            bad |= (moments[:, 1:] < 0).reshape(len(moments), -1).any(1)
             if bad.any():
                 raise InputError(
                     f"shard {path}: the moments of sample {first + int(bad.argmax())} are not finite or have a "
-                    "negative standard deviation; moments are [mean, std]"
+                    "negative standard deviation; moments are [mean, std], or [mean] of an autoencoder without a "
+                    "posterior"
                 )
-            sums.append(Sums.of(moments))
+            sums.append(Sums.of(moments, by_element))
         stored.append(raw_nb)
     captions, text_n = None, None
     if index.caption_n2 is not None:

@@ -67,11 +67,13 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
         )
     dtype, shape, _ = _header(content, *members[MOMENTS + NPY], f"shard {name}: {key}.{MOMENTS}{NPY}")
     known = {stored: d for d, stored in STORED.items()}
-    if dtype not in known or len(shape) != 4 or shape[0] != 2:
-        raise InputError(f"shard {name}: moments are {dtype} {shape}; [2, C, H, W] of {', '.join(STORED)} is expected")
-    return Layout(
-        shape[1:], known[dtype], FLIPPED + NPY in members, TXT in members, _text_shape(content, members, name)
-    )
+    if dtype not in known or len(shape) != 4 or shape[0] not in (1, 2):
+        raise InputError(
+            f"shard {name}: moments are {dtype} {shape}; [2, C, H, W] of {', '.join(STORED)} is expected, or [1, C, H, "
+            "W] of an autoencoder without a posterior"
+        )
+    words = _text_shape(content, members, name)
+    return Layout(shape[1:], known[dtype], FLIPPED + NPY in members, TXT in members, words, shape[0] == 2)
 
 
 def _text_shape(content: NDArray[np.uint8], members: dict[str, tuple[int, int]], name: str) -> TextShape | None:

@@ -1,9 +1,10 @@
 """What one stored sample is, independent of the file format around it.
 
 A sample is its label and its posterior moments: one array [2, C, H, W] of mean and standard deviation, and with
-`flips` a second one of the mirrored image. Moments are raw autoencoder output; whitening happens at load. With
-captions it also has its caption in UTF-8, of any length, and with a text encoder what that makes of it: token numbers
-uint16 [M], or features float16 [M, F], zero where there is no text.
+`flips` a second one of the mirrored image. Of an autoencoder without a posterior there is no deviation, and the array
+is [1, C, H, W]. Moments are raw autoencoder output; whitening happens at load. With captions it also has its caption in
+UTF-8, of any length, and with a text encoder what that makes of it: token numbers uint16 [M], or features float16
+[M, F], zero where there is no text.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 class Layout:
     """latent_shape: (C, H, W); dtype: fp16, bf16 or fp32; flips: whether mirrored moments are there too.
 
-    captions: whether captions are there; text: of what an encoder made of them, or None.
+    captions: whether captions are there; text: of what an encoder made of them, or None; posterior: whether moments
+    have a standard deviation beside the mean.
     """
 
     latent_shape: tuple[int, int, int]
@@ -36,10 +38,11 @@ class Layout:
     flips: bool
     captions: bool = False
     text: TextShape | None = None
+    posterior: bool = True
 
     @property
     def moments_shape(self) -> tuple[int, int, int, int]:
-        return (2, *self.latent_shape)
+        return (2 if self.posterior else 1, *self.latent_shape)
 
     @property
     def moments_bytes(self) -> int:
@@ -65,7 +68,7 @@ class Layout:
         return rounded.view(torch.uint16).numpy() if self.dtype == "bf16" else rounded.numpy()
 
     def unpack(self, raw_nb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Stored bytes of n samples as float32 [n, 2, C, H, W]."""
+        """Stored bytes of n samples as float32 [n, 2 or 1, C, H, W]."""
         stored = torch.from_numpy(raw_nb.reshape(-1).view(STORED[self.dtype])).view(_TORCH[self.dtype])
         return stored.to(torch.float32).numpy().reshape(-1, *self.moments_shape)
 
@@ -89,7 +92,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples about to be written. moments (and flipped, or None): STORED[dtype] [n, 2, C, H, W]; label int64 [n].
+    """Samples about to be written. moments (and flipped, or None): STORED[dtype] [n, 2 or 1, C, H, W]; label int64 [n].
 
     captions: UTF-8; text: as `Layout` says.
     """

@@ -22,9 +22,10 @@ from ldt.errors import InputError
 from ldt.files import load_npy, natural, schema_error, write_atomic
 from ldt.paths import is_remote
 
-VERSION = 3  # 2 had no captions and is read as data without them
-READABLE = (2, VERSION)
+VERSION = 4  # 2 had no captions, 3 no data without a posterior and no whitening by element
+READABLE = (2, 3, VERSION)
 _SCHEMA = {"format": str, "dtype": str, "flips": bool, "class_counts": [natural], "recipe": dict}
+_OPTIONAL = {"captions": bool, "posterior": bool}
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
 
 
@@ -37,6 +38,7 @@ class Manifest(LatentSpec):
     and moments alone, which is the same in both formats. recipe: how it was made. captions: whether samples have them;
     caption_counts: how many are `captioned`, `empty` and `cut` at the encoder's length. source: a hash of the names and
     sizes of the files that were encoded, empty where that is not known.
+    posterior: whether their moments have a standard deviation beside the mean.
     """
 
     format: str
@@ -47,11 +49,19 @@ class Manifest(LatentSpec):
     captions: bool = False
     caption_counts: dict[str, int] = field(default_factory=dict)
     source: str = ""
+    posterior: bool = True
 
     @property
     def layout(self) -> Layout:
         """How a sample lies in a shard."""
-        return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape)
+        return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape, self.posterior)
+
+    @property
+    def _version(self) -> int:
+        """The lowest that says all: older programs read what they can."""
+        if self.by_element or not self.posterior:
+            return VERSION
+        return 3 if self.captions else 2
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -68,6 +78,8 @@ class Manifest(LatentSpec):
         what: list[Any] = [list(self.latent_shape), self.dtype, self.flips, self.classes]
         if self.captions:
             what.append({k: v for k, v in self.text.items() if k != "examples"})
+        if not self.posterior:
+            what.append("no posterior")
         digest = xxhash.xxh3_128(json.dumps(what).encode())
         digest.update(np.ascontiguousarray(self.table["samples"]).data)
         digest.update(np.ascontiguousarray(self.table["content"]).data)
@@ -80,7 +92,7 @@ class Manifest(LatentSpec):
         write_atomic(directory / TABLE, out.getvalue())
         head = {
             "kind": "ldt latent shards",
-            "version": VERSION if self.captions else 2,  # older programs read data without captions
+            "version": self._version,
             "format": self.format,
             "samples": self.samples,
             "shards": len(self.table),
@@ -95,6 +107,8 @@ class Manifest(LatentSpec):
             head |= {"captions": True, "text": self.text, "caption_counts": self.caption_counts}
         if self.source:
             head["source"] = self.source
+        if not self.posterior:
+            head |= {"posterior": False}
         head["head_xxh64"] = head_hash(head)
         write_atomic(directory / HEAD, json.dumps(head, indent=1).encode())
 
@@ -111,7 +125,8 @@ class Manifest(LatentSpec):
 
     @classmethod
     def _from_head(cls, head: dict[str, Any], directory: str | Path) -> "Manifest":
-        if wrong := schema_error(head, _SCHEMA, "its head"):
+        present = {key: shape for key, shape in _OPTIONAL.items() if key in head}
+        if wrong := schema_error(head, _SCHEMA | present, "its head"):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
         try:
             spec = LatentSpec.from_json(head)
@@ -124,7 +139,7 @@ class Manifest(LatentSpec):
                 f"mds and {', '.join(STORED)}; encode or index the data again"
             )
         manifest = cls(
-            **vars(spec),
+            **vars(spec.spec),
             format=head["format"],
             dtype=head["dtype"],
             flips=head["flips"],
@@ -133,6 +148,7 @@ class Manifest(LatentSpec):
             captions=head.get("captions", False),
             caption_counts=head.get("caption_counts", {}),
             source=head.get("source", ""),
+            posterior=head.get("posterior", True),
         )
         if wrong := schema_error(manifest.caption_counts, {...: natural}, "its caption_counts"):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
@@ -175,7 +191,7 @@ def read_head(directory: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a manifest of latent shards; give the output directory of `ldt encode`")
     if head.get("version") not in READABLE:
         raise InputError(
-            f"{path} is of version {head.get('version')}, this ldt reads versions 2 and 3; encode or "
+            f"{path} is of version {head.get('version')}, this ldt reads versions 2 to {VERSION}; encode or "
             "index the data again"
         )
     if head.get("head_xxh64") != head_hash(head):

@@ -91,13 +91,14 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
     dtype, _, text = rest.partition(":")
     shape = [int(v) for v in text.split(",") if v.isdigit()]
     known = {stored.name: d for d, stored in STORED.items()}
-    if kind != "ndarray" or dtype not in known or len(shape) != 4 or shape[0] != 2:
+    if kind != "ndarray" or dtype not in known or len(shape) != 4 or shape[0] not in (1, 2):
         raise InputError(
             f"shard {name} has columns {encodings}; expected are label: int and moments: ndarray:float16:2,C,H,W "
-            "(or float32, or uint16 for bf16)"
+            "(or float32, or uint16 for bf16; 1,C,H,W without a posterior)"
         )
     words = _text_shape(encodings.get(TEXT, ""), name)
-    return Layout((shape[1], shape[2], shape[3]), known[dtype], FLIPPED in encodings, CAPTION in encodings, words)
+    latent_shape = (shape[1], shape[2], shape[3])
+    return Layout(latent_shape, known[dtype], FLIPPED in encodings, CAPTION in encodings, words, shape[0] == 2)
 
 
 def _text_shape(encoding: str, name: str) -> TextShape | None:

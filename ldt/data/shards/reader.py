@@ -29,7 +29,7 @@ FILES_KEPT = 256
 
 @dataclass(frozen=True)
 class Records:
-    """Samples as float32. moments_n2CHW: raw posterior mean and standard deviation; label_n: int64.
+    """Samples as float32. moments_n2CHW: raw posterior mean and, if there is one, standard deviation; label_n: int64.
 
     text_n: token numbers uint16 [n, M], features float16 [n, M, F], or None.
     """

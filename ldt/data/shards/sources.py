@@ -4,7 +4,7 @@ Sources of one run may differ in format, precision and place, and must agree in 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ldt.data.latent_spec import pack_statistics
 from ldt.data.mixture import shares
 from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.reader import LatentShards, Records
@@ -96,20 +97,31 @@ def _combined(manifests: dict[str, Manifest], parts: dict[str, int]) -> MixedMan
     _refuse_what_differs(manifests)
     p_S = np.array(list(parts.values())) / sum(parts.values())
     all_of = list(manifests.values())
-    mean_SC, std_SC = np.stack([m.mean_C for m in all_of]), np.stack([m.std_C for m in all_of])
-    mean_C = p_S @ mean_SC
+    mean_C, std_C = _mixed(p_S, [m.mean_C for m in all_of], [m.std_C for m in all_of])
     share_SK = np.stack([np.array(m.class_counts) / m.samples for m in all_of])
     first = all_of[0]
     facts = {f.name: getattr(first, f.name) for f in fields(Manifest)} | {
         "class_counts": np.rint(p_S @ share_SK * sum(m.samples for m in all_of)).astype(int).tolist(),
-        "mean_C": seven_digits(mean_C).tolist(),
-        "std_C": seven_digits(np.sqrt(p_S @ (std_SC**2 + mean_SC**2) - mean_C**2)).tolist(),
+        "mean_C": mean_C.tolist(),
+        "std_C": std_C.tolist(),
         "table": np.concatenate([m.table for m in all_of]),
         "recipe": {},
         "text": first.text and first.text | {"examples": _examples(all_of, p_S)},
     }
+    if first.by_element:
+        mean, std = _mixed(p_S, *([m.whitening[k].ravel() for m in all_of] for k in (0, 1)))
+        facts |= {"mean_CHW": pack_statistics(mean), "std_CHW": pack_statistics(std)}
     fingerprints = {name: m.fingerprint for name, m in manifests.items()}
     return MixedManifest(**facts, parts=tuple(parts.values()), fingerprints=fingerprints)
+
+
+def _mixed(
+    p_S: NDArray[np.float64], mean_SC: Sequence[ArrayLike], std_SC: Sequence[ArrayLike]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of the mixture, from those of the sources."""
+    means, deviations = np.array(mean_SC, np.float64), np.array(std_SC, np.float64)
+    mean_C = p_S @ means
+    return seven_digits(mean_C), seven_digits(np.sqrt(p_S @ (deviations**2 + means**2) - mean_C**2))
 
 
 def _refuse_what_differs(manifests: dict[str, Manifest]) -> None:
@@ -121,6 +133,8 @@ def _refuse_what_differs(manifests: dict[str, Manifest]) -> None:
             "autoencoder's hash": m.autoencoder_hash,
             "classes": m.classes,
             "flips": m.flips,
+            "posterior": m.posterior,
+            "whitening": "element" if m.by_element else "channel",
             "image size": (m.image_size, m.image_channels),
             "captions": m.captions,
             "text encoder": {k: v for k, v in m.text.items() if k != "examples"},

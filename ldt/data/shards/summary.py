@@ -48,11 +48,13 @@ def summarize(shards: LatentShards) -> Summary:
         "samples": m.samples,
         "shards": len(m.counts),
         "shards whose hash is right": len(m.counts) - len(problems),
-        "latents": f"{'x'.join(map(str, m.latent_shape))} {m.dtype}{', mirrored too' if m.flips else ''}",
+        "latents": f"{'x'.join(map(str, m.latent_shape))} {m.dtype}{', mirrored too' if m.flips else ''}"
+        f"{'' if m.posterior else ', without a posterior'}",
         "bytes": int(m.table["bytes"].sum()),
         "autoencoder": f"{m.autoencoder} ({m.autoencoder_hash})",
         "images": f"{m.image_size} pixels, {m.image_channels} channels",
         "fingerprint": m.fingerprint,
+        "whitening": "by element; of its channels:" if m.by_element else "by channel",
         "whitening mean": _text(m.mean_C),
         "whitening std": _text(m.std_C),
     }

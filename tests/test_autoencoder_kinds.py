@@ -1,0 +1,156 @@
+"""Every kind of diffusers' autoencoders: tiny ones with random weights, built and saved by diffusers' own classes.
+
+RAE's encoder is transformers', which is installed apart: its case runs in a process of its own (`make .venv/text`).
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldt.errors import InputError
+from ldt.models.autoencoder import Autoencoder
+
+LIBRARIES = Path(__file__).parents[1] / ".venv" / "text"
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+KL = BLOCKS | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+DC = {f"{part}_block_out_channels": (8, 8, 16) for part in ("encoder", "decoder")}
+DC |= {f"{part}_layers_per_block": (1, 1, 1) for part in ("encoder", "decoder")}
+DC |= {f"{part}_qkv_multiscales": ((), (), ()) for part in ("encoder", "decoder")}
+QWEN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]}
+TINY = {f"{part}_block_out_channels": (8, 8, 8) for part in ("encoder", "decoder")}
+TINY |= {f"num_{part}_blocks": (1, 1, 1) for part in ("encoder", "decoder")}
+RAE = {
+    "encoder_type": "dinov2",
+    "encoder_hidden_size": 64,
+    "encoder_patch_size": 7,
+    "encoder_num_hidden_layers": 1,
+    "encoder_input_size": 28,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+    "patch_size": 8,
+    "noise_tau": 0.8,
+}
+KINDS = {  # settings; channels, factor and posterior of the latents
+    "AutoencoderKL": (KL | {"latent_channels": 4}, (4, 4, True)),
+    "AutoencoderDC": (DC | {"latent_channels": 8, "attention_head_dim": 8}, (8, 4, False)),
+    "AutoencoderKLFlux2": (KL | {"latent_channels": 8, "sample_size": 32}, (8, 4, True)),
+    "AutoencoderKLQwenImage": (QWEN | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, (4, 4, True)),
+    "AutoencoderTiny": (TINY | {"latent_channels": 4}, (4, 4, False)),
+    "AutoencoderRAE": (RAE, (64, 8, False)),
+}
+
+
+def make(kind: str, path: Path, seed: int = 0) -> Path:
+    """A random autoencoder of that kind, saved; batch statistics are moved so that each tensor counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        getattr(diffusers, kind)(**KINDS[kind][0]).save_pretrained(path)
+    return path
+
+
+def theirs(kind: str, path: Path, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Mean, deviation and reconstruction by the library's own calls."""
+    import diffusers
+
+    model = getattr(diffusers, kind).from_pretrained(path, low_cpu_mem_usage=False).eval()
+    x = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        if kind == "AutoencoderRAE":
+            latent = model.encode((x + 1) / 2).latent
+            return latent, None, model.decode(latent).sample * 2 - 1
+        if kind == "AutoencoderDC":
+            latent = model.encode(x).latent
+            return latent, None, model.decode(latent).sample
+        if kind == "AutoencoderTiny":
+            latent = model.encode(x).latents
+            return latent, None, model.decode(latent).sample
+        if kind == "AutoencoderKLQwenImage":
+            posterior = model.encode(x.unsqueeze(2)).latent_dist
+            again = model.decode(posterior.mean).sample.squeeze(2)
+            return posterior.mean.squeeze(2), posterior.std.squeeze(2), again
+        posterior = model.encode(x).latent_dist
+        return posterior.mean, posterior.std, model.decode(posterior.mean).sample
+
+
+def check(kind: str, root: Path) -> None:
+    """Equal to the library's, the same twice, known by its hash, and as its facts say."""
+    path = make(kind, root / "one")
+    ours = Autoencoder.load(str(path)).to("cpu")
+    channels, factor, posterior = KINDS[kind][1]
+    assert (ours.kind, ours.latent_channels, ours.downsample, ours.posterior) == (kind, channels, factor, posterior)
+    image = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = ours.encode(image)
+    expected, expected_std, decoded = theirs(kind, path, image)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    assert mean.shape == (3, channels, 32 // factor, 32 // factor) and mean.dtype == torch.float32
+    assert (std is None) == (expected_std is None) == (not posterior)
+    if std is not None and expected_std is not None:
+        torch.testing.assert_close(std, expected_std, rtol=1e-4, atol=1e-5)
+    pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+    difference = (ours.decode(mean).float() - pixels).abs()
+    assert difference.max() <= 1 and difference.mean() < 0.02
+    assert torch.equal(ours.encode(image)[0], mean), "nothing is drawn at random"
+    assert Autoencoder.load(str(path)).hash == ours.hash
+    assert Autoencoder.load(str(make(kind, root / "two", seed=1))).hash != ours.hash
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "AutoencoderRAE"])
+def test_every_kind_is_diffusers_own(kind, tmp_path):
+    check(kind, tmp_path)
+
+
+RAE_CASE = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+from test_autoencoder_kinds import check, make
+from ldt.errors import InputError
+from ldt.models.autoencoder import Autoencoder
+root = Path(sys.argv[1])
+check("AutoencoderRAE", root)
+try:
+    Autoencoder.load(str(root / "one")).encode(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+except InputError as error:
+    assert "takes images of 32x32 alone, not 64x64; set images.size=32" in str(error), error
+    print("done")
+"""
+
+
+def test_a_representation_autoencoder_is_diffusers_own_and_takes_one_size(tmp_path):
+    assert (LIBRARIES / "transformers").is_dir(), "make .venv/text installs transformers for this test"
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here.parent, here, here.parent / "tools", LIBRARIES)))
+    done = subprocess.run(
+        [sys.executable, "-c", RAE_CASE, tmp_path],
+        env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+
+def test_a_representation_autoencoder_without_transformers_says_what_it_needs(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
+    with pytest.raises(InputError, match=r"AutoencoderRAE, which needs transformers; pip install ldt-train\[text\]"):
+        Autoencoder.load(str(tmp_path))
+
+
+def test_decoding_in_slices_is_decoding_each_slice(tmp_path):
+    """The same bits as slices decoded alone: their number in a call is all that an image depends on."""
+    autoencoder = Autoencoder.load(str(make("AutoencoderTiny", tmp_path)))
+    latent = torch.from_numpy(np.random.default_rng(0).normal(size=(7, 4, 8, 8)).astype(np.float32))
+    sliced = autoencoder.decode(latent, at_once=3)
+    assert torch.equal(sliced, torch.cat([autoencoder.decode(part) for part in latent.split(3)]))
+    assert torch.equal(autoencoder.decode(latent, at_once=0), autoencoder.decode(latent))
