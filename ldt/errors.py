@@ -5,6 +5,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK, errno.ENODEV, errno.ENXIO,
+}  # fmt: skip
+"""Of a disk or a network file system that is away, or of a machine short of something: it may be right again."""
 LOST_RANK = re.compile(r"closed by peer|reset by peer|remote process exited|Broken pipe")  # gloo's words and NCCL's
 
 
@@ -30,6 +36,19 @@ class RunError(_Sentence, RuntimeError):
     """
 
 
+def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
+    """What is told of a file that can't be used. what: its kind and name; advice: where its owner has to mend it.
+
+    A `RunError` where the same command may go on later: code 2 would keep a job from being tried again.
+    """
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError):
+        return InputError(f"{what} can't be used by this user ({reason}); have its owner open it, or choose another")
+    if error.errno in PASSING:
+        return RunError(f"{what} can't be used ({reason}); run the same command again when its disk is back")
+    return InputError(f"{what} can't be used ({reason}); {advice}")
+
+
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
     """What befalls a run that is right, said as a `RunError`: a lost rank, a full disk, no room on the GPU.
@@ -40,6 +59,8 @@ def in_a_sentence() -> Iterator[None]:
         yield
     except (InputError, RunError):
         raise
+    except PermissionError as error:
+        raise file_error(error.filename or "a file", error, "") from None
     except (OSError, RuntimeError) as error:
         sentence = _sentence(error)
         if not sentence:
@@ -49,7 +70,9 @@ def in_a_sentence() -> Iterator[None]:
 
 def _sentence(error: OSError | RuntimeError) -> str:
     if isinstance(error, OSError):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in PASSING and error.filename:
+            return str(file_error(error.filename, error, ""))
+        if error.errno not in NO_ROOM:
             return ""
         where = f" of {error.filename}" if error.filename else ""
         return f"the disk{where} is full ({error.strerror}); make room and run the same command again"
