@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ldt.cluster.gpus import CUDA_SETTINGS, Occupant, conflict, device_of, occupant, use_device
 from ldt.cluster.launchers import another_port, master, place
-from ldt.errors import InputError
+from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.log import get_logger
 
 logger = get_logger(__name__)
@@ -226,24 +226,32 @@ def broadcast(value: T) -> T:
 
 
 def on_rank_zero(world: World, action: Callable[[], T]) -> T:
-    """Rank 0 acts; every rank gets the result or raises the same InputError (collective)."""
-    outcome: tuple[Any, str] = (None, "")
+    """Rank 0 acts; every rank gets the result or raises the same error in a sentence (collective)."""
+    result, error = None, None
     if world.rank == 0:
         try:
-            outcome = action(), ""
-        except InputError as error:
-            outcome = None, str(error)
-    result, message = broadcast(outcome)
-    if message:
-        raise InputError(message)
-    return result
+            with in_a_sentence():
+                result = action()
+        except (InputError, RunError) as caught:
+            error = caught
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
-def raise_first(message: str) -> None:
-    """Every rank waits for all others, then all raise the first rank's error, if any (collective)."""
-    messages = [m for m in all_gather(message) if m]
-    if messages:
-        raise InputError(messages[0])
+def together(action: Callable[[], T]) -> T:
+    """Every rank acts and waits for all others; then all raise the first rank's error, if any (collective)."""
+    result, error = None, None
+    try:
+        with in_a_sentence():
+            result = action()
+    except (InputError, RunError) as caught:
+        error = caught
+    errors = [e for e in all_gather(error) if e is not None]
+    if errors:
+        raise errors[0]
+    return result  # type: ignore[return-value]
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

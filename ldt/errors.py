@@ -78,7 +78,12 @@ FAILURES = [
 """What torch, CUDA, NCCL and gloo say, and what it means for the owner of a run; the first that fits counts."""
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK, errno.ENODEV, errno.ENXIO,
+}  # fmt: skip
+"""Of a disk or a network file system that is away, or of a machine short of something: it may be right again."""
 
 
 class _Sentence(Exception):
@@ -103,6 +108,19 @@ class RunError(_Sentence, RuntimeError):
     """
 
 
+def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
+    """What is told of a file that can't be used. what: its kind and name; advice: where its owner has to mend it.
+
+    A `RunError` where the same command may go on later: code 2 would keep a job from being tried again.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in DENIED:
+        return InputError(f"{what} can't be used by this user ({reason}); have its owner open it, or choose another")
+    if error.errno in PASSING:
+        return RunError(f"{what} can't be used ({reason}); run the same command again when its disk is back")
+    return InputError(f"{what} can't be used ({reason}); {advice}")
+
+
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
     """Turns expected runtime failures into a `RunError`: a lost rank, a full disk, no room on the GPU, a broken one.
@@ -116,11 +134,8 @@ def in_a_sentence() -> Iterator[None]:
     except (InputError, RunError):
         raise
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in DENIED and error.filename:
-            raise InputError(
-                f"{_text(error.filename)} can't be read or written ({error.strerror}); change its permissions, or "
-                "give another place"
-            ) from None
+        if isinstance(error, OSError) and error.errno in DENIED:
+            raise file_error(_text(error.filename or "a file"), error, "") from None
         sentence = _sentence(error)
         if not sentence:
             raise
@@ -133,7 +148,9 @@ def _text(name: str | bytes) -> str:
 
 def _sentence(error: OSError | RuntimeError) -> str:
     if isinstance(error, OSError):
-        if error.errno not in DISK_FULL:
+        if error.errno in PASSING and error.filename:
+            return str(file_error(error.filename, error, ""))
+        if error.errno not in NO_ROOM:
             return ""
         where = f" of {error.filename}" if error.filename else ""
         return f"the disk{where} is full ({error.strerror}); make room and run the same command again"

@@ -12,7 +12,7 @@ from tokenize import TokenError
 from typing import Any, BinaryIO, TypeGuard
 from zipfile import BadZipFile
 
-from ldt.errors import InputError
+from ldt.errors import NO_ROOM, InputError, RunError, file_error
 
 MOST_CLASSES = 1 << 22  # above any data set: a damaged label must not fill the memory with names or counts
 UNFINISHED = ".unfinished"  # suffix of what a killed writer leaves; never a final name
@@ -37,12 +37,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """`replacing` for content in memory; `InputError` where it can't be written."""
+    """`replacing` for content in memory; where it can't be written, that is said in a sentence."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error.strerror}); make room or choose another place") from None
+        if error.errno in NO_ROOM:
+            raise RunError(f"{path} could not be written ({error.strerror}); make room and run it again") from None
+        raise file_error(str(path), error, "choose another place") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -350,7 +350,7 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(encode, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        assert encode(out) == 2
+        assert encode(out) == 1  # there may be room later
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "make room" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The evaluation job: the same numbers from any number of processes, each computed once, nothing silent."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from ldt.data.images.open import open_images
 from ldt.dist import World
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
-from ldt.evaluation.scorer import make_features
+from ldt.evaluation.scorer import make_features, open_reference
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.feature_store import FeatureStore
@@ -300,3 +302,27 @@ def test_impossible_scores_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         score(run_dir, settings(**keys))
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_data_from_a_remote_know_their_images_too(
+    run_dir: Path, settings: Callable[..., EvaluateConfig], scheme: str
+) -> None:
+    loaded, detector = load_denoiser(run_dir), make_detector("efficientnet_lite0", ALONE.device)
+    shards = Path(loaded.config["data"]["path"])
+    address = f"file://{shards}"
+    if scheme == "memory":
+        fsspec.filesystem("memory").pipe_file("/bucket/e/manifest.json", (shards / "manifest.json").read_bytes())
+        address = "memory://bucket/e"
+    elsewhere = dataclasses.replace(loaded, config=loaded.config | {"data": {"path": address}})
+    found, expected = (open_reference(settings(), one, detector, ALONE) for one in (elsewhere, loaded))
+    assert found.hash == expected.hash
+
+
+def test_images_that_are_not_square_are_not_compared_with_squares(
+    run_dir: Path, settings: Callable[..., EvaluateConfig]
+) -> None:
+    loaded, detector = load_denoiser(run_dir), make_detector("efficientnet_lite0", ALONE.device)
+    wide = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, latent_shape=(4, 8, 16)))
+    with pytest.raises(InputError, match=r"not square \(latents of 4×8×16\).*give an .npz of statistics"):
+        open_reference(settings(), wide, detector, ALONE)

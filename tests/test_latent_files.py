@@ -143,3 +143,38 @@ def test_settings_that_exclude_each_other(vae, tmp_path, capsys):
     assert "latents= takes the place of images.path" in capsys.readouterr().err
     assert encode(tmp_path, vae, tmp_path / "x", "latents_scale=0") == 2
     assert "latents_scale=0.0 must be positive" in capsys.readouterr().err
+
+
+def test_labels_without_latents_are_named(tmp_path):
+    """An extraction that is not finished, or half a copy: what is there would be encoded as if it were all."""
+    draws_tree(tmp_path / "tree")
+    for i in (7, 20, 22):
+        (tmp_path / "tree" / "imagenet256_features" / f"{i}.npy").unlink()
+    with pytest.raises(InputError, match="imagenet256_labels has 3 labels without a latent in .*, such as 20.npy"):
+        open_latents(str(tmp_path / "tree"), SCALE)
+
+
+def test_standard_deviations_are_not_taken_for_logarithms(vae, tmp_path, capsys):
+    """As REPA stores them: [mean, std]."""
+    moments = moments_tree(tmp_path / "tree")
+    moments[:, 4:] = np.abs(moments[:, 4:])
+    for i in range(COUNT):
+        np.savez(tmp_path / "tree" / f"{i}.npz", moments=moments[i], label=np.int64(i % 3))
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards") == 2
+    assert "nowhere below 0, as standard deviations are" in capsys.readouterr().err
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards", "latents_second=std") == 0
+    records = stored(tmp_path / "shards")
+    np.testing.assert_allclose(records.moments_n2CHW.reshape(COUNT, 8, 8, 8), moments, rtol=1e-6)
+    moments_tree(tmp_path / "other")
+    assert encode(tmp_path / "other", vae, tmp_path / "more", "latents_second=std") == 2
+    assert "a standard deviation is below 0" in capsys.readouterr().err
+
+
+def test_what_is_infinite_in_the_source_is_not_the_dtypes_fault(vae, tmp_path, capsys):
+    moments = moments_tree(tmp_path / "tree")
+    cases = [(np.inf, "is not finite as it comes; check the file"), (1e5, "not finite in fp16; use dtype=fp32")]
+    for value, said in cases:
+        moments[3, 0, 0, 0] = value
+        np.savez(tmp_path / "tree" / "3.npz", moments=moments[3], label=np.int64(0))
+        assert encode(tmp_path / "tree", vae, tmp_path / "shards", "dtype=fp16") == 2
+        assert "3.npz " in (error := capsys.readouterr().err) and said in error

@@ -295,7 +295,7 @@ def test_the_wrong_kind_of_condition_is_refused(pool, data, run_dir, tmp_path, c
     assert encode(data, plain, "text.encoder=''") == 0
     settings = [*TEXT, f"data.path={plain}", f"run_dir={tmp_path}/run"]
     said = pool(1).run(refused_case, settings=settings)
-    assert "model.condition_on=class_and_text needs captions, and the data have none" in said
+    assert "model.condition_on=class_and_text needs encoded captions, and the data have none" in said
     settings = ["train.total_samples=16", f"data.path={data}/tar", f"run_dir={tmp_path}/classes"]
     pool(1).run(train_case, settings=settings)  # captions that are not asked for are in nobody's way
     capsys.readouterr()

@@ -15,7 +15,7 @@ from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import read_exported
 from ldt.checkpoint.manifest import MANIFEST, MODEL, Damaged
 from ldt.config_fields import path_field, required_path_field
-from ldt.data.shard_files import RECIPE
+from ldt.data.shard_files import RECIPE, VALIDATION
 from ldt.data.shards import open_shards
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
@@ -113,15 +113,39 @@ def _inspect_shards(config: InspectJob) -> int:
         return DAMAGED
     summary = summarize(shards)
     _print_facts(summary.facts)
-    for problem in summary.problems:
+    held_out = _inspect_held_out(shards)
+    for problem in [*summary.problems, *held_out]:
         print(f"damaged: {problem}")
-    if summary.problems:
+    if summary.problems or held_out:
         return DAMAGED
     if config.grid:
         _draw(shards, config)
         print(f"decoded samples: {config.grid}")
     print(f"whole: {config.path}")
     return WHOLE
+
+
+def _inspect_held_out(shards: LatentShards) -> list[str]:
+    """What is wrong with the held-out split; prints how many samples it has."""
+    where, recipe = Path(shards.path) / VALIDATION, shards.manifest.recipe
+    images = recipe.get("number of images")
+    expected = images - shards.manifest.samples if isinstance(images, int) else None
+    if not where.exists() and not expected:
+        return []
+    try:
+        split = open_shards(where)
+    except InputError as error:
+        return [str(error)]
+    print(f"{'held-out samples':28} {split.manifest.samples:,}")
+    problems = summarize(split).problems
+    if expected is not None and split.manifest.samples != expected:
+        problems.append(f"{where} holds {split.manifest.samples:,} samples of {expected:,}; encode the data again")
+    if (split.manifest.autoencoder_hash, split.manifest.classes) != (
+        shards.manifest.autoencoder_hash,
+        shards.manifest.classes,
+    ):
+        problems.append(f"{where} was encoded otherwise than the data beside it; encode the data again")
+    return problems
 
 
 def _draw(shards: LatentShards, config: InspectJob) -> None:

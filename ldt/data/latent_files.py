@@ -5,6 +5,7 @@ class. .npz: one directory of files with `moments` [2·C, H, W], mean and logari
 them, and `label`. (U-ViT's own .npy files are pickles, which are never read; docs/models.md says how to convert them.)
 """
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
 from ldt.files import MOST_CLASSES, class_names, load_npy
 
 
@@ -85,7 +86,14 @@ class DrawFiles(LatentFiles):
 
     def __init__(self, where: Path, features: Path, labels: Path, scale: float) -> None:
         self._labels, self._scale = labels, scale
-        super().__init__(where, list(features.glob("*.npy")))
+        files = _listed(features, ".npy")
+        extra = sorted({p.name for p in _listed(labels, ".npy")} - {p.name for p in files})
+        if extra:
+            raise InputError(
+                f"{labels} has {len(extra):,} labels without a latent in {features}, such as {extra[0]}; restore "
+                "the latents, or remove these labels"
+            )
+        super().__init__(where, files)
 
     def moments(self, i: int) -> NDArray[np.float32]:
         draw = _load(self.files[i])
@@ -105,35 +113,64 @@ class DrawFiles(LatentFiles):
 
 
 class MomentFiles(LatentFiles):
-    """A directory of .npz files."""
+    """A directory of .npz files. second: what stands after the mean, `log_variance` or `std`."""
+
+    def __init__(self, where: Path, files: list[Path], second: str) -> None:
+        self._second = second
+        super().__init__(where, files)
+        if second == "log_variance":
+            self._refuse_deviations()
 
     def moments(self, i: int) -> NDArray[np.float32]:
         both = _member(self.files[i], "moments")
         if both.ndim != 3 or len(both) % 2 or both.dtype.kind != "f":
             raise InputError(f"{self.name(i)}: moments are {both.dtype} {both.shape}, not floats of [2*C, H, W]")
-        mean, log_variance = np.split(both.astype(np.float32), 2)
-        return np.stack([mean, np.exp(0.5 * np.clip(log_variance, -30, 20))])  # the limits of diffusers' posterior
+        mean, second = np.split(both.astype(np.float32), 2)
+        if self._second == "std":
+            if (second < 0).any():
+                raise InputError(
+                    f"{self.name(i)}: a standard deviation is below 0; latents_second=log_variance is for such moments"
+                )
+            return np.stack([mean, second])
+        return np.stack([mean, np.exp(0.5 * np.clip(second, -30, 20))])  # the limits of diffusers' posterior
+
+    def _refuse_deviations(self) -> None:
+        """Deviations are never below 0, and the logarithm of a variance is nearly always, somewhere in an image."""
+        some = np.linspace(0, len(self.files) - 1, min(16, len(self.files))).astype(int).tolist()
+        if not any((np.split(_member(self.files[i], "moments"), 2)[1] < 0).any() for i in some):
+            raise InputError(
+                f"the second half of the moments in {self.where} is nowhere below 0, as standard deviations are and "
+                "logarithms of variances are not; say latents_second=std if they are that ([mean, std], as REPA writes)"
+            )
 
     def _label(self, i: int) -> int:
         return _number(_member(self.files[i], "label"), self.files[i])
 
 
-def open_latents(path: str, scale: float) -> LatentFiles:
-    """The tree at a path. scale: what its draws were multiplied with."""
+def open_latents(path: str, scale: float, second: str = "log_variance") -> LatentFiles:
+    """The tree at a path. scale: what its draws were multiplied with; second: what follows the mean in moments."""
     where = Path(path)
     if not where.is_dir():
         raise InputError(f"latents={path} is not a directory; give one of .npy or .npz latents")
-    features, labels = sorted(where.glob("*_features")), sorted(where.glob("*_labels"))
-    if len(features) == 1 and len(labels) == 1 and any(features[0].glob("*.npy")):
+    features, labels = _listed(where, "_features"), _listed(where, "_labels")
+    if len(features) == 1 and len(labels) == 1 and _listed(features[0], ".npy"):
         return DrawFiles(where, features[0], labels[0], scale)
-    archives = list(where.glob("*.npz"))
+    archives = _listed(where, ".npz")
     if archives:
-        return MomentFiles(where, archives)
-    for one in where.glob("*.npy"):
+        return MomentFiles(where, archives, second)
+    for one in _listed(where, ".npy")[:1]:
         _load(one)  # U-ViT's are pickles: say so
     raise InputError(
         f"latents={path} has neither one *_features and one *_labels directory of .npy files nor .npz files in it"
     )
+
+
+def _listed(directory: Path, ending: str) -> list[Path]:
+    """What is in a directory under names of that ending; `Path.glob` passes over what may not be read."""
+    try:
+        return sorted(directory / name for name in os.listdir(directory) if name.endswith(ending) and name[0] != ".")
+    except OSError as error:
+        raise file_error(f"directory {directory}", error, "check it") from None
 
 
 def _load(path: Path) -> NDArray[Any]:
@@ -147,7 +184,7 @@ def _load(path: Path) -> NDArray[Any]:
             ) from None
         raise InputError(f"latent {path} is damaged ({error}); write it again") from None
     except OSError as error:
-        raise InputError(f"latent {path} can't be read ({error}); write it again") from None
+        raise file_error(f"latent {path}", error, "write it again") from None
 
 
 def _member(path: Path, key: str) -> NDArray[Any]:
@@ -156,6 +193,8 @@ def _member(path: Path, key: str) -> NDArray[Any]:
             return archive[key]
     except KeyError:
         raise InputError(f"latent {path} has no `{key}`; it needs `moments` and `label`") from None
+    except OSError as error:
+        raise file_error(f"latent {path}", error, "write it again") from None
     except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
         raise InputError(f"latent {path} can't be read ({error}); write it again") from None
 

@@ -38,12 +38,14 @@ class EncodeJob:
     `whitening`: by mean and deviation of each channel, or of each element as representation autoencoders have it.
     `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
     `latents`: instead of images, a tree of .npy or .npz latents of this autoencoder; `latents_scale`: what the draws in
-    .npy were multiplied with.
+    .npy were multiplied with; `latents_second`: what follows the mean in .npz, the logarithm of the variance or the
+    standard deviation.
     """
 
     images: ImagesConfig = section(ImagesConfig)
     latents: str = path_field()
     latents_scale: float = 0.18215
+    latents_second: str = choice("log_variance", "std")
     text: TextConfig = section(TextConfig)
     autoencoder: str = required_path_field()
     output: str = path_field()

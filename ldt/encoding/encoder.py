@@ -22,10 +22,10 @@ from ldt.data.shards.layout import Samples
 from ldt.data.shards.manifest import Manifest, make_table, read_head
 from ldt.data.shards.shard_writer import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
 from ldt.data.shards.statistics import Sums
-from ldt.dist import World, on_rank_zero, raise_first
+from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.plan import NAMES, Plan, Unit, hash_of
-from ldt.errors import InputError
+from ldt.errors import InputError, RunError
 from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
@@ -48,7 +48,7 @@ class Encoder:
             undone = on_rank_zero(self.world, lambda: [u for u in self.plan.units() if not self._is_done(u)])
             if self.world.rank == 0:
                 self._announce(len(undone))
-            raise_first(self._error_of(undone[self.world.rank :: self.world.size]))
+            together(lambda: self._encode_or_say(undone[self.world.rank :: self.world.size]))
             on_rank_zero(self.world, self._finish)
         if self.world.rank == 0:
             self._report(complete)
@@ -75,15 +75,14 @@ class Encoder:
         for remark in images.remarks():
             logger.warning("%s", remark)
 
-    def _error_of(self, units: list[Unit]) -> str:
-        """Encode; the text of the user's mistake that was found, or nothing."""
+    def _encode_or_say(self, units: list[Unit]) -> None:
+        """Encode; what ends it is said at once, as the other ranks may take hours to come to the same place."""
         try:
             self._encode(units)
-        except InputError as error:
-            if self.world.size > 1:  # the others may take hours to come to the same place
+        except (InputError, RunError) as error:
+            if self.world.size > 1:
                 logger.error("%s", error)
-            return str(error)
-        return ""
+            raise
 
     def _claim_output(self) -> bool:
         """Whether the output is complete already; else make it ours, or refuse what is there."""
@@ -170,7 +169,7 @@ class Encoder:
         layout = self.plan.layout
         stored = [layout.pack(torch.cat(view)) for view in zip(*parts, strict=True)]
         sums = []
-        for packed in stored:
+        for at_view, packed in enumerate(stored):
             rows = max(1, min(256, BLOCK_NUMBERS // prod(layout.moments_shape)))
             for start in range(0, len(packed), rows):  # bounds the memory of float64 copies
                 block = layout.unpack(packed[start : start + rows].view(np.uint8))
@@ -178,10 +177,8 @@ class Encoder:
                 if bad.any():
                     at = unit.start + start + int(bad.argmax())
                     name = self.plan.images.name(self.plan.image_numbers(unit, at, at + 1)[0])
-                    raise InputError(
-                        f"the latent of image {name} is not finite in {layout.dtype}; use dtype=fp32 or check the "
-                        "autoencoder"
-                    )
+                    given = torch.cat([view[at_view] for view in parts])[start + int(bad.argmax())]
+                    raise InputError(f"the latent of image {name} is not finite{_why(given, layout.dtype)}")
                 sums.append(Sums.of(block, self.config.whitening == "element"))
         samples = Samples(
             np.array(labels, np.int64),
@@ -270,6 +267,13 @@ class Encoder:
             f"next: ldt inspect {self.output} grid=grid.png; ldt train configs/{example}.yaml data.path={self.output}"
         )
         print(f"latent shards: {self.output}")
+
+
+def _why(given: torch.Tensor, dtype: str) -> str:
+    """Whether a latent was finite before it was rounded."""
+    if bool(torch.isfinite(given).all()):
+        return f" in {dtype}; use dtype=fp32"
+    return " as it comes; check the file or the autoencoder that it comes from"
 
 
 def _short(value: Any) -> str:

@@ -8,9 +8,8 @@ import numpy as np
 
 from ldt.data.shards import adopt
 from ldt.data.shards.manifest import Manifest, make_table
-from ldt.data.shards.shard_writer import Sidecar
 from ldt.data.shards.statistics import Sums
-from ldt.dist import World, all_gather, on_rank_zero, raise_first
+from ldt.dist import World, all_gather, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.files import class_names
@@ -41,14 +40,14 @@ def index_shards(config: EncodeJob, world: World) -> None:
             raise InputError(f"index={directory} holds encoded captions; say by what, as in text.encoder=bytes")
         text = describe(load_text_encoder(config.text.encoder, layout.text.length, world.device)) | {"examples": []}
         layout = replace(layout, text=TextShape(text["length"], text["width"], text["vocabulary"]))
-    mine: list[Sidecar] = []
-    message = ""
-    by_element = config.whitening == "element"
-    try:
-        mine = [adopt.examine(directory, name, format, layout, by_element) for name in names[world.rank :: world.size]]
-    except InputError as error:
-        message = str(error)
-    raise_first(message)
+    elif config.text.encoder:
+        there = "captions, but not what an encoder made of them" if layout.captions else "no captions"
+        raise InputError(
+            f"index={directory} holds {there}, and nothing is encoded by index=; leave out "
+            f"text.encoder={config.text.encoder}, or encode the images with it"
+        )
+    by_element, share = config.whitening == "element", names[world.rank :: world.size]
+    mine = together(lambda: [adopt.examine(directory, name, format, layout, by_element) for name in share])
     sidecars = sorted((s for part in all_gather(mine) for s in part), key=lambda s: s.name)
 
     def finish() -> None:

@@ -43,7 +43,7 @@ class Plan:
         self.autoencoder = Autoencoder.load(config.autoencoder).to(device)
         self.images: ImageSource | LatentFiles
         if config.latents:
-            self.images = open_latents(config.latents, config.latents_scale)
+            self.images = open_latents(config.latents, config.latents_scale, config.latents_second)
             shape = self.images.latent_shape
             if shape[0] != self.autoencoder.latent_channels:
                 raise InputError(
@@ -75,6 +75,8 @@ class Plan:
         """All that decides what the files hold."""
         config = self.config
         latents = {"latents": config.latents, "latents_scale": config.latents_scale} if config.latents else {}
+        if config.latents and config.latents_second != "log_variance":
+            latents["latents_second"] = config.latents_second
         text = {"text": describe(self.text)} if self.text else {}
         whitening = {"whitening": "element"} if config.whitening == "element" else {}
         return {

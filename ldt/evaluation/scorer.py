@@ -71,7 +71,7 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
             raise InputError(
                 "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
             )
-        shards = Path(path or data["path"])
+        shards = path or data["path"]
         recipe = read_head(shards)["recipe"]
         if "images.path" not in recipe:
             raise InputError(
@@ -80,6 +80,11 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
             )
         path, fit = recipe["images.path"], recipe["images.fit"]
     spec = loaded.spec
+    if spec.latent_shape[1] != spec.latent_shape[2]:
+        raise InputError(
+            f"{loaded.path} makes images that are not square (latents of {'×'.join(map(str, spec.latent_shape))}), and "
+            "images to compare with are cropped to squares; give an .npz of statistics as evaluate.reference"
+        )
     cache_dir = Path(config.cache_dir).expanduser()
     return reference_of_images(path, spec.image_size, spec.image_channels, fit, detector, cache_dir, world)
 

@@ -29,8 +29,8 @@ def build(
         raise InputError("the data have no classes; encode images with at least one, or name the classes of the shards")
     if config.uses_text and text is None:
         raise InputError(
-            f"model.condition_on={config.condition_on} needs captions, and the data have none; encode them with "
-            "text.encoder=bytes or another, or use model.condition_on=class"
+            f"model.condition_on={config.condition_on} needs encoded captions, and the data have none; encode "
+            "them with text.encoder=bytes or another, or use model.condition_on=class"
         )
     make = UNet if config.name == "unet" else Transformer
     with torch.random.fork_rng(devices=[]):

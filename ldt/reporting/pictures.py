@@ -129,7 +129,7 @@ def open_real(run: History) -> RealImages:
     if not isinstance(path, str) or not path:
         raise Unavailable("the run's config names no data, or several sources")
     try:
-        head = read_head(Path(path))
+        head = read_head(path)
         recipe = head.get("recipe") or {}
         if "images.path" not in recipe:
             raise Unavailable(f"the data in {path} do not say which images they were encoded from")

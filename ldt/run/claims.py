@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Self
 
@@ -60,8 +61,8 @@ def pinned(checkpoint: Path) -> bool:
 class Claim:
     """Exclusive work on a checkpoint, kept alive by a thread until it is left."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, content: str) -> None:
+        self._file, self._content = file, content
         self._heartbeat = Heartbeat(file, HEARTBEAT_PERIOD_S)
 
     @classmethod
@@ -71,12 +72,13 @@ class Claim:
         content = _read(file)  # before its age is looked at: who takes it over in between writes something else
         if file.exists() and _stale(file) and not remove_dead(file, content):
             return None
+        mine = f"{platform.node()} {os.getpid()} {time.time():.0f} {uuid.uuid4().hex}\n"
         try:
             with file.open("x") as f:
-                f.write(f"{platform.node()} {os.getpid()} {time.time():.0f}\n")
+                f.write(mine)
         except FileExistsError:
             return None
-        return cls(file)
+        return cls(file, mine)
 
     def __enter__(self) -> Self:
         self._heartbeat.__enter__()
@@ -84,7 +86,7 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self._heartbeat.__exit__()
-        self._file.unlink(missing_ok=True)
+        remove_dead(self._file, self._content)  # unless somebody else, who took us for dead, has it now
 
 
 def remove_dead(file: Path, content: str) -> bool:

@@ -13,7 +13,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ldt.errors import DISK_FULL, InputError
+from ldt.errors import NO_ROOM, InputError
 from ldt.files import replacing
 from ldt.log import read_jsonl
 from ldt.progress import pluralize
@@ -37,7 +37,7 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
             for name, text in content.items():
                 files.enter_context(replacing(run_dir / name)).write_text(text, "utf-8")
     except OSError as error:
-        if error.errno in DISK_FULL:  # which passes
+        if error.errno in NO_ROOM:  # which passes
             raise
         raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
     return len(attempts) - 1

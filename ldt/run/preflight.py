@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ldt import __version__, log
-from ldt.dist import World, all_gather, all_reduce_sum, broadcast, raise_first
-from ldt.errors import DISK_FULL, InputError
+from ldt.dist import World, all_gather, all_reduce_sum, broadcast, together
+from ldt.errors import NO_ROOM, InputError
 
 logger = log.get_logger(__name__)
 
@@ -101,7 +101,10 @@ def check_shared(run_dir: Path, world: World, seconds: float = VISIBLE_SECONDS) 
 
 def check_writable(run_dir: Path, world: World) -> None:
     """`InputError` if a rank may not write where the run will write, which it may find out at its end (collective)."""
-    problem = ""
+    together(lambda: _try_to_write(run_dir))
+
+
+def _try_to_write(run_dir: Path) -> None:
     for path in (run_dir, *(run_dir / name for name in (*WRITTEN_INTO, *APPENDED_TO))):
         try:
             if path.name in APPENDED_TO and path.exists():
@@ -109,9 +112,9 @@ def check_writable(run_dir: Path, world: World) -> None:
             elif path.name not in APPENDED_TO and os.path.lexists(path):
                 tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            if error.errno not in DISK_FULL:  # which passes, and is said elsewhere
-                problem = problem or f"{path} can't be written ({error.strerror}); mend that or choose another run_dir"
-    raise_first(problem)
+            if error.errno not in NO_ROOM:  # which passes, and is said elsewhere
+                reason = f"{path} can't be written ({error.strerror})"
+                raise InputError(f"{reason}; mend that or choose another run_dir") from None
 
 
 def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None:

@@ -22,7 +22,7 @@ from ldt.data.images.decode import decode
 from ldt.data.images.listing import Listing
 from ldt.data.images.names import HEAD, SUFFIXES, begins_like_an_image, is_hidden, stem, suffix
 from ldt.data.images.source import ImageSource
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
 from ldt.files import MOST_CLASSES, class_names, natural, parse_json
 
 SINGLE_CLASS = "images"
@@ -179,6 +179,8 @@ class ImageTar(FileImages):
                 _check_end(where, archive.offset)
         except tarfile.TarError as error:
             raise InputError(f"{where} is not a whole, uncompressed tar file ({error}); make it again") from None
+        except OSError as error:
+            raise file_error(f"tar file {where}", error, "make it again") from None
         listing = self._listed([m for m in members if m.isfile()])
         super().__init__(where, listing, [n for n in self._others if "/" not in n])
 
@@ -259,7 +261,7 @@ def _entries(directory: Path) -> list[tuple[str, str, bool]]:
     try:
         found = [(entry.name, entry.is_dir()) for entry in os.scandir(directory)]
     except OSError as error:
-        raise InputError(f"directory {directory} can't be read: {error.strerror}; check it") from None
+        raise file_error(f"directory {directory}", error, "check it") from None
     return sorted((f"{name}/" if is_directory else name, name, is_directory) for name, is_directory in found)
 
 
@@ -311,7 +313,7 @@ def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{what} {path} can't be read: {error.strerror}; check the file") from None
+        raise file_error(f"{what} {path}", error, "check the file") from None
 
 
 def _checked(where: Path, member: tarfile.TarInfo) -> tarfile.TarInfo:

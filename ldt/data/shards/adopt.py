@@ -1,5 +1,7 @@
 """Shards that other programs wrote, checked sample by sample and given a manifest: `ldt encode index=DIR`."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from ldt.data.shards import foreign_tar, mds
 from ldt.data.shards.layout import Index, Layout, Samples
 from ldt.data.shards.shard_writer import Sidecar
 from ldt.data.shards.statistics import Sums
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
 from ldt.files import MOST_CLASSES
 
 BLOCK = 1024  # samples whose float32 copies are in memory at a time
@@ -24,17 +26,45 @@ def find_shards(directory: Path) -> tuple[str, list[str]]:
     """The one format of a directory and the names of its shards, sorted."""
     if not directory.is_dir():
         raise InputError(f"index={directory} is not a directory; give one with .tar or .mds shards")
-    found = {f: sorted(p.name for p in directory.glob(f"*.{f}") if p.is_file()) for f in FIND}
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise file_error(f"index={directory}", error, "check it") from None
+    found = {f: [n for n in names if n.endswith(f".{f}") and not n.startswith(".")] for f in FIND}
     present = [f for f in found if found[f]]
-    if len(present) != 1:
-        what = "both .tar and .mds shards" if present else "neither .tar nor .mds shards"
-        raise InputError(f"index={directory} holds {what}; one format a directory can be indexed")
+    if len(present) == 2:
+        raise InputError(f"index={directory} holds both .tar and .mds shards; one format a directory can be indexed")
+    if not present:
+        raise InputError(f"index={directory} holds neither .tar nor .mds shards{_hint(directory, names)}")
+    for name in found[present[0]]:
+        if not (directory / name).is_file():
+            what = "leads nowhere" if (directory / name).is_symlink() else "is no file"
+            raise InputError(f"index={directory}: shard {name} {what}; restore it, or remove it from the directory")
     return present[0], found[present[0]]
+
+
+def _hint(directory: Path, names: list[str]) -> str:
+    """What there is instead."""
+    packed = next((n for n in names if re.search(r"\.(tar|mds)\.\w+$|\.tgz$", n)), "")
+    if packed:
+        return f", but {packed}; unpack compressed shards first (tar: gunzip, MDS: write them with compression=None)"
+    nested = next((n for n in names if any(next((directory / n).glob(f"*.{f}"), None) for f in FIND)), "")
+    if nested:
+        return f", but its directory {nested} does; index each directory by itself, and train on data.sources"
+    return "; give the directory that they are in"
+
+
+def read_content(directory: Path, name: str) -> NDArray[np.uint8]:
+    """A whole shard."""
+    try:
+        return np.fromfile(directory / name, np.uint8)
+    except OSError as error:
+        raise file_error(f"shard {directory / name}", error, "restore it or remove it") from None
 
 
 def read_layout(directory: Path, name: str, format: str) -> Layout:
     """The layout of the first shard, which all others must have."""
-    return FIND[format](np.fromfile(directory / name, np.uint8), str(directory / name))
+    return FIND[format](read_content(directory, name), str(directory / name))
 
 
 def examine(directory: Path, name: str, format: str, layout: Layout, by_element: bool = False) -> Sidecar:
@@ -43,7 +73,7 @@ def examine(directory: Path, name: str, format: str, layout: Layout, by_element:
     by_element: whether its sums are those of each element, for whitening=element.
     """
     path = str(directory / name)
-    content = np.fromfile(directory / name, np.uint8)
+    content = read_content(directory, name)
     index = WALK[format](content, layout, path)
     if len(index) == 0:
         raise InputError(f"shard {path} holds no samples; remove it")
@@ -70,6 +100,7 @@ def examine(directory: Path, name: str, format: str, layout: Layout, by_element:
     captions, text_n = None, None
     if index.caption_n2 is not None:
         captions = [content[at : at + size].tobytes() for at, size in index.caption_n2.tolist()]
+        _check_captions(captions, path)
     if index.text_n is not None:
         text_n = np.lib.stride_tricks.sliding_window_view(content, layout.text_bytes)[index.text_n]
         _check_text(text_n, layout, path)
@@ -87,6 +118,14 @@ def examine(directory: Path, name: str, format: str, layout: Layout, by_element:
         second_C=total.second_C.tolist(),
         elements=total.elements,
     )
+
+
+def _check_captions(captions: list[bytes], path: str) -> None:
+    for i, caption in enumerate(captions):
+        try:
+            caption.decode()
+        except UnicodeDecodeError:
+            raise InputError(f"shard {path}: the caption of sample {i} is not UTF-8; write it again") from None
 
 
 def _check_text(text_nb: NDArray[np.uint8], layout: Layout, path: str) -> None:

@@ -106,9 +106,11 @@ def _members(content: NDArray[np.uint8], name: str) -> dict[str, dict[str, tuple
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"shard {name} is damaged: {error or type(error).__name__}; write it again") from None
     for member in members:
-        parts = member.name.split("/")
+        parts = [part for part in member.name.split("/") if part != "."]
         if member.name.startswith("/") or ".." in parts:
             raise InputError(f"shard {name} has a member {member.name!r} outside of its directory; write it again")
+        if member.isdir():  # `tar -C directory .` writes them too
+            continue
         if not member.isfile():
             raise InputError(f"shard {name} has a member {member.name!r} that is not a plain file; write it again")
         stem, _, extension = parts[-1].partition(".")

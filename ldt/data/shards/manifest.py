@@ -18,7 +18,7 @@ from ldt.data.latent_spec import LatentSpec
 from ldt.data.shard_files import HEAD, RECIPE, TABLE, VALIDATION
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
 from ldt.files import load_npy, natural, schema_error, write_atomic
 from ldt.paths import is_remote
 
@@ -173,7 +173,14 @@ def place(directory: str | Path, name: str) -> str:
 
 def read_file(directory: str | Path, name: str) -> bytes:
     """A small file of a shard directory, wherever that is."""
-    return Remote(str(directory)).read(name) if is_remote(directory) else (Path(directory) / name).read_bytes()
+    if is_remote(directory):
+        return Remote(str(directory)).read(name)
+    try:
+        return (Path(directory) / name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError from None
+    except OSError as error:
+        raise file_error(f"{directory}/{name}", error, "encode or index the data again") from None
 
 
 def read_head(directory: str | Path) -> dict[str, Any]:

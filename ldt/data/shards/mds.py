@@ -55,7 +55,13 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     columns = _read_columns(bytes(content[8 + 4 * n : offset[0]]), name)
     expected = dict(_columns(layout))
     if columns != [(k, expected[k], _size(k, layout)) for k in expected]:
-        raise InputError(f"shard {name} has columns {columns}, but its manifest describes {expected}; index it again")
+        named = {column: encoding for column, encoding, _ in columns}
+        wrong = [f"{k} ({named[k]})" for k in named if named[k] != expected.get(k)]
+        wrong += [f"no {k} ({expected[k]})" for k in expected if k not in named]
+        raise InputError(
+            f"shard {name} has columns other than {', '.join(expected)}: {', '.join(wrong) or 'in another order'}; "
+            "write it again with these alone, all shards alike"
+        )
     first = offset[:-1]
     caption_n2 = None
     if layout.captions:

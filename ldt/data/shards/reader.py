@@ -17,7 +17,7 @@ from ldt.data.shards import mds, tar
 from ldt.data.shards.layout import Index, Layout
 from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.remote import Cache, Remote
-from ldt.errors import InputError
+from ldt.errors import InputError, RunError, file_error
 from ldt.paths import is_remote
 
 T = TypeVar("T")
@@ -155,9 +155,9 @@ class LatentShards:
                 if self.cache is None:
                     break
             except OSError as error:
-                raise InputError(f"shard {self._name(shard)} can't be opened ({error.strerror}); restore it") from None
+                raise file_error(f"shard {path}", error, "restore it") from None
         if self.cache is not None:
-            raise InputError(f"{path} keeps vanishing from data.cache_dir; raise data.cache_gb")
+            raise RunError(f"{path} keeps vanishing from data.cache_dir; raise data.cache_gb, or leave the cache alone")
         raise InputError(f"shard {self._name(shard)} is missing; restore it or encode the data again")
 
     def _verify_cached(self, shard: int, file: _File) -> tuple[_File, tuple[Index, tuple[int, int, int]]]:
@@ -169,7 +169,14 @@ class LatentShards:
             row = self.manifest.table[shard]
             self.cache.drop(int(row["xxh64"]), int(row["bytes"]))
             file = self._open_file(shard)
+        try:
             return file, (self._verify(shard, file), file.identity)
+        except InputError as error:  # it came whole: the cache compares hashes before it keeps anything
+            where = self.cache.path(int(row["xxh64"]), int(row["bytes"]))
+            raise RunError(
+                f"the copy {where} of a shard was damaged on this node's disk, twice ({error}); check that disk, or "
+                "choose another data.cache_dir"
+            ) from None
 
     def _verify(self, shard: int, file: _File) -> Index:
         """Read the whole file once: hash it and find its samples."""

@@ -6,11 +6,11 @@ its limit the least recently opened files go; readers that still hold them open 
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 import fsspec
 import xxhash
 
-from ldt.errors import InputError
+from ldt.errors import NO_ROOM, InputError, RunError, file_error
 from ldt.files import UNFINISHED
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.2  # seconds before the second attempt; doubles, with jitter
 CHUNK = 1 << 22
 STALLED = 60.0  # seconds without an answer after which a request or a piece of a file counts as failed
+DENIED = re.compile(r"\b(401|403)\b|Access ?Denied|Forbidden|Unauthorized|NoCredentials|credentials", re.IGNORECASE)
 ABANDONED = 3600  # seconds after which an untouched partial download is a dead process's
 
 T = TypeVar("T")
@@ -37,6 +38,11 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        if self.url.startswith("http") and "?" in self.url:
+            raise InputError(
+                f"data path {url} is the address of one file (presigned, perhaps), and a data set is a directory of "
+                "many; give the address of the directory, and credentials by the back-end's own means"
+            )
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -88,33 +94,47 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def persist(action: Callable[[], T], what: str) -> T:
-    """Do it again after a failure, waiting longer each time; InputError when all attempts have failed."""
+    """Do it again after a failure, waiting longer each time; told in a sentence when all attempts have failed.
+
+    A network may come back, so its failures are `RunError`s; what credentials or an address forbid stays forbidden.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except (FileNotFoundError, InputError):
+        except (FileNotFoundError, InputError, RunError, _Gone):
             raise
         except Exception as error:  # every fsspec back-end has exceptions of its own
+            if _is_denied(error):
+                raise InputError(
+                    f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine"
+                ) from error
             if attempt == ATTEMPTS - 1:
                 if isinstance(error, _Damaged):
                     raise
-                raise InputError(
+                raise RunError(
                     f"{what} could not be read in {ATTEMPTS} attempts (last: {type(error).__name__}: {error}); "
-                    "check the address and the network"
+                    "check the address and the network, and run the same command again"
                 ) from error
             time.sleep(FIRST_WAIT * 2**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
 
 
+def _is_denied(error: Exception) -> bool:
+    """Whether the other side has said no; back-ends say it in their own types and words."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    words = f"{type(error).__name__} {error}"
+    return isinstance(error, PermissionError) or status in (401, 403) or DENIED.search(words) is not None
+
+
 class Cache:
-    """Downloaded files of one remote directory in a local one of at most `limit` bytes."""
+    """Downloaded files of one remote directory in a local one of at most `limit` bytes.
+
+    Users may share it: what is made there can be used by whoever can write into the directory.
+    """
 
     def __init__(self, remote: Remote, directory: str | Path, limit: int) -> None:
         self.remote, self.directory, self.limit = remote, Path(directory), limit
-        try:
-            (self.directory / "locks").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"data.cache_dir={directory} can't be made ({error.strerror}); choose another") from None
+        self._make_directory()
 
     def path(self, xxh64: int, size: int) -> Path:
         """Where a file of this content is kept."""
@@ -122,17 +142,30 @@ class Cache:
 
     def fetch(self, name: str, xxh64: int, size: int) -> Path:
         """The file's place in the cache, downloaded if it is not there yet. Safe among threads and processes."""
-        path = self.path(xxh64, size)
         if size > self.limit:
             raise InputError(
                 f"shard {name} has {size:,} bytes, more than the whole cache of {self.limit:,}; raise data.cache_gb"
             )
+        for _ in range(ATTEMPTS):
+            try:
+                return self._fetch(name, xxh64, size)
+            except _Gone:  # somebody has cleaned up
+                self._make_directory()
+        raise RunError(f"data.cache_dir={self.directory} keeps vanishing; keep it, and run the same command again")
+
+    def drop(self, xxh64: int, size: int) -> None:
+        """Forget a file that turned out to be damaged on this node's disk."""
+        with self._on_disk():
+            self.path(xxh64, size).unlink(missing_ok=True)
+
+    def _fetch(self, name: str, xxh64: int, size: int) -> Path:
+        path, what = self.path(xxh64, size), f"shard {self.remote.url}/{name}"
         with self._lock(path.name):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_size == size:
-                    os.utime(path)
+                    with contextlib.suppress(PermissionError):  # another user's: its age is then when it came
+                        os.utime(path)
                     return path
-            what = f"shard {self.remote.url}/{name}"
             try:
                 persist(lambda: self._download(name, xxh64, size, path), what)
             except FileNotFoundError:
@@ -141,37 +174,33 @@ class Cache:
                 raise InputError(f"{what} is damaged: {error}; restore it or encode the data again") from None
         return path
 
-    def drop(self, xxh64: int, size: int) -> None:
-        """Forget a file that turned out to be damaged on this node's disk."""
-        self.path(xxh64, size).unlink(missing_ok=True)
-
     def _download(self, name: str, xxh64: int, size: int, path: Path) -> None:
         partial = path.with_name(path.name + UNFINISHED)
         digest, received = xxhash.xxh64(), 0
         try:
             self._make_room(partial, size)
-            with partial.open("r+b") as f:
+            with self._on_disk():
+                file = partial.open("r+b")
+            with file as f:
                 for chunk in self.remote.chunks(name):
-                    f.write(chunk)
                     digest.update(chunk)
                     received += len(chunk)
-                f.truncate(received)
+                    with self._on_disk():
+                        f.write(chunk)
+                with self._on_disk():
+                    f.truncate(received)
             if received != size or digest.intdigest() != xxh64:
                 raise _Damaged(f"{received:,} of {size:,} bytes came, hash {digest.hexdigest()} of {xxh64:016x}")
-            partial.replace(path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise InputError(
-                    f"data.cache_dir={self.directory} is full while caching shard {name}; "
-                    "lower data.cache_gb or make room"
-                ) from None
-            raise
+            with self._on_disk():
+                self._share(partial)
+                partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, size: int) -> None:
         """Evict by last use until `size` more bytes fit, and reserve them."""
-        with self._lock("room"):
+        with self._lock("room"), self._on_disk():
             files, total = [], 0
             for entry in os.scandir(self.directory):
                 with contextlib.suppress(FileNotFoundError):
@@ -180,7 +209,7 @@ class Cache:
                         continue
                     if entry.name.endswith(UNFINISHED):
                         if time.time() - stat.st_mtime > ABANDONED:
-                            Path(entry.path).unlink(missing_ok=True)
+                            self._evict(entry.path)
                             continue
                     else:
                         files.append((stat.st_mtime_ns, stat.st_size, entry.path))
@@ -188,19 +217,60 @@ class Cache:
             for _, bytes_, path in sorted(files):
                 if total + size <= self.limit:
                     break
-                Path(path).unlink(missing_ok=True)
-                total -= bytes_
+                total -= bytes_ if self._evict(path) else 0
             with partial.open("wb") as f:
                 f.truncate(size)  # counts from now on, also for the other processes of this node
 
+    @staticmethod
+    def _evict(path: str) -> bool:
+        """Whether the file is gone; another user's may have to stay."""
+        with contextlib.suppress(PermissionError):
+            Path(path).unlink(missing_ok=True)
+            return True
+        return False
+
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        fd: Any = os.open(self.directory / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
+        with self._on_disk():
+            fd: Any = os.open(self.directory / "locks" / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            self._share(fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             os.close(fd)  # releases the lock as well, as does the death of the process
+
+    def _make_directory(self) -> None:
+        locks = self.directory / "locks"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            self._share(locks, 0o777)
+        except OSError as error:
+            raise InputError(
+                f"data.cache_dir={self.directory} can't be made ({error.strerror}); choose another"
+            ) from None
+
+    def _share(self, file: Path | int, most: int = 0o666) -> None:
+        """Let those use it who may use the directory."""
+        with contextlib.suppress(PermissionError, FileNotFoundError):  # another user's, who did so
+            os.chmod(file, self.directory.stat().st_mode & most)
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """What is wrong with the cache itself, told apart from what is wrong with the remote."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise _Gone from None
+        except OSError as error:
+            what = f"data.cache_dir={self.directory}"
+            if error.errno in NO_ROOM:
+                raise RunError(f"{what} is full ({error.strerror}); lower data.cache_gb or make room") from None
+            raise file_error(what, error, "choose another") from None
+
+
+class _Gone(Exception):
+    """The directory of the cache, or a file that was in it a moment ago, is not there any more."""
 
 
 class _Damaged(Exception):

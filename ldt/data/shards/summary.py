@@ -1,5 +1,6 @@
 """What a shard directory holds and whether it is whole: for `ldt inspect`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ldt.data.shard_files import RECIPE, TABLE
 from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.statistics import Sums
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
 
 BLOCK = 1024
 
@@ -79,8 +80,13 @@ def latents_to_show(shards: LatentShards, count: int) -> tuple[NDArray[np.float3
 
 def is_shard_directory(path: Path) -> bool:
     """Whether a path looks like the output of `ldt encode`, damaged, unfinished or whole."""
-    marked = any((path / name).exists() for name in (TABLE, RECIPE))
-    return path.is_dir() and (marked or any(path.glob("*.tar")) or any(path.glob("*.mds")))
+    if not path.is_dir():
+        return False
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise file_error(f"directory {path}", error, "check it") from None
+    return any(name in (TABLE, RECIPE) or name.endswith((".tar", ".mds")) for name in names)
 
 
 def _text(values: Sequence[float] | NDArray[np.float64]) -> str:
