@@ -72,6 +72,14 @@ COMMANDS = {
     "replay": Command(
         "replay", "ReplayJob", "RUN [to=wandb|tensorboard]", "send a run's log to a tracker afterwards", "run"
     ),
+    "verify": Command(
+        "verify",
+        "VerifyJob",
+        "RUN|RECORD [samples=N] [key=value ...]",
+        "train a run's first samples again: is it the same run?",
+        "run",
+        reads_run_config=True,
+    ),
     "report": Command(
         "report", "ReportJob", "RUN [RUN ...] [key=value ...]", "one HTML page about one or several runs", "runs"
     ),

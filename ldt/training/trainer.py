@@ -53,8 +53,11 @@ logger = log.get_logger(__name__)
 START_LIMITS = 4  # times engine.stall_seconds that a part of the start may take: a large checkpoint from a slow disk
 
 
-def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
-    """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same."""
+def attempt(config: TrainJob, world: World, until: int = 0) -> tuple[int, str, int]:
+    """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same.
+
+    until: stop there as if it were the end, with the rates of the whole run; 0 for `train.total_samples`.
+    """
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
         before, trainer = outcome.begin(run_dir) if world.rank == 0 else None, None
@@ -67,7 +70,7 @@ def attempt(config: TrainJob, world: World) -> tuple[int, str, int]:
                 check_shared(run_dir, world)
                 check_writable(run_dir, world)
                 with Watchdog(run_dir / "stalls", config.engine.stall_seconds, world, note_stall) as watchdog:
-                    trainer = Trainer(config, world, owner, watchdog)
+                    trainer = Trainer(config, world, owner, watchdog, until)
                     code, message, seen = trainer.train()
         except BaseException as error:
             if trainer is None and isinstance(error, InputError):  # refused: the run stays as it was
@@ -89,10 +92,11 @@ class Trainer:
     Until everything is checked, and the attempt with it accepted, nothing in the run directory changes.
     """
 
-    def __init__(self, config: TrainJob, world: World, owner: Owner, watchdog: Watchdog) -> None:
+    def __init__(self, config: TrainJob, world: World, owner: Owner, watchdog: Watchdog, until: int = 0) -> None:
         self.config, self.world, self.run_dir, self.watchdog = config, world, Path(config.run_dir), watchdog
         watchdog.at("reading the data", START_LIMITS)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
+        self.until = until or self.total
         if config.log.tensorboard:
             tracking.require_tensorboard()
         self.shards = open_data(config.data, world)
@@ -124,7 +128,7 @@ class Trainer:
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
-        config, total, seen = self.config, self.total, self.state.samples_seen
+        config, total, seen = self.config, self.until, self.state.samples_seen
         for line in describe(config, self.shards, self.parameters, self.kernel, self.loader.share, seen, self.world):
             logger.info("%s", line)
         was_done = seen >= total
@@ -152,7 +156,7 @@ class Trainer:
         """Steps until the end or a request to stop, which is returned. All that a step does stands here, in order."""
         every, request = self.config.log, ""
         steps = self.loader.steps(self.state.samples_seen)
-        while self.state.samples_seen < self.total and not request:
+        while self.state.samples_seen < self.until and not request:
             before, lr = self.state.samples_seen, self.learning_rate()
             self.watchdog.at(f"loading the data of the step at {before} samples")
             inputs = next(steps)
@@ -162,7 +166,7 @@ class Trainer:
             self.tick()
             self.meter.add(self.batch, inputs.waited)
 
-            seen, last = self.state.samples_seen, self.state.samples_seen >= self.total
+            seen, last = self.state.samples_seen, self.state.samples_seen >= self.until
             request = (stop.received or "by another rank") if agreed.stop_requests else ""
             if result.applied:
                 self.bad_steps.passed(result.loss, self.state)

@@ -1,0 +1,35 @@
+"""Keep a run as a record that anyone can play again: `python tools/make_record.py RUN records/NAME`.
+
+Copies what `ldt verify` and a reader need, small text files alone, and writes their hashes.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from ldt.commands.verify import HASHES, hash_file
+
+FILES = ("config.yaml", "environment.jsonl", "metrics.jsonl", "evaluations.jsonl")
+
+
+def make_record(run: Path, record: Path) -> None:
+    """Copy the files that are there; config and log must be."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (run / name).is_file():
+            raise SystemExit(f"{run} has no {name}; give the run_dir of a training")
+    record.mkdir(parents=True)
+    kept = [name for name in FILES if (run / name).is_file()]
+    for name in kept:
+        shutil.copyfile(run / name, record / name)
+    hashes = {name: hash_file(record / name) for name in kept}
+    (record / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("record", type=Path)
+    arguments = parser.parse_args()
+    make_record(arguments.run, arguments.record)
+    print(f"record: {arguments.record}")
