@@ -14,10 +14,10 @@ from ldt.paths import usable_path
 from ldt.submit import SubmitJob
 
 NOT_PATHS = {
-    "accept_changes", "checkpoint", "classes", "cluster", "gpus", "latent", "metrics", "micro_batch", "model", "name",
-    "prompts", "slurm",
+    "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "label", "latent", "metrics",
+    "micro_batch", "model", "name", "prompts", "slurm",
 }  # fmt: skip
-REMOTE = {"data.path", "data.sources.NAME.path"}
+REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
 
 
 def string_keys(schema, prefix=""):
