@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import resource
 import shutil
 import tarfile
 import zipfile
@@ -17,7 +19,8 @@ from PIL import Image
 from run_data import make_autoencoder
 
 from ldt.cli import main
-from ldt.data.images import Fields, open_images
+from ldt.data.images import Fields, open_images, prepare
+from ldt.data.images.open import INDEXERS, index_share
 from ldt.data.shards import Manifest
 from ldt.errors import InputError
 
@@ -391,3 +394,107 @@ def test_exif_turns_images_where_asked(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
     assert open_images(str(tmp_path)).image(0).size == (20, 10)
     assert open_images(str(tmp_path), turn=True).image(0).size == (10, 20)
+
+
+def test_more_shards_than_open_files_are_allowed(samples, tmp_path):
+    web_tars(tmp_path / "set", samples, per=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        source = open_images(str(tmp_path / "set"))
+        assert [source.content(i) for i in range(COUNT)] == [s[1] for s in samples]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_image_is_some_bytes_of_arrays(tmp_path):
+    """Nothing is a Python object an image: ten million are to fit."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "00000.tar", "w") as archive:
+        for i in range(2000):
+            add(archive, f"{i:09d}.jpg", b"x")
+            add(archive, f"{i:09d}.txt", b"words")
+    table = open_images(str(tmp_path / "set")).table
+    held = [table.names.end_n, table.label_n, *table.numbers.values()]
+    assert sum(a.nbytes for a in held) / len(table) + len("000000000.jpg") < 100
+
+
+def test_names_in_several_shards_are_told(samples, tmp_path):
+    web_tars(tmp_path / "set", samples, per=20)
+    shutil.copy(tmp_path / "set" / "00001.tar", tmp_path / "set" / "00009.tar")
+    said = open_images(str(tmp_path / "set")).remarks()
+    assert len(said) == 1 and said[0].startswith("20 names stand in several files, such as 00000020.png")
+
+
+def test_ranks_share_the_index_and_go_on_with_it(samples, tmp_path, monkeypatch):
+    root, kept = web_tars(tmp_path / "set", samples, per=10), tmp_path / "kept"
+    index_share(str(root), Fields(), str(kept), 0, 2)
+    assert len(list(kept.iterdir())) == 3
+    index_share(str(root), Fields(), str(kept), 1, 2)
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setitem(INDEXERS, "tar", None)  # no file is looked at again
+    source = open_images(str(root), index_dir=str(kept))
+    assert [source.content(i) for i in range(COUNT)] == [s[1] for s in samples]
+    monkeypatch.undo()
+    with tarfile.open(root / "00001.tar", "w") as archive:  # a shard that changed is
+        add(archive, "00000010.png", samples[3][1])
+        add(archive, "00000010.cls", b"2")
+    assert len(open_images(str(root), index_dir=str(kept))) == COUNT - 9
+    for file in kept.iterdir():  # and so are damaged indexes
+        file.write_bytes(file.read_bytes()[:100])
+    assert len(open_images(str(root), index_dir=str(kept))) == COUNT - 9
+
+
+def pillow(mode, format, **more):
+    def make(path):
+        Image.new(mode, (8, 8), **more).save(path, format)
+
+    return make
+
+
+def animation(path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def bomb(path):
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def deep(path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("name", "make", "expected"),
+    [
+        ("a.png", pillow("L", "PNG", color=77), [77, 77, 77]),
+        ("a.jfif", pillow("RGB", "JPEG", color=(10, 10, 10)), [10, 10, 10]),
+        ("a", pillow("RGB", "PNG", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.png", pillow("1", "PNG", color=1), [255, 255, 255]),
+        ("a.gif", pillow("P", "GIF"), [0, 0, 0]),
+        ("a.jpg", pillow("CMYK", "JPEG", color=(0, 0, 0, 0)), [255, 255, 255]),
+        ("a.png", pillow("RGBA", "PNG", color=(9, 9, 9, 0)), [255, 255, 255]),
+        ("a.png", pillow("LA", "PNG", color=(9, 0)), [255, 255, 255]),
+        ("a.webp", animation, [255, 0, 0]),
+        ("a.gif", animation, [255, 0, 0]),
+        ("a.avif", pillow("RGB", "AVIF", color=(0, 0, 0)), [0, 0, 0]),
+        ("a.png", deep, "more than 8 bits a channel; convert it"),
+        ("a.tif", pillow("LAB", "TIFF"), "colour mode LAB; convert it"),
+        ("a.png", bomb, "is not readable .*decompression bomb"),
+        ("a.png", lambda path: path.write_bytes(b""), "is not readable .it has 0 bytes"),
+        ("a.jpg", lambda path: path.write_bytes(b"<!DOCTYPE html>"), "is not readable .Pillow knows no such format"),
+        ("a.png", lambda path: path.write_bytes(content(0)[:100]), "is not readable"),
+    ],
+)
+def test_the_table_of_images_that_are_not_plain(tmp_path, name, make, expected):
+    """A row of docs/own_data.md each."""
+    make(tmp_path / name)
+    source = open_images(str(tmp_path))
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            source.image(0)
+        return
+    pixel = prepare(source.image(0), 8, 3, "crop")[4, 4].astype(int)
+    assert np.abs(pixel - expected).max() <= 2

@@ -13,13 +13,13 @@ from ldt import log
 from ldt.data.images import prepare
 from ldt.data.images.chosen import Chosen
 from ldt.data.images.members import Fields
-from ldt.data.images.open import open_images
+from ldt.data.images.open import index_share, open_images
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles, open_latents
 from ldt.data.shard_files import VALIDATION
 from ldt.data.shards.layout import Layout
 from ldt.data.split import Split
-from ldt.dist import World, all_gather
+from ldt.dist import World, all_gather, together
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
@@ -59,6 +59,8 @@ class Plan:
         else:
             wanted = config.images
             fields = Fields(wanted.label, wanted.caption)
+            if world.size > 1:
+                together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
             self.images = open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn")
             self.image_size = wanted.size
             self.autoencoder.check_size(self.image_size, self.image_size)

@@ -85,6 +85,16 @@ class ArchiveImages(ListedImages):
         self._blobs, self._zipped, self._caption_key = blobs, zipped, caption
         super().__init__(where, table, beside)
 
+    def remarks(self) -> list[str]:
+        """Also of names that are in several files: the same images may be in the set twice."""
+        twice = self.names.repeated() if len(self._blobs) > 1 else []
+        if not twice:
+            return super().remarks()
+        return [
+            *super().remarks(),
+            f"{len(twice):,} names stand in several files, such as {self.names[twice[0]]}: is an image there twice?",
+        ]
+
     def name(self, i: int) -> str:
         return f"{self._blob(i).name}/{self.names[i]}"
 

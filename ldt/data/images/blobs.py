@@ -9,7 +9,6 @@ import glob
 import io
 import os
 import re
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,21 +45,20 @@ class Blob:
 
 
 class LocalBlob(Blob):
-    """A file on a disk of this machine."""
+    """A file on a disk of this machine, opened for each read: there may be more shards than a process may open."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY)
-            stat = os.fstat(self._fd)
+            stat = path.stat()
         except OSError as error:
             raise file_error(f"file {path}", error, "check it") from None
-        weakref.finalize(self, os.close, self._fd)
         self.size, self.stamp = stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}"
 
     def _read(self, offset: int, size: int) -> bytes:
         try:
-            return os.pread(self._fd, size, offset)
+            with open(self.name, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise file_error(f"file {self.name}", error, "check its disk") from None
 

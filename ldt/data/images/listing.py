@@ -45,6 +45,16 @@ class Names:
 
     def order(self) -> Ints:
         """The permutation that sorts them, by bytes, which is the order of their characters."""
+        return np.argsort(self._padded(), kind="stable")
+
+    def repeated(self) -> list[int]:
+        """The places of names that another one before them is equal to."""
+        padded = self._padded()
+        order = np.argsort(padded, kind="stable")
+        return np.sort(order[1:][padded[order][1:] == padded[order][:-1]]).tolist()
+
+    def _padded(self) -> NDArray[np.bytes_]:
+        """All names, each as long as the longest."""
         size_n = np.diff(self.end_n, prepend=0)
         width = max(int(size_n.max(initial=1)), 1)
         padded = np.zeros((len(self), width), np.uint8)
@@ -54,7 +64,7 @@ class Names:
             start = int(self.end_n[first] - size_n[first])
             mask = np.arange(width) < sizes[:, None]
             padded[first : first + CHUNK][mask] = content[start : start + int(sizes.sum())]
-        return np.argsort(padded.view(f"S{width}")[:, 0], kind="stable")
+        return padded.view(f"S{width}")[:, 0]
 
     def take(self, order: Ints) -> "Names":
         """These, in another order."""

@@ -50,6 +50,14 @@ def open_images(
     return source
 
 
+def index_share(path: str, fields: Fields, index_dir: str, rank: int, ranks: int) -> None:
+    """Index this rank's share of the files, so that all find their indexes when they open the images."""
+    if path.startswith("embedded:"):
+        return
+    opened = _in_parallel(blobs.open_blob, _files(path)[rank::ranks])
+    _in_parallel(lambda blob: _index(blob, kind_of(blob), fields, index_dir), opened)
+
+
 def open_encoded(recipe: dict[str, Any]) -> ImageSource:
     """The images that data with this recipe were encoded from; `InputError` where they can't be told any more."""
     if recipe.get("unreadable images left out"):
@@ -163,7 +171,7 @@ def _index(blob: Blob, kind: str, fields: Fields, index_dir: str) -> Table:
     file = Path(index_dir).expanduser() / f"{xxhash.xxh3_128_hexdigest(key.encode('utf-8', 'surrogateescape'))}.npz"
     try:
         return Table.from_bytes(file.read_bytes())
-    except (OSError, ValueError, KeyError, EOFError, TypeError):  # not there, or damaged: it is made again
+    except Exception:  # not there, or damaged, over which numpy and zipfile raise a dozen types: it is made again
         table = INDEXERS[kind](blob, fields)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,5 +183,5 @@ def _index(blob: Blob, kind: str, fields: Fields, index_dir: str) -> Table:
 
 def _in_parallel(action, items):  # type: ignore[no-untyped-def]
     """The action of each item, in their order; the first error in that order is raised."""
-    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(action, items))
