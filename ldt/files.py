@@ -103,8 +103,13 @@ def class_names(directory: Path, largest: int) -> list[str]:
     path = directory / "classes.txt"
     if not path.exists():
         return [str(i) for i in range(largest + 1)]
+    return named_classes(path.read_bytes(), str(path), largest)
+
+
+def named_classes(content: bytes, path: str, largest: int) -> list[str]:
+    """The lines of a list of class names, which must be at least `largest` + 1 and all different."""
     try:
-        names = path.read_text("utf-8").splitlines()
+        names = content.decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; write it again, one class name a line") from None
     if len(names) <= largest:

@@ -14,10 +14,10 @@ from ldt.paths import usable_path
 from ldt.submit import SubmitJob
 
 NOT_PATHS = {
-    "accept_changes", "checkpoint", "classes", "cluster", "gpus", "latent", "metrics", "micro_batch", "model", "name",
-    "prompts", "slurm",
+    "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "label", "latent",
+    "metrics", "micro_batch", "model", "name", "prompts", "slurm",
 }  # fmt: skip
-REMOTE = {"data.path", "data.sources.NAME.path"}
+REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
 
 
 def string_keys(schema, prefix=""):
@@ -59,7 +59,8 @@ def setting(job, key, value):
         wanted = ["runs=[x]"] if key == "output" else []
     value = f"[{value}]" if key == "runs" else value
     fit = ["evaluate.fit=crop"] if key == "evaluate.reference" else []
-    return [*wanted, f"{key}={value}", *fit]
+    scale = [f"{key}_scale=1.5"] if key.endswith("guide") else []
+    return [*wanted, f"{key}={value}", *fit, *scale]
 
 
 def value_of(built, key):

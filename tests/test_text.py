@@ -157,7 +157,7 @@ def test_mistakes_of_encoding_are_named(root, tmp_path, capsys):
     assert "has no captions for text.encoder=bytes; put x.txt beside x.png" in capsys.readouterr().err
     (bare / "0.txt").write_bytes(b"\xff\xfe")
     assert encode(root, tmp_path / "b", f"images.path={bare}") == 2
-    assert "0.txt is not UTF-8 text" in capsys.readouterr().err
+    assert "0.png is not UTF-8 text" in capsys.readouterr().err
     assert encode(root, tmp_path / "c", "text.encoder=models/none") == 2
     assert "text encoder models/none needs transformers; pip install ldt-train[text]" in capsys.readouterr().err
 

@@ -10,14 +10,23 @@ from ldt.errors import InputError
 
 @dataclass
 class ImagesConfig:
-    """`path`: a directory with one sub-directory a class, a .tar of the same, or embedded:fashion_mnist.
+    """`path`: a directory with one sub-directory a class; tar, zip or parquet files or MDS shards, by name, directory
+    or pattern (`shards/{00000..00999}.tar`), local or at an fsspec address; or embedded:fashion_mnist.
 
     `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
+    `label`, `caption`: the ending of a member, the key of a .json, or the column that they come from; empty for what is
+    usual. `exif`: ignore, or turn images as cameras say. `on_error`: stop at an unreadable image, or skip it; then all
+    are looked at first. `index_dir`: where the indexes of files are kept.
     """
 
-    path: str = path_field()
+    path: str = path_field(remote=True)
     size: int = 0
     fit: str = choice("crop", "pad")
+    label: str = ""
+    caption: str = ""
+    exif: str = choice("ignore", "turn")
+    on_error: str = choice("stop", "skip")
+    index_dir: str = path_field("~/.cache/ldt/images")
 
 
 @dataclass

@@ -31,6 +31,7 @@ from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
+LEFT_OUT = "left_out.jsonl"  # images that could not be read, and why
 
 BLOCK_NUMBERS = 1 << 25  # whose float64 copies are in memory at a time
 
@@ -40,7 +41,7 @@ class Encoder:
 
     def __init__(self, config: EncodeJob, world: World) -> None:
         self.config, self.world, self.output = config, world, Path(config.output)
-        self.plan = Plan(config, world.device)
+        self.plan = Plan(config, world)
 
     def run(self) -> None:
         complete = on_rank_zero(self.world, self._claim_output)
@@ -72,6 +73,12 @@ class Encoder:
         )
         if self.plan.text and images.captioned < len(images):
             logger.warning("%s of %s images have a caption", f"{images.captioned:,}", f"{len(images):,}")
+        if self.plan.unreadable:
+            logger.warning(
+                "%s could not be read and are left out: %s",
+                f"{len(self.plan.unreadable):,} images",
+                self.output / LEFT_OUT,
+            )
         for remark in images.remarks():
             logger.warning("%s", remark)
 
@@ -111,6 +118,9 @@ class Encoder:
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output={self.output} can't be made ({error.strerror}); choose another place") from None
+        lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in self.plan.unreadable]
+        if lines:
+            write_atomic(self.output / LEFT_OUT, "".join(lines).encode())
         write_atomic(marker, json.dumps(self.plan.recipe(), indent=1).encode())
         return False
 

@@ -9,13 +9,17 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from ldt import log
 from ldt.data.images import prepare
-from ldt.data.images.open import open_images
+from ldt.data.images.chosen import Chosen
+from ldt.data.images.members import Fields
+from ldt.data.images.open import index_share, open_images
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles, open_latents
 from ldt.data.shard_files import VALIDATION
 from ldt.data.shards.layout import Layout
 from ldt.data.split import Split
+from ldt.dist import World, all_gather, together
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
@@ -38,10 +42,11 @@ class Unit:
 class Plan:
     """The images or latents, the networks that they go through, and which sample becomes which place of which shard."""
 
-    def __init__(self, config: EncodeJob, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, config: EncodeJob, world: World) -> None:
+        self.config, device = config, world.device
         self.autoencoder = Autoencoder.load(config.autoencoder).to(device)
         self.images: ImageSource | LatentFiles
+        self.unreadable: list[tuple[str, str]] = []
         if config.latents:
             self.images = open_latents(config.latents, config.latents_scale, config.latents_second)
             shape = self.images.latent_shape
@@ -52,10 +57,17 @@ class Plan:
                 )
             self.image_size = shape[1] * self.autoencoder.downsample
         else:
-            self.images, self.image_size = open_images(config.images.path), config.images.size
+            wanted = config.images
+            fields = Fields(wanted.label, wanted.caption)
+            if world.size > 1:
+                together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
+            self.images = open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn")
+            self.image_size = wanted.size
             self.autoencoder.check_size(self.image_size, self.image_size)
             down = self.autoencoder.downsample
             shape = (self.autoencoder.latent_channels, self.image_size // down, self.image_size // down)
+            if wanted.on_error == "skip":
+                self._leave_out_unreadable(world)
         encoder = config.text.encoder
         self.text = load_text_encoder(encoder, config.text.length, device) if encoder else None
         text_shape = self.text.shape if self.text else None
@@ -71,6 +83,23 @@ class Plan:
                 "x.txt beside x.png, or leave text.encoder empty"
             )
 
+    def _leave_out_unreadable(self, world: World) -> None:
+        """Look at every image, all ranks together, and go on without those that can't be encoded."""
+        mine: list[tuple[int, str]] = []
+        numbers = range(world.rank, len(self.images), world.size)
+        with log.progress(len(self.images), "img", "look", show=world.rank == 0) as bar:
+            for number in numbers:
+                try:
+                    self.content(number)
+                except InputError as error:
+                    mine.append((number, str(error)))
+                bar.update(world.size)
+        bad = sorted(entry for part in all_gather(mine) for entry in part)
+        assert isinstance(self.images, ImageSource)
+        self.unreadable = [(self.images.key(number), reason) for number, reason in bad]
+        if bad:
+            self.images = Chosen(self.images, [number for number, _ in bad])
+
     def recipe(self) -> dict[str, Any]:
         """All that decides what the files hold."""
         config = self.config
@@ -79,10 +108,17 @@ class Plan:
             latents["latents_second"] = config.latents_second
         text = {"text": describe(self.text)} if self.text else {}
         whitening = {"whitening": "element"} if config.whitening == "element" else {}
+        chosen = {
+            f"images.{k}": v for k in ("label", "caption", "exif", "on_error") if (v := getattr(config.images, k))
+        }
+        chosen = {k: v for k, v in chosen.items() if v not in ("ignore", "stop")}  # the defaults are not written
+        left_out = {"unreadable images left out": len(self.unreadable)} if config.images.on_error == "skip" else {}
         return {
             **latents,
             **text,
             **whitening,
+            **chosen,
+            **left_out,
             "images.path": config.images.path,
             "images.size": config.images.size,
             "images.fit": config.images.fit,

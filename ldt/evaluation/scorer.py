@@ -20,6 +20,7 @@ from ldt.checkpoint.load import Loaded
 from ldt.checkpoint.manifest import versions
 from ldt.cluster.gpus import use_device
 from ldt.config import to_dict
+from ldt.data.images import ImageSource, open_encoded
 from ldt.data.shards.manifest import read_head
 from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError
@@ -58,6 +59,7 @@ SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0}
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
     """Statistics of the real images to compare with."""
     path, fit = config.reference, config.fit
+    images: str | ImageSource = path
     if path.endswith(".npz"):
         return load_reference(Path(path), detector)
     if not is_images(path):
@@ -78,7 +80,7 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
                 f"the data in {shards} do not say which images they were encoded from; give evaluate.reference and "
                 "evaluate.fit"
             )
-        path, fit = recipe["images.path"], recipe["images.fit"]
+        images, fit = open_encoded(recipe), recipe["images.fit"]
     spec = loaded.spec
     if spec.latent_shape[1] != spec.latent_shape[2]:
         raise InputError(
@@ -86,7 +88,7 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
             "images to compare with are cropped to squares; give an .npz of statistics as evaluate.reference"
         )
     cache_dir = Path(config.cache_dir).expanduser()
-    return reference_of_images(path, spec.image_size, spec.image_channels, fit, detector, cache_dir, world)
+    return reference_of_images(images, spec.image_size, spec.image_channels, fit, detector, cache_dir, world)
 
 
 def score_once(

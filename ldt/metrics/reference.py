@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ldt import log
 from ldt.data.images import prepare
 from ldt.data.images.open import open_images
+from ldt.data.images.source import ImageSource
 from ldt.dist import World, barrier, broadcast, in_block_order
 from ldt.errors import InputError
 from ldt.files import load_npy, parse_json, replacing, schema_error
@@ -73,13 +74,13 @@ class Reference:
 
 
 def reference_of_images(
-    path: str, size: int, channels: int, fit: str, detector: Detector, cache_dir: Path, world: World
+    path: str | ImageSource, size: int, channels: int, fit: str, detector: Detector, cache_dir: Path, world: World
 ) -> Reference:
-    """Statistics of all images under `path` (see `open_images`), prepared as for encoding; the ranks share the work.
+    """Statistics of all images of a source or at its path, prepared as for encoding; the ranks share the work.
 
     `fit` is `crop` (ADM's centre crop) or `pad`. Pixels are hashed on every call, features computed once.
     """
-    source = open_images(path)
+    source = open_images(path) if isinstance(path, str) else path
 
     def images(k: int) -> NDArray[np.uint8]:
         ids = range(k * BLOCK, min((k + 1) * BLOCK, len(source)))
@@ -99,7 +100,13 @@ def reference_of_images(
                 bar.update(BLOCK * world.size)
         barrier()
         if world.rank == 0:
-            made_by = {"images": path, "size": size, "channels": channels, "fit": fit, "detector": detector.name}
+            made_by = {
+                "images": path if isinstance(path, str) else path.name(0),
+                "size": size,
+                "channels": channels,
+                "fit": fit,
+                "detector": detector.name,
+            }
             _save(file, store, blocks, detector, made_by | {"hash": digest.hexdigest()})
             store.remove()
     # rank 0 hands its own around: the others may see another file system

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldt import log
 from ldt.data.images import prepare
-from ldt.data.images.open import open_images
+from ldt.data.images.open import open_encoded
 from ldt.data.images.source import ImageSource
 from ldt.data.shards.manifest import read_head
 from ldt.data.split import Split
@@ -133,7 +133,7 @@ def open_real(run: History) -> RealImages:
         recipe = head.get("recipe") or {}
         if "images.path" not in recipe:
             raise Unavailable(f"the data in {path} do not say which images they were encoded from")
-        source = open_images(recipe["images.path"])
+        source = open_encoded(recipe)
         encoded = recipe.get("number of images", len(source))
         if encoded != len(source):  # which of them were held out is no longer known
             raise Unavailable(f"{recipe['images.path']} has {len(source)} images now, of the {encoded} encoded")

@@ -2,7 +2,8 @@
 
 from ldt.data.images.decode import prepare
 from ldt.data.images.embedded import EMBEDDED, FashionMNIST
-from ldt.data.images.open import open_images
+from ldt.data.images.members import Fields
+from ldt.data.images.open import open_encoded, open_images
 from ldt.data.images.source import ImageSource
 
-__all__ = ["EMBEDDED", "FashionMNIST", "ImageSource", "open_images", "prepare"]
+__all__ = ["EMBEDDED", "FashionMNIST", "Fields", "ImageSource", "open_encoded", "open_images", "prepare"]

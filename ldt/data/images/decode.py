@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ldt.errors import InputError
 
@@ -47,6 +47,13 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     if image.format == "PPM":
         return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
     return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF says."""
+    turned = ImageOps.exif_transpose(image)
+    assert turned is not None  # it is, only where asked to work in place
+    return turned
 
 
 def prepare(image: Image.Image, size: int, channels: int, fit: str) -> NDArray[np.uint8]:

@@ -1,97 +1,183 @@
-"""A list of images as arrays: some 70 bytes an image with its name, so that ten million fit into memory.
+"""A list of images as arrays: about 80 bytes an image with its name, so that ten million fit into memory.
 
-Nothing here is a Python object an image: names lie one after another in one block of bytes.
+Nothing here is a Python object an image: names lie one after another in one block of bytes, numbers in arrays.
 """
 
+import io
+import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+NUMBERS = ("size", "offset", "stored", "caption_offset", "caption_size", "caption_form", "part")
+"""size: bytes of an image; offset: where it begins in its file; stored: how many bytes it has there where it is
+deflated, −1 where it lies as it is; caption_*: the same of its caption, offset −1 where there is none, form: as its
+source defines it; part: in which of several files. Parquet has row groups for offsets and rows for `stored`."""
+CHUNK = 1 << 16
 
 
 class Names:
     """Names in one block of bytes, UTF-8 with what is none of it kept as it is."""
 
-    def __init__(self, content: bytes | bytearray, end_n: NDArray[np.int64]) -> None:
-        self._content, self._end_n = content, end_n
+    def __init__(self, content: bytes | bytearray, end_n: Ints) -> None:
+        self.content, self.end_n = content, end_n
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Names":
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        return cls(b"".join(encoded), np.cumsum([len(e) for e in encoded], dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self._end_n)
+        return len(self.end_n)
 
     def __getitem__(self, i: int) -> str:
-        start = int(self._end_n[i - 1]) if i else 0
-        return bytes(self._content[start : int(self._end_n[i])]).decode("utf-8", "surrogateescape")
+        start = int(self.end_n[i - 1]) if i else 0
+        return bytes(self.content[start : int(self.end_n[i])]).decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
-    @property
-    def content(self) -> bytes | bytearray:
-        return self._content
-
-    def order(self) -> NDArray[np.int64]:
+    def order(self) -> Ints:
         """The permutation that sorts them, by bytes, which is the order of their characters."""
-        size_n = np.diff(self._end_n, prepend=0)
-        padded = np.zeros((len(self), int(size_n.max(initial=1))), np.uint8)
-        padded[np.arange(padded.shape[1]) < size_n[:, None]] = np.frombuffer(self._content, np.uint8)
-        return np.argsort(padded.view(f"S{padded.shape[1]}")[:, 0], kind="stable")
+        return np.argsort(self._padded(), kind="stable")
 
-    def take(self, order: NDArray[np.int64]) -> "Names":
+    def repeated(self) -> list[int]:
+        """The places of names that another one before them is equal to."""
+        padded = self._padded()
+        order = np.argsort(padded, kind="stable")
+        return np.sort(order[1:][padded[order][1:] == padded[order][:-1]]).tolist()
+
+    def _padded(self) -> NDArray[np.bytes_]:
+        """All names, each as long as the longest."""
+        size_n = np.diff(self.end_n, prepend=0)
+        width = max(int(size_n.max(initial=1)), 1)
+        padded = np.zeros((len(self), width), np.uint8)
+        content = np.frombuffer(self.content, np.uint8)
+        for first in range(0, len(self), CHUNK):  # a mask of all at once would be as large again
+            sizes = size_n[first : first + CHUNK]
+            start = int(self.end_n[first] - size_n[first])
+            mask = np.arange(width) < sizes[:, None]
+            padded[first : first + CHUNK][mask] = content[start : start + int(sizes.sum())]
+        return padded.view(f"S{width}")[:, 0]
+
+    def take(self, order: Ints) -> "Names":
         """These, in another order."""
-        size_n = np.diff(self._end_n, prepend=0)[order]
-        start_n = np.concatenate([[0], self._end_n[:-1]])[order]
+        size_n = np.diff(self.end_n, prepend=0)[order]
+        start_n = np.concatenate([[0], self.end_n[:-1]])[order] if len(self) else self.end_n
         out = bytearray()
         for start, size in zip(start_n.tolist(), size_n.tolist(), strict=True):
-            out += self._content[start : start + size]
+            out += self.content[start : start + size]
         return Names(out, np.cumsum(size_n))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Names"]) -> "Names":
+        starts = np.cumsum([0, *(len(p.content) for p in parts)])
+        ends = [p.end_n + start for p, start in zip(parts, starts.tolist(), strict=False)]
+        return cls(b"".join(bytes(p.content) for p in parts), np.concatenate(ends))
+
+
+@dataclass
+class Table:
+    """Images that were found. label_n: of the class in `classes`; numbers: arrays named by `NUMBERS`.
+
+    left_out: how many files of which kind are no images; barren: first-level directories that hold only such files;
+    facts: whatever else the finder has to say.
+    """
+
+    names: Names
+    label_n: NDArray[np.int32]
+    classes: list[str]
+    numbers: dict[str, Ints]
+    left_out: Counter[str] = field(default_factory=Counter)
+    barren: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, order: Ints) -> "Table":
+        """These, in another order, or some of them."""
+        numbers = {name: column[order] for name, column in self.numbers.items()}
+        rest = (self.left_out, self.barren, self.facts)
+        return Table(self.names.take(order), self.label_n[order], self.classes, numbers, *rest)
+
+    def sorted(self) -> "Table":
+        """By name."""
+        return self.take(self.names.order())
+
+    def to_bytes(self) -> bytes:
+        """As an .npz, which `from_bytes` reads."""
+        out = io.BytesIO()
+        rest = {"classes": self.classes, "left_out": self.left_out, "barren": self.barren, "facts": self.facts}
+        np.savez(
+            out,
+            names=np.frombuffer(self.names.content, np.uint8),
+            ends=self.names.end_n,
+            labels=self.label_n,
+            rest=np.frombuffer(json.dumps(rest).encode(), np.uint8),
+            **self.numbers,  # type: ignore[arg-type]
+        )
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Table":
+        """ValueError, KeyError or the like for what `to_bytes` did not write."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as held:
+            rest = json.loads(held["rest"].tobytes())
+            numbers = {name: held[name] for name in NUMBERS}
+            names = Names(held["names"].tobytes(), held["ends"])
+            left_out = Counter(rest["left_out"])
+            return cls(names, held["labels"], rest["classes"], numbers, left_out, rest["barren"], rest["facts"])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Table"]) -> "Table":
+        """Those of several files, one after another; `part` says which."""
+        classes: dict[str, int] = {}
+        labels = []
+        for part in parts:
+            renumber = np.array([classes.setdefault(c, len(classes)) for c in part.classes] or [0], np.int32)
+            labels.append(renumber[part.label_n])
+        numbers = {name: np.concatenate([p.numbers[name] for p in parts]) for name in NUMBERS}
+        numbers["part"] = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+        left_out: Counter[str] = sum((p.left_out for p in parts), Counter())
+        barren = sorted({name for p in parts for name in p.barren} - {*classes})
+        names = Names.joined([p.names for p in parts])
+        return cls(names, np.concatenate(labels), [*classes], numbers, left_out, barren)
 
 
 class Listing:
-    """Images as they are found. label: of the class in `classes`, in the order of appearance; size −1: not looked at.
-
-    left_out: how many files of which kind are no images; barren: first-level directories that hold only such files.
-    """
+    """A `Table` in the making."""
 
     def __init__(self) -> None:
-        self._names, self._ends = bytearray(), array("q")
-        self._labels, self._sizes, self._offsets = array("i"), array("q"), array("q")
-        self._captions = array("q")  # offset and size of each, −1 and 0 where there is none
-        self.classes: dict[str, int] = {}
+        self._names, self._ends, self._labels = bytearray(), array("q"), array("i")
+        self._numbers = {name: array("q") for name in NUMBERS}
+        self._classes: dict[str, int] = {}
         self.left_out: Counter[str] = Counter()
         self.barren: list[str] = []
 
-    def add(self, name: str, class_: str, size: int = -1, offset: int = 0, caption: tuple[int, int] = (-1, 0)) -> None:
+    def add(
+        self, name: str, class_: str, size: int = -1, offset: int = 0, stored: int = -1,
+        caption: tuple[int, int, int] = (-1, 0, 0),
+    ) -> None:  # fmt: skip
         self._names += name.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._names))
-        self._labels.append(self.classes.setdefault(class_, len(self.classes)))
-        self._sizes.append(size)
-        self._offsets.append(offset)
-        self._captions.extend(caption)
-
-    def leave_out(self, kind: str) -> None:
-        self.left_out[kind] += 1
+        self._labels.append(self._classes.setdefault(class_, len(self._classes)))
+        for column, value in zip(NUMBERS, (size, offset, stored, *caption, 0), strict=True):
+            self._numbers[column].append(value)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def names(self) -> Names:
-        return Names(self._names, np.array(self._ends, np.int64))
-
-    @property
-    def label_n(self) -> NDArray[np.int32]:
-        return np.array(self._labels, np.int32)
-
-    @property
-    def size_n(self) -> NDArray[np.int64]:
-        return np.array(self._sizes, np.int64)
-
-    @property
-    def offset_n(self) -> NDArray[np.int64]:
-        return np.array(self._offsets, np.int64)
-
-    @property
-    def caption_n2(self) -> NDArray[np.int64]:
-        return np.array(self._captions, np.int64).reshape(-1, 2)
+    def table(self) -> Table:
+        """What was added, in that order."""
+        numbers = {name: np.array(column, np.int64) for name, column in self._numbers.items()}
+        names = Names(bytes(self._names), np.array(self._ends, np.int64))
+        return Table(
+            names, np.array(self._labels, np.int32), [*self._classes], numbers, self.left_out, sorted(self.barren)
+        )

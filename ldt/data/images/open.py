@@ -1,28 +1,187 @@
-"""The images at a path."""
+"""The images at a path: which kind of source it is, and its index, made once and kept."""
 
-import tarfile
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import xxhash
+
+from ldt import log
+from ldt.data.images import archives, blobs, mds_images, parquet
+from ldt.data.images.blobs import Blob
 from ldt.data.images.embedded import EMBEDDED, FashionMNIST
-from ldt.data.images.files import ImageFolder, ImageTar
+from ldt.data.images.folder import ImageFolder
+from ldt.data.images.listing import Table
+from ldt.data.images.members import USUAL, Fields
 from ldt.data.images.source import ImageSource
-from ldt.errors import InputError, file_error
+from ldt.errors import InputError, RunError, file_error
+from ldt.files import write_atomic
+from ldt.paths import is_remote
+
+logger = log.get_logger(__name__)
+VERSION = 1  # of what an index holds
+THREADS = 8
+INDEXERS: dict[str, Callable[[Blob, Fields], Table]] = {
+    "tar": archives.index_tar,
+    "zip": archives.index_zip,
+    "parquet": parquet.index_parquet,
+    "mds": mds_images.index_mds,
+}
+MAGIC = {"zip": (b"PK\3\4", b"PK\5\6"), "parquet": (b"PAR1",)}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".mds.zstd", ".mds.gz", ".zst")
 
 
-def open_images(path: str) -> ImageSource:
-    """The images at a path: a directory, a .tar file, or `embedded:fashion_mnist`."""
+def open_images(
+    path: str,
+    fields: Fields = USUAL,
+    index_dir: str = "",
+    turn: bool = False,
+) -> ImageSource:
+    """The images at a path (docs/own_data.md lists what it may be).
+
+    fields: where labels and captions come from. index_dir: where the indexes of files are kept, empty for nowhere.
+    turn: turn images as their EXIF says.
+    """
+    source = _open(path, fields, index_dir)
+    source.turn = turn
+    return source
+
+
+def index_share(path: str, fields: Fields, index_dir: str, rank: int, ranks: int) -> None:
+    """Index this rank's share of the files, so that all find their indexes when they open the images."""
+    if path.startswith("embedded:"):
+        return
+    opened = _in_parallel(blobs.open_blob, _files(path)[rank::ranks])
+    _in_parallel(lambda blob: _index(blob, kind_of(blob), fields, index_dir), opened)
+
+
+def open_encoded(recipe: dict[str, Any]) -> ImageSource:
+    """The images that data with this recipe were encoded from; `InputError` where they can't be told any more."""
+    if recipe.get("unreadable images left out"):
+        raise InputError(
+            f"the data were encoded without the unreadable images of {recipe['images.path']}; give images that can all "
+            "be read"
+        )
+    fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
+    return open_images(recipe["images.path"], fields, turn=recipe.get("images.exif") == "turn")
+
+
+def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
     if path == EMBEDDED:
         return FashionMNIST()
     if path.startswith("embedded:"):
         raise InputError(f"there is no embedded image set {path}; the only one is {EMBEDDED}")
+    files = _files(path)
+    if not files:
+        return ImageFolder(Path(path), fields)
+    opened = _in_parallel(blobs.open_blob, files)
+    kinds = [kind_of(blob) for blob in opened]
+    if len(set(kinds)) > 1:
+        other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+        raise InputError(
+            f"{path} mixes kinds of files: {files[0]} ({kinds[0]}) and {files[other]} ({kinds[other]}); give one kind "
+            "by a pattern such as *.tar"
+        )
+    kind = kinds[0]
+    tables = _in_parallel(lambda blob: _index(blob, kind, fields, index_dir), opened)
+    return _source(path, kind, opened, tables, fields)
+
+
+def _source(path: str, kind: str, opened: list[Blob], tables: list[Table], fields: Fields) -> ImageSource:
+    beside = opened[0].name.rpartition("/")[0] or "."
+    table = Table.joined(tables)
+    if kind == "parquet":
+        table.facts = parquet.same_facts(opened, tables)
+        return parquet.ParquetImages(path, opened, table, beside)
+    table.facts = dict(tables[0].facts)
+    for blob, one in zip(opened, tables, strict=True):
+        if one.facts["labels"] != table.facts["labels"] and len(one):
+            raise InputError(f"{blob.name} has no labels like those of {opened[0].name}; give files of one data set")
+    if kind == "mds":
+        return mds_images.MDSImages(path, opened, table, beside)
+    if len(opened) > 1:
+        table.facts["dataset.json"] = []
+    return archives.ArchiveImages(path, opened, table, beside, kind == "zip", fields.caption)
+
+
+def _files(path: str) -> list[str]:
+    """The files that hold the images of a path; none for a directory that holds them itself."""
+    if blobs.is_pattern(path):
+        return blobs.expand(path)
+    if is_remote(path):
+        inside = [p for p in blobs.list_directory(path) if p.endswith(tuple(f".{kind}" for kind in INDEXERS))]
+        return inside or [path]
     where = Path(path)
     if not where.exists():
-        raise InputError(f"image path {path} does not exist; give a directory of images, a .tar file or {EMBEDDED}")
-    if where.is_dir():
-        return ImageFolder(where)
+        raise InputError(
+            f"image path {path} does not exist; give a directory of images, a tar, zip or parquet file, or {EMBEDDED}"
+        )
+    if not where.is_dir():
+        return [path]
     try:
-        if tarfile.is_tarfile(where):
-            return ImageTar(where)
+        names = sorted(n for n in os.listdir(where) if not n.startswith("."))
     except OSError as error:
-        raise file_error(f"image path {path}", error, "check it") from None
-    raise InputError(f"image path {path} is neither a directory nor a tar file; give one of these, or {EMBEDDED}")
+        raise file_error(f"directory {path}", error, "check it") from None
+    if any((where / n).is_dir() for n in names):  # img2dataset's parquet files lie beside its directories
+        return []
+    held = {kind: [n for n in names if n.endswith(f".{kind}")] for kind in INDEXERS}
+    if held["tar"] and held["parquet"]:  # img2dataset's, of what it has loaded
+        held["parquet"] = []
+    found = [f"{path}/{n}" for kind in INDEXERS for n in held[kind]]
+    if class_tar := next((n for n in names if re.fullmatch(r"n\d{8}\.tar", n)), ""):  # ImageNet's, each of one class
+        raise InputError(f"{path} holds archives such as {class_tar}, no images; unpack each as its class directory")
+    packed = next((n for n in names if n.endswith(COMPRESSED)), "")
+    if packed and not found:
+        raise InputError(f"{path} holds compressed files such as {packed}; unpack them to .tar or .mds first")
+    return found
+
+
+def kind_of(blob: Blob) -> str:
+    """tar, zip, parquet or mds, by what a file begins with, and for MDS by its name."""
+    head = blob.read(0, min(blob.size, 512))
+    for kind, marks in MAGIC.items():
+        if head.startswith(marks):
+            return kind
+    if head[257:262] == b"ustar" or (blob.name.endswith(".tar") and not head.strip(b"\0")):
+        return "tar"
+    if blob.name.endswith(".mds"):
+        return "mds"
+    if blob.name.endswith(".tar") or _is_old_tar(head):
+        return "tar"
+    raise InputError(
+        f"image path {blob.name} is neither a directory nor a tar, zip or parquet file or an MDS shard (it begins with "
+        f"{head[:16]!r}); give one of these, or {EMBEDDED}"
+    )
+
+
+def _is_old_tar(head: bytes) -> bool:
+    """Whether a block is the header of a tar file from before ustar: its checksum is right."""
+    digits = head[148:156].strip(b"\0 ")
+    return len(head) == 512 and digits.isdigit() and sum(head[:148]) + 8 * 32 + sum(head[156:]) == int(digits, 8)
+
+
+def _index(blob: Blob, kind: str, fields: Fields, index_dir: str) -> Table:
+    """The index of a file: from the directory of indexes, or made and put there."""
+    if not index_dir:
+        return INDEXERS[kind](blob, fields)
+    key = f"{VERSION} {os.path.abspath(blob.name) if not is_remote(blob.name) else blob.name} {blob.stamp} {fields}"
+    file = Path(index_dir).expanduser() / f"{xxhash.xxh3_128_hexdigest(key.encode('utf-8', 'surrogateescape'))}.npz"
+    try:
+        return Table.from_bytes(file.read_bytes())
+    except Exception:  # not there, or damaged, over which numpy and zipfile raise a dozen types: it is made again
+        table = INDEXERS[kind](blob, fields)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, table.to_bytes())
+    except (OSError, InputError, RunError) as error:  # it is a help, no more
+        logger.warning("the index of %s can't be kept (%s)", blob.name, error)
+    return table
+
+
+def _in_parallel(action, items):  # type: ignore[no-untyped-def]
+    """The action of each item, in their order; the first error in that order is raised."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(action, items))

@@ -10,13 +10,15 @@ class ImageSource(ABC):
     """Images with a class each. `classes` are names in label order; `len` is the number of images.
 
     left_out: how many files of which kind are there but no images of the set; barren: directories that would be a
-    class but hold only such files; captioned: how many images have a caption, empty ones included.
+    class but hold only such files; captioned: how many images have a caption, empty ones included. turn: images are
+    turned as their EXIF says.
     """
 
     classes: tuple[str, ...]
     left_out: Counter[str] = Counter()
     barren: tuple[str, ...] = ()
     captioned: int = 0
+    turn: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,0 +1,156 @@
+"""Images in tar and zip files, one or many, read in place: nothing is extracted."""
+
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+
+from ldt.data.images.blobs import Blob
+from ldt.data.images.listed import LABELS, ListedImages
+from ldt.data.images.listing import Table
+from ldt.data.images.members import JSON_VALUE, Fields, Members
+from ldt.errors import InputError
+from ldt.files import parse_json
+
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip file, APPNOTE 4.3.7
+
+
+def index_tar(blob: Blob, fields: Fields) -> Table:
+    """The images in a tar file, by one pass over it."""
+    members, seen = Members(blob.name, fields), 0
+    try:
+        with blob.stream() as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                seen = archive.offset
+                if member.issym() or member.islnk():
+                    raise InputError(
+                        f"{blob.name} has a link, {member.name}; make it with the files themselves (tar --dereference)"
+                    )
+                if member.offset_data + member.size > blob.size:
+                    raise InputError(f"{blob.name} is cut or damaged at byte {blob.size}; make the tar file again")
+                if member.isfile():
+                    name = relative(blob.name, member.name)
+                    read = _reader(blob, member.offset_data, member.size)
+                    members.add(name, member.offset_data, member.size, -1, read)
+            _check_end(blob, max(seen, archive.offset))
+    except tarfile.TarError as error:
+        raise InputError(f"{blob.name} is not a whole, uncompressed tar file ({error}); make it again") from None
+    return members.table()
+
+
+def index_zip(blob: Blob, fields: Fields) -> Table:
+    """The images in a zip file, by the directory at its end."""
+    members = Members(blob.name, fields)
+    try:
+        with blob.stream() as stream, zipfile.ZipFile(stream) as archive:
+            twice = {entry.filename for entry in archive.infolist()}
+            for entry in archive.infolist():
+                if entry.is_dir():
+                    continue
+                name = relative(blob.name, entry.filename)
+                if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise InputError(
+                        f"{blob.name}: {name} is encrypted or packed otherwise than by deflate; make the zip file again"
+                    )
+                if (entry.external_attr >> 16) & 0o170000 == 0o120000:
+                    raise InputError(f"{blob.name} has a link, {name}; make it with the files themselves")
+                stored = -1 if entry.compress_type == zipfile.ZIP_STORED else entry.compress_size
+                read = _zip_reader(blob, entry.header_offset, entry.file_size, stored)
+                members.add(name, entry.header_offset, entry.file_size, stored, read)
+            if len(twice) < len(archive.infolist()):
+                raise InputError(f"{blob.name} has members of the same name twice; make the zip file again")
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, NotImplementedError, struct.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{blob.name} is not a whole zip file ({error}); make it again") from None
+    return members.table()
+
+
+def relative(where: str, name: str) -> str:
+    """A member's name as a relative path; `InputError` for one that points outside."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts:
+        raise InputError(f"{where} has a member outside of the archive, {name}; make it with relative names")
+    return "/".join(p for p in parts if p not in (".", ""))
+
+
+class ArchiveImages(ListedImages):
+    """Images in tar or zip files."""
+
+    def __init__(
+        self, where: str, blobs: Sequence[Blob], table: Table, beside: str, zipped: bool, caption: str
+    ) -> None:
+        self._blobs, self._zipped, self._caption_key = blobs, zipped, caption
+        super().__init__(where, table, beside)
+
+    def remarks(self) -> list[str]:
+        """Also of names that are in several files: the same images may be in the set twice."""
+        twice = self.names.repeated() if len(self._blobs) > 1 else []
+        if not twice:
+            return super().remarks()
+        return [
+            *super().remarks(),
+            f"{len(twice):,} names stand in several files, such as {self.names[twice[0]]}: is an image there twice?",
+        ]
+
+    def name(self, i: int) -> str:
+        return f"{self._blob(i).name}/{self.names[i]}"
+
+    def content(self, i: int) -> bytes:
+        n = self.table.numbers
+        return self._read(self._blob(i), int(n["offset"][i]), int(n["size"][i]), int(n["stored"][i]))
+
+    def _caption(self, i: int) -> bytes:
+        n = self.table.numbers
+        stored, form = divmod(int(n["caption_form"][i]), 2)
+        content = self._read(self._blob(i), int(n["caption_offset"][i]), int(n["caption_size"][i]), stored - 1)
+        if form != JSON_VALUE:
+            return content
+        try:
+            return str(parse_json(content)[self._caption_key]).encode()
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"the .json beside {self.name(i)} has no readable {self._caption_key}; write it again"
+            ) from None
+
+    def _labels_file(self) -> bytes:
+        return self._read(self._blobs[0], *self.table.facts[LABELS])
+
+    def _blob(self, i: int) -> Blob:
+        return self._blobs[int(self.table.numbers["part"][i])]
+
+    def _read(self, blob: Blob, offset: int, size: int, stored: int) -> bytes:
+        return _zip_reader(blob, offset, size, stored)() if self._zipped else blob.read(offset, size)
+
+
+def _reader(blob: Blob, offset: int, size: int) -> Callable[[], bytes]:
+    return lambda: blob.read(offset, size)
+
+
+def _zip_reader(blob: Blob, offset: int, size: int, stored: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        header = LOCAL_HEADER.unpack(blob.read(offset, LOCAL_HEADER.size))
+        if header[0] != b"PK\3\4":
+            raise InputError(f"{blob.name} is damaged at byte {offset}; make the zip file again")
+        start = offset + LOCAL_HEADER.size + header[-2] + header[-1]
+        if stored < 0:
+            return blob.read(start, size)
+        try:
+            content = zlib.decompress(blob.read(start, stored), wbits=-15, bufsize=size)
+        except zlib.error as error:
+            raise InputError(f"{blob.name} is damaged at byte {offset} ({error}); make the zip file again") from None
+        if len(content) != size:
+            raise InputError(f"{blob.name} is damaged at byte {offset}; make the zip file again")
+        return content
+
+    return read
+
+
+def _check_end(blob: Blob, offset: int) -> None:
+    """A tar ends with blocks of zeros; where a header is cut or damaged, `tarfile` just stops there, silently."""
+    end = min(offset + tarfile.BLOCKSIZE, blob.size)
+    block = blob.read(offset, end - offset) if end > offset else b""
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise InputError(f"{blob.name} is cut or damaged at byte {offset}; make the tar file again")

@@ -1,0 +1,171 @@
+"""Images of a `Table`: their names, classes and captions, whatever holds them."""
+
+import re
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldt.data.images.decode import decode, upright
+from ldt.data.images.listing import Table
+from ldt.data.images.names import SUFFIXES
+from ldt.data.images.source import ImageSource
+from ldt.data.shards.remote import Remote
+from ldt.errors import InputError
+from ldt.files import MOST_CLASSES, class_names, named_classes, natural, parse_json
+from ldt.paths import is_remote
+
+SINGLE_CLASS = "images"
+LABELS = "dataset.json"
+IMG2DATASET = re.compile(r"\d{5,}(_stats\.json|\.parquet)")
+VALUE = "value"
+"""Of a table's facts `labels`: the classes are values given for each image, not the directories that they lie in."""
+
+
+class ListedImages(ImageSource):
+    """Images of a table, in its order. where: what the table is of; beside: the directory that may hold classes.txt."""
+
+    def __init__(self, where: str, table: Table, beside: str) -> None:
+        self.where, self.beside, self.table = where, beside, table
+        if not len(table):
+            there = ", ".join(f"{n:,} {kind}" for kind, n in table.left_out.most_common(5))
+            raise InputError(
+                f"{where} holds no images ({', '.join(sorted(SUFFIXES))}){f', but {there}' if there else ''}; put "
+                "images into a sub-directory a class"
+            )
+        self.names, self.left_out, self.barren = table.names, table.left_out, tuple(table.barren)
+        self.captioned = int((table.numbers["caption_offset"] >= 0).sum())
+        if table.facts.get("labels") == VALUE:
+            self._take_values()
+        elif table.facts.get(LABELS):
+            self._take_labels_file()
+        else:
+            self._take_directories()
+
+    def _take_directories(self) -> None:
+        """A class a directory, in the order of their names."""
+        self.classes = tuple(sorted(self.table.classes))
+        self._number([self.classes.index(c) for c in self.table.classes])
+        if SINGLE_CLASS in self.classes and len(self.classes) > 0:
+            ours = np.flatnonzero(self._labels == self.classes.index(SINGLE_CLASS)).tolist()
+            outside = [i for i in ours if "/" not in self.names[i]]
+            if 0 < len(outside) < len(self.names):
+                raise InputError(
+                    f"{self.where} has images both in class directories and outside of them, such as "
+                    f"{self.names[outside[0]]}; move these"
+                )
+
+    def _take_values(self) -> None:
+        """Class numbers, or names in their order."""
+        given = self.table.classes
+        self.barren = ()
+        if all(c.isascii() and c.isdigit() for c in given):
+            for c in given:
+                if int(c) >= MOST_CLASSES:
+                    raise InputError(f"{self.where} has the label {c}; labels are class numbers from 0")
+            self._name_numbers(max(map(int, given)))
+            self._number([int(c) for c in given])
+            return
+        if all(c.lstrip("-").isdigit() for c in given):
+            wrong = next(c for c in given if not c.isdigit())
+            raise InputError(f"{self.where} has the label {wrong}; labels are class numbers from 0, or names")
+        self.classes = tuple(sorted(given))
+        self._number([self.classes.index(c) for c in given])
+
+    def _take_labels_file(self) -> None:
+        """From `dataset.json`: {"labels": [[file, class number], …]}, or null for images of one class."""
+        file = f"{self.where}/{LABELS}"
+        self.barren = ()
+        try:
+            labels = parse_json(self._labels_file())["labels"]
+            known = None if labels is None else dict(labels)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f'{file} is not readable ({error}); it needs {{"labels": [[file, class number], …]}}, or remove it'
+            ) from None
+        if not known:
+            self.classes, self._labels = (SINGLE_CLASS,), np.zeros(len(self.names), np.int32)
+            return
+        self._labels = np.array([_label_in(known, name, file) for name in self.names], np.int32)
+        self._name_numbers(int(self._labels.max()))
+
+    def _number(self, numbers: list[int]) -> None:
+        """Give the classes of the table these numbers."""
+        self._labels = np.array(numbers, np.int32)[self.table.label_n]
+
+    def _name_numbers(self, largest: int) -> None:
+        if not is_remote(self.beside):
+            self.classes = tuple(class_names(Path(self.beside), largest))
+            return
+        try:
+            content = Remote(self.beside).read("classes.txt")
+        except FileNotFoundError:
+            self.classes = tuple(str(i) for i in range(largest + 1))
+        else:
+            self.classes = tuple(named_classes(content, f"{self.beside}/classes.txt", largest))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
+
+    def key(self, i: int) -> str:
+        return self.names[i]
+
+    def name(self, i: int) -> str:
+        return f"{self.where}/{self.names[i]}"
+
+    def size(self, i: int) -> int:
+        return int(self.table.numbers["size"][i])
+
+    def caption_size(self, i: int) -> int:
+        has_one = self.table.numbers["caption_offset"][i] >= 0
+        return int(self.table.numbers["caption_size"][i]) if has_one else -1
+
+    def image(self, i: int) -> Image.Image:
+        image = decode(self.content(i), self.name(i))
+        return upright(image) if self.turn else image
+
+    def caption(self, i: int) -> str:
+        if self.table.numbers["caption_offset"][i] < 0:
+            return ""
+        try:
+            return self._caption(i).decode().strip()
+        except UnicodeDecodeError:
+            raise InputError(f"the caption of {self.name(i)} is not UTF-8 text; write it again") from None
+
+    def remarks(self) -> list[str]:
+        """Also of an image that lies deeper than the directory of its class."""
+        by_directory = self.classes[self.label(0)] == self.names[0].partition("/")[0]
+        nested = next((n for n in self.names if n.count("/") > 1), "") if by_directory else ""
+        if not nested:
+            return super().remarks()
+        return [
+            *super().remarks(),
+            f"images lie deeper than the directory of their class, such as {nested}: they are of class "
+            f"{nested.partition('/')[0]}; if the classes are further down, stop and give the directory right above "
+            "them as images.path",
+        ]
+
+    @abstractmethod
+    def content(self, i: int) -> bytes:
+        """The bytes of the file of image i."""
+
+    @abstractmethod
+    def _caption(self, i: int) -> bytes:
+        """The caption of image i, which has one."""
+
+    def _labels_file(self) -> bytes:
+        """The content of `dataset.json`, where the table says that there is one."""
+        raise NotImplementedError
+
+
+def _label_in(known: dict[str, Any], name: str, file: str) -> int:
+    if name not in known:
+        raise InputError(f"{file} has no label for {name}; add it, or remove the image")
+    if not natural(known[name]) or known[name] >= MOST_CLASSES:
+        raise InputError(f"{file} has {known[name]!r} as the label of {name}; labels are class numbers from 0")
+    return int(known[name])

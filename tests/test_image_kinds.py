@@ -1,0 +1,500 @@
+"""One set of images in every form that people have it: the same order, labels, captions and latents."""
+
+import csv
+import io
+import json
+import os
+import resource
+import shutil
+import tarfile
+import zipfile
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import streaming_package
+from PIL import Image
+from run_data import make_autoencoder
+
+from ldt.cli import main
+from ldt.data.images import Fields, open_images, prepare
+from ldt.data.images.open import INDEXERS, index_share
+from ldt.data.shards import Manifest
+from ldt.errors import InputError
+
+COUNT, CLASSES = 50, ["ant", "bee", "cat"]
+
+
+def content(i):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (9 + i % 3, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Name, bytes, label and caption of each image, in the order of a directory of classes."""
+    label = lambda i: i * 3 // COUNT  # noqa: E731
+    return [(f"{CLASSES[label(i)]}/{i:05d}", content(i), label(i), f"caption {i} é") for i in range(COUNT)]
+
+
+def directory(root, samples):
+    for name, image, _, caption in samples:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.png").write_bytes(image)
+        (root / f"{name}.txt").write_text(caption)
+    return root
+
+
+def class_tar(root, samples):
+    root.mkdir()
+    directory(root / "src", samples)
+    with tarfile.open(root / "all.tar", "w") as archive:
+        for path in sorted((root / "src").rglob("*"), reverse=True):
+            archive.add(path, path.relative_to(root / "src").as_posix(), recursive=False)
+    return root / "all.tar"
+
+
+def add(archive, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def web_tars(root, samples, per=17, json_label=""):
+    """webdataset's and img2dataset's: a key a sample; classes.txt names the numbers."""
+    root.mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for k in range(0, len(samples), per):
+        with tarfile.open(root / f"{k // per:05d}.tar", "w") as archive:
+            for i, (_, image, label, caption) in enumerate(samples[k : k + per]):
+                add(archive, f"{k + i:08d}.png", image)
+                if json_label:
+                    facts = {"caption": caption, json_label: label}
+                    add(archive, f"{k + i:08d}.json", json.dumps(facts).encode())
+                else:
+                    add(archive, f"{k + i:08d}.txt", caption.encode())
+                    add(archive, f"{k + i:08d}.cls", str(label).encode())
+    return root
+
+
+def edm2_zip(root, samples):
+    """As edm2's dataset_tool writes it, and deflated for once."""
+    root.mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    with zipfile.ZipFile(root / "set.zip", "w") as archive:
+        labels = []
+        for i, (_, image, label, caption) in enumerate(samples):
+            name = f"{i // 20:05d}/img{i:08d}.png"
+            kind = zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED
+            archive.writestr(name, image, kind)
+            archive.writestr(name.replace(".png", ".txt"), caption, kind)
+            labels.append([name, label])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return root / "set.zip"
+
+
+def hf_parquet(root, samples):
+    """As Hugging Face's datasets write it: {bytes, path}, and names of classes in the schema."""
+    root.mkdir()
+    info = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
+    for k in range(0, len(samples), 30):
+        part = samples[k : k + 30]
+        table = pyarrow.table(
+            {
+                "image": [{"bytes": image, "path": f"{name}.png"} for name, image, _, _ in part],
+                "label": [label for _, _, label, _ in part],
+                "caption": [caption for *_, caption in part],
+            }
+        ).replace_schema_metadata({"huggingface": json.dumps(info)})
+        pyarrow.parquet.write_table(table, root / f"train-{k:05d}.parquet", row_group_size=7)
+    return root
+
+
+def plain_parquet(root, samples):
+    root.mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    columns = {"jpg": [s[1] for s in samples], "label": [s[2] for s in samples], "text": [s[3] for s in samples]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "one.parquet", row_group_size=11)
+    return root / "one.parquet"
+
+
+def mds(root, samples):
+    columns = {"image": "bytes", "label": "int", "caption": "str"}
+    with streaming_package.load().MDSWriter(out=str(root), columns=columns, size_limit=4096) as writer:
+        for _, image, label, caption in samples:
+            writer.write({"image": image, "label": label, "caption": caption})
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    return root
+
+
+def imagefolder(root, samples, kind="jsonl"):
+    """Hugging Face's imagefolder with a metadata file."""
+    root.mkdir()
+    rows = []
+    for i, (name, image, _, caption) in enumerate(samples):
+        (root / f"{i:05d}.png").write_bytes(image)
+        rows.append({"file_name": f"{i:05d}.png", "label": name.split("/")[0], "text": caption})
+    rows.reverse()
+    if kind == "jsonl":
+        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with (root / "metadata.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, ["file_name", "label", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return root
+
+
+KINDS = {
+    "directory": directory,
+    "class tar": class_tar,
+    "web tars": web_tars,
+    "pattern": lambda root, s: f"{web_tars(root, s)}/{{00000..00002}}.tar",
+    "glob": lambda root, s: f"{web_tars(root, s)}/*.tar",
+    "zip": edm2_zip,
+    "parquet": hf_parquet,
+    "plain parquet": plain_parquet,
+    "mds": mds,
+    "jsonl": imagefolder,
+    "csv": lambda root, s: imagefolder(root, s, "csv"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_images_in_every_kind(samples, tmp_path, kind):
+    path = KINDS[kind](tmp_path / "set", samples)
+    for _ in range(2):  # the second time from the kept index
+        source = open_images(str(path), index_dir=str(tmp_path / "indexes"))
+        assert len(source) == source.captioned == COUNT and list(source.classes) == CLASSES
+        assert [source.label(i) for i in range(COUNT)] == [s[2] for s in samples]
+        assert [source.caption(i) for i in range(COUNT)] == [s[3] for s in samples]
+        for i, (_, image, *_) in enumerate(samples):
+            assert source.content(i) == image and source.image(i).size[0] == 8
+        assert not source.remarks()
+        assert len({source.key(i) for i in range(COUNT)}) == COUNT
+
+
+@pytest.mark.parametrize("kind", ["web tars", "zip", "parquet", "mds"])
+def test_the_same_images_through_fsspec(samples, tmp_path, kind):
+    local, memory = KINDS[kind](tmp_path / "set", samples), fsspec.filesystem("memory")
+    files = [local] if local.is_file() else [p for p in local.iterdir() if p.is_file()]
+    try:
+        for path in [*files, tmp_path / "set" / "classes.txt"]:
+            if path.exists():
+                memory.pipe_file(f"/images/set/{path.name}", path.read_bytes())
+        address = "memory://images/set" + (f"/{local.name}" if local.is_file() else "")
+        for where in (address, f"file://{local}"):
+            source = open_images(where)
+            assert list(source.classes) == CLASSES and [source.label(i) for i in range(COUNT)] == [
+                s[2] for s in samples
+            ]
+            assert [source.content(i) for i in range(COUNT)] == [s[1] for s in samples]
+            assert source.caption(7) == samples[7][3]
+    finally:
+        memory.rm("/images", recursive=True)
+
+
+def encode(path, output, vae, *settings):
+    keys = [f"images.path={path}", "images.size=32", f"autoencoder={vae}", f"output={output}", "shard_samples=20"]
+    keys += ["text.encoder=bytes", "text.length=16", f"images.index_dir={output}-index", *settings]
+    return main(["encode", *keys, "--quiet"])
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae")
+    make_autoencoder(path)
+    return path
+
+
+def test_every_kind_gives_the_same_fingerprint(samples, tmp_path, vae):
+    found = {}
+    for kind in ("directory", "web tars", "zip", "parquet", "mds", "csv"):
+        root = tmp_path / kind.replace(" ", "-")
+        root.mkdir()
+        assert encode(KINDS[kind](root / "set", samples), root / "out", vae) == 0
+        found[kind] = Manifest.load(root / "out").fingerprint, Manifest.load(root / "out").caption_counts["captioned"]
+    assert len(set(found.values())) == 1, found
+
+
+def test_labels_and_captions_by_name(samples, tmp_path):
+    root = web_tars(tmp_path / "set", samples, json_label="kind")
+    source = open_images(str(root), Fields("kind", "caption"))
+    assert [source.label(i) for i in range(COUNT)] == [s[2] for s in samples] and source.caption(3) == samples[3][3]
+    plain = open_images(str(root))
+    assert plain.classes == ("images",) and plain.captioned == 0
+    for fields, said in [
+        (Fields("nothing"), "has no images.label=nothing; endings there: .json, .png, keys in .json: caption, kind"),
+        (
+            Fields("", "nothing"),
+            "has no images.caption=nothing; endings there: .json, .png, keys in .json: caption, kind",
+        ),
+    ]:
+        with pytest.raises(InputError, match=said):
+            open_images(str(root), fields)
+    for path in (hf_parquet(tmp_path / "hf", samples), mds(tmp_path / "mds", samples)):
+        with pytest.raises(InputError, match="has no images.caption=nothing; columns there: "):
+            open_images(str(path), Fields("", "nothing"))
+        with pytest.raises(InputError, match="has no images.label=nothing; columns there: "):
+            open_images(str(path), Fields("nothing"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def mixed(root, samples):
+    web_tars(root, samples)
+    shutil.move(edm2_zip(root / "z", samples), root / "set.zip")
+    shutil.rmtree(root / "z")
+
+
+def no_images(root, samples):
+    web_tars(root, [(n, b"", label, c) for n, _, label, c in samples[:2]])
+    with tarfile.open(root / "00000.tar", "w") as archive:
+        add(archive, "a.txt", b"words")
+        add(archive, "b.bin", b"words")
+
+
+def some_labels(root, samples):
+    web_tars(root, samples)
+    with tarfile.open(root / "00001.tar", "w") as archive:
+        add(archive, "00000017.png", samples[17][1])
+        add(archive, "00000017.cls", b"1")
+        add(archive, "00000018.png", samples[18][1])
+
+
+def one_shard_without(root, samples):
+    web_tars(root, samples)
+    with tarfile.open(root / "00001.tar", "w") as archive:
+        add(archive, "00000017.png", samples[17][1])
+
+
+def few_names(root, samples):
+    web_tars(root, samples)
+    (root / "classes.txt").write_text("ant\nbee")
+
+
+def strange_label(root, samples):
+    web_tars(root, [(n, i, -1, c) for n, i, _, c in samples[:3]])
+
+
+def other_schema(root, samples):
+    hf_parquet(root, samples)
+    pyarrow.parquet.write_table(pyarrow.table({"img": [samples[0][1]], "label": [0]}), root / "train-00010.parquet")
+
+
+def no_image_column(root, samples):
+    root.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "label": [0]}), root / "a.parquet")
+
+
+def outside_zip(root, samples):
+    root.mkdir()
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        archive.writestr("../../evil.png", samples[0][1])
+
+
+def twice_in_tar(root, samples):
+    web_tars(root, samples[:3])
+    with tarfile.open(root / "00000.tar", "a") as archive:
+        add(archive, "00000001.png", samples[1][1])
+
+
+def compressed(root, samples):
+    root.mkdir()
+    (root / "00000.tar.gz").write_bytes(b"\x1f\x8b")
+
+
+def damaged(make, name):
+    def spoil(root, samples):
+        make(root, samples)
+        cut(root / name)
+
+    return spoil
+
+
+def unnamed_row(root, samples):
+    imagefolder(root, samples)
+    (root / "metadata.jsonl").write_text('{"file_name": "nowhere.png"}\n')
+
+
+def broken_row(root, samples):
+    imagefolder(root, samples)
+    (root / "metadata.jsonl").write_text('{"file_name": "00000.png"}\n{"text": 3}\n')
+
+
+BAD = [
+    (mixed, "mixes kinds of files: .*00000.tar .tar. and .*set.zip .zip."),
+    (no_images, r"holds no images .* but 1 .bin, 1 .txt|holds no images .* but 1 .txt, 1 .bin"),
+    (some_labels, "00001.tar: image 00000018 has no label .cls., and others have"),
+    (one_shard_without, "00001.tar has no labels like those of .*00000.tar"),
+    (few_names, "has 2 names, too few for label 2"),
+    (strange_label, "has the label -1; labels are class numbers from 0"),
+    (other_schema, "train-00010.parquet is of another schema than .*train-00000.parquet"),
+    (no_image_column, "a.parquet has no column of image bytes .*; columns there: url .string., label .int64."),
+    (outside_zip, "has a member outside of the archive, ../../evil.png"),
+    (twice_in_tar, "has 00000001.png twice"),
+    (compressed, "holds compressed files such as 00000.tar.gz; unpack them"),
+    (damaged(web_tars, "00002.tar"), "00002.tar is cut or damaged|00002.tar is not a whole"),
+    (damaged(edm2_zip, "set.zip"), "set.zip is not a whole zip file"),
+    (damaged(hf_parquet, "train-00030.parquet"), "train-00030.parquet is not a whole parquet file"),
+    (damaged(mds, "shard.00001.mds"), "shard.00001.mds is not a whole MDS shard"),
+    (unnamed_row, "metadata.jsonl names nowhere.png, which is not there"),
+    (broken_row, "metadata.jsonl: row 2 has no readable file_name"),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), BAD)
+def test_bad_sources_are_named(samples, tmp_path, make, said):
+    make(tmp_path / "set", samples)
+    with pytest.raises(InputError, match=said):
+        open_images(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{0}/{{00003..00001}}.tar", "counts down"),
+        ("{0}/{{00001..00007}}.tar", "00003.tar"),
+        ("{0}/*.nothing", "stands for no file"),
+        ("memory://nowhere/a.tar", "does not exist; check the address"),
+        ("nothing://nowhere/a.tar", "install fsspec's back-end"),
+    ],
+)
+def test_patterns_and_addresses_that_lead_nowhere(samples, tmp_path, path, said):
+    web_tars(tmp_path / "set", samples)
+    with pytest.raises(InputError, match=said):
+        open_images(path.format(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("kind", ["directory", "web tars", "parquet"])
+def test_unreadable_images_stop_or_are_left_out(samples, tmp_path, vae, capsys, kind):
+    spoiled = [(n, image[:60] if i in (3, 30) else image, k, c) for i, (n, image, k, c) in enumerate(samples)]
+    path = KINDS[kind](tmp_path / "set", spoiled)
+    assert encode(path, tmp_path / "out", vae) == 2
+    assert "is not readable" in capsys.readouterr().err
+    for _ in range(2):
+        assert encode(path, tmp_path / "skipped", vae, "images.on_error=skip") == 0
+    lines = [json.loads(line) for line in (tmp_path / "skipped" / "left_out.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all("is not readable" in line["reason"] for line in lines)
+    without = [s for i, s in enumerate(samples) if i not in (3, 30)]
+    assert encode(directory(tmp_path / "good", without), tmp_path / "anew", vae) == 0
+    assert Manifest.load(tmp_path / "skipped").fingerprint == Manifest.load(tmp_path / "anew").fingerprint
+    assert Manifest.load(tmp_path / "skipped").recipe["unreadable images left out"] == 2
+
+
+def test_exif_turns_images_where_asked(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_images(str(tmp_path)).image(0).size == (20, 10)
+    assert open_images(str(tmp_path), turn=True).image(0).size == (10, 20)
+
+
+def test_more_shards_than_open_files_are_allowed(samples, tmp_path):
+    web_tars(tmp_path / "set", samples, per=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        source = open_images(str(tmp_path / "set"))
+        assert [source.content(i) for i in range(COUNT)] == [s[1] for s in samples]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_image_is_some_bytes_of_arrays(tmp_path):
+    """Nothing is a Python object an image: ten million are to fit."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "00000.tar", "w") as archive:
+        for i in range(2000):
+            add(archive, f"{i:09d}.jpg", b"x")
+            add(archive, f"{i:09d}.txt", b"words")
+    table = open_images(str(tmp_path / "set")).table
+    held = [table.names.end_n, table.label_n, *table.numbers.values()]
+    assert sum(a.nbytes for a in held) / len(table) + len("000000000.jpg") < 100
+
+
+def test_names_in_several_shards_are_told(samples, tmp_path):
+    web_tars(tmp_path / "set", samples, per=20)
+    shutil.copy(tmp_path / "set" / "00001.tar", tmp_path / "set" / "00009.tar")
+    said = open_images(str(tmp_path / "set")).remarks()
+    assert len(said) == 1 and said[0].startswith("20 names stand in several files, such as 00000020.png")
+
+
+def test_ranks_share_the_index_and_go_on_with_it(samples, tmp_path, monkeypatch):
+    root, kept = web_tars(tmp_path / "set", samples, per=10), tmp_path / "kept"
+    index_share(str(root), Fields(), str(kept), 0, 2)
+    assert len(list(kept.iterdir())) == 3
+    index_share(str(root), Fields(), str(kept), 1, 2)
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setitem(INDEXERS, "tar", None)  # no file is looked at again
+    source = open_images(str(root), index_dir=str(kept))
+    assert [source.content(i) for i in range(COUNT)] == [s[1] for s in samples]
+    monkeypatch.undo()
+    with tarfile.open(root / "00001.tar", "w") as archive:  # a shard that changed is
+        add(archive, "00000010.png", samples[3][1])
+        add(archive, "00000010.cls", b"2")
+    assert len(open_images(str(root), index_dir=str(kept))) == COUNT - 9
+    for file in kept.iterdir():  # and so are damaged indexes
+        file.write_bytes(file.read_bytes()[:100])
+    assert len(open_images(str(root), index_dir=str(kept))) == COUNT - 9
+
+
+def pillow(mode, format, **more):
+    def make(path):
+        Image.new(mode, (8, 8), **more).save(path, format)
+
+    return make
+
+
+def animation(path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def bomb(path):
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def deep(path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("name", "make", "expected"),
+    [
+        ("a.png", pillow("L", "PNG", color=77), [77, 77, 77]),
+        ("a.jfif", pillow("RGB", "JPEG", color=(10, 10, 10)), [10, 10, 10]),
+        ("a", pillow("RGB", "PNG", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.png", pillow("1", "PNG", color=1), [255, 255, 255]),
+        ("a.gif", pillow("P", "GIF"), [0, 0, 0]),
+        ("a.jpg", pillow("CMYK", "JPEG", color=(0, 0, 0, 0)), [255, 255, 255]),
+        ("a.png", pillow("RGBA", "PNG", color=(9, 9, 9, 0)), [255, 255, 255]),
+        ("a.png", pillow("LA", "PNG", color=(9, 0)), [255, 255, 255]),
+        ("a.webp", animation, [255, 0, 0]),
+        ("a.gif", animation, [255, 0, 0]),
+        ("a.avif", pillow("RGB", "AVIF", color=(0, 0, 0)), [0, 0, 0]),
+        ("a.png", deep, "more than 8 bits a channel; convert it"),
+        ("a.tif", pillow("LAB", "TIFF"), "colour mode LAB; convert it"),
+        ("a.png", bomb, "is not readable .*decompression bomb"),
+        ("a.png", lambda path: path.write_bytes(b""), "is not readable .it has 0 bytes"),
+        ("a.jpg", lambda path: path.write_bytes(b"<!DOCTYPE html>"), "is not readable .Pillow knows no such format"),
+        ("a.png", lambda path: path.write_bytes(content(0)[:100]), "is not readable"),
+    ],
+)
+def test_the_table_of_images_that_are_not_plain(tmp_path, name, make, expected):
+    """A row of docs/own_data.md each."""
+    make(tmp_path / name)
+    source = open_images(str(tmp_path))
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            source.image(0)
+        return
+    pixel = prepare(source.image(0), 8, 3, "crop")[4, 4].astype(int)
+    assert np.abs(pixel - expected).max() <= 2
