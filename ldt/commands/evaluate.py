@@ -16,11 +16,12 @@ from ldt.checkpoint.manifest import MANIFEST, MODEL
 from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_dict
 from ldt.config_fields import path_field, section
-from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group, together
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.follow import follow
 from ldt.evaluation.scorer import open_reference, score_once, short_hash
+from ldt.files import unwritable
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.scores import check
 
@@ -110,6 +111,9 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
     check(settings.metrics, detector)
     if config.watch:
+        if (run_dir / "checkpoints").is_dir():
+            advice = "watching notes there what it works on; score without --watch, and with"
+            require_writable(run_dir / "checkpoints", advice)
         key = short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
         paths = follow(run_dir, key, world)
     else:
@@ -119,6 +123,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
         for path in paths:
             loaded = load_denoiser(path, settings.weights, world.device)
             output = _output(settings, loaded.path)
+            require_writable(output.parent, "give a file of your own as")
             if reference is None:  # all checkpoints of a run have the same
                 reference = open_reference(settings, loaded, detector, world)
             result = score_once(settings, loaded, reference, detector, output, world)
@@ -131,6 +136,16 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
                     mirror = stack.enter_context(tracking.Tracking(*tracking.start_or_warn(wandb)))
                 mirror.log(result)
     return results
+
+
+def require_writable(directory: Path, advice: str) -> None:
+    """`InputError` before any work is done if a rank may not write there (collective)."""
+
+    def check() -> None:
+        if why := unwritable(directory):
+            raise InputError(f"{directory} can't be written ({why}); {advice} evaluate.output=FILE")
+
+    together(check)
 
 
 def select(path: Path, which: str) -> list[Path]:
