@@ -32,7 +32,8 @@ Section = dict[str, Any]
 class EvaluateJob:
     """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
 
-    `watch` follows the run directory and scores each new checkpoint until the run is done.
+    `watch` follows the run directory and scores each new checkpoint until the run is done. `watch_job`: the training's
+    job in SLURM, or its process; with it an earlier start that has said that the run is done ends nothing.
 
     The other sections are those of a training config, so that the same file serves both; of them only two are read:
     with `engine.deterministic` scores are the same to the bit on CUDA too; with `log.wandb` they are tracked, as a run
@@ -42,6 +43,7 @@ class EvaluateJob:
     run: str = path_field()
     run_dir: str = path_field()
     watch: bool = False
+    watch_job: str = ""
     evaluate: EvaluateConfig = section(EvaluateConfig)
     seed: int = 0
     data: Section = field(default_factory=dict)
@@ -115,7 +117,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
             advice = "watching notes there what it works on; score without --watch, and with"
             require_writable(run_dir / "checkpoints", advice)
         key = short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
-        paths = follow(run_dir, key, world)
+        paths = follow(run_dir, key, world, config.watch_job)
     else:
         paths = iter(broadcast(select(run_dir, settings.checkpoint)))
     reference, results, mirror, start = None, [], None, time.time()
