@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,16 @@ def remove_unfinished(directory: Path) -> None:
     """Delete what killed writers left behind; only when nobody writes there any more."""
     for leftover in directory.glob(f"*{UNFINISHED}"):
         leftover.unlink(missing_ok=True)
+
+
+def unwritable(directory: Path) -> str:
+    """Why this user may not write into a directory, which is made if need be; empty if nothing speaks against it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return ""
+    except OSError as error:
+        return "" if error.errno in NO_ROOM else error.strerror or str(error)
 
 
 def parse_json(content: str | bytes) -> Any:

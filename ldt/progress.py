@@ -17,6 +17,7 @@ WINDOW = 30.0  # seconds that speeds and losses are averaged over
 SURE = 2.0  # seconds after which a speed tells how long the rest takes: the first piece of work is slow
 RENEW = 0.5  # seconds between two looks of the line on a terminal
 PLAIN = 60.0  # seconds between two lines elsewhere
+FIRST = 10.0  # seconds until the first of these, so that a log soon shows that something is done
 
 _shown: "list[ProgressLine]" = []  # those that have a line on the terminal; the last one's is visible
 
@@ -29,8 +30,9 @@ class ProgressLine:
         self._stream: TextIO = sys.stderr
         self._terminal = show and self._stream.isatty()
         self._done, self._waited, self._losses, self._steps = done, 0.0, 0.0, 0
-        self._drawn = time.monotonic()
-        self._past = deque([(self._drawn, done, 0.0, 0.0, 0)])
+        now = time.monotonic()
+        self._drawn = now if self._terminal else now - PLAIN + FIRST
+        self._past = deque([(now, done, 0.0, 0.0, 0)])
 
     def update(self, done: int = 1, loss: float | None = None, waited: float = 0.0) -> None:
         """So much more is done. loss: of a training step; waited: seconds of it that went into waiting for data."""

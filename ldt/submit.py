@@ -138,7 +138,7 @@ def _chain(config: SubmitJob, run_dir: str, job_id: str) -> str:
     else:
         with contextlib.suppress(OSError):  # which the training will explain
             Path(run_dir).mkdir(parents=True, exist_ok=True)  # the evaluation may start before the training
-    watch = ["--watch"] if config.evaluation == "watch" else []
+    watch = ["--watch", f"watch_job={job_id}"] if config.evaluation == "watch" else []
     job = _submit(executor, [Evaluate((run_dir, *watch))])[0]
     return f"job {job.job_id}: evaluation of {run_dir} ({run_dir}/evaluations.jsonl)"
 

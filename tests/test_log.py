@@ -83,6 +83,19 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, monkeypat
     assert re.fullmatch(pattern, line), line
 
 
+def test_the_first_plain_line_comes_soon(capsys):
+    log.configure(rank=0)
+    with log.progress(1000, "img", "train") as bar:
+        bar.update(100)
+        assert capsys.readouterr().err == ""
+        bar._drawn -= progress.FIRST  # as long ago
+        bar.update(100)
+        assert "train  200 of 1,000 img" in capsys.readouterr().err
+        bar._drawn -= progress.FIRST
+        bar.update(100)
+        assert capsys.readouterr().err == "", "the next ones are a minute apart"
+
+
 TALKATIVE = """
 import sys, time
 from ldt import log

@@ -10,6 +10,7 @@ from cluster import ROOT, outcome, slurm, slurm_session
 from run_data import make_autoencoder, make_images
 from shard_data import write_shards
 
+from ldt.cluster.job import is_alive
 from ldt.log import read_jsonl
 from ldt.run.outcome import read_outcome
 
@@ -176,6 +177,20 @@ def test_encode_train_and_evaluate_are_a_chain(slurm, tmp_path):
     again = slurm.sbatch(*flags, "slurm/evaluate.sh", tmp_path / "run", "--watch")
     assert slurm.wait(again)["JobState"] == "COMPLETED"
     assert len(list(read_jsonl(tmp_path / "run" / "evaluations.jsonl"))) == 1
+
+
+def test_whether_a_job_is_alive(slurm, monkeypatch):
+    for name, value in slurm.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # as in the job of an evaluation
+    running = slurm.sbatch("--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=sleep 600")
+    waiting = slurm.sbatch("--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=sleep 600")
+    assert is_alive(running) and is_alive(waiting)
+    slurm.sh("scancel", running)
+    slurm.until(lambda: is_alive(running) is False, "end of the job")
+    assert is_alive(waiting) and is_alive("999999") is False
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert is_alive(waiting) is None
 
 
 def test_submitit_on_this_machine(plain, tmp_path):

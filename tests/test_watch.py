@@ -51,6 +51,26 @@ def wait_for(condition, seconds=90):
         time.sleep(0.05)
 
 
+def test_an_old_outcome_does_not_end_the_watching_of_a_new_job(run_dir, tmp_path):
+    """A run that is done is trained on by a job that still waits in its queue."""
+    begin(run_dir)
+    write_outcome(run_dir, DONE, 2000)
+    job = subprocess.Popen(["sleep", "600"])
+    command = [sys.executable, "-m", "ldt", "evaluate", str(run_dir), "--watch", f"watch_job={job.pid}", *FAST]
+    watcher = subprocess.Popen([*command, f"evaluate.cache_dir={tmp_path}/cache"])
+    try:
+        wait_for(lambda: len(results(run_dir)) == 2)
+        with pytest.raises(subprocess.TimeoutExpired):
+            watcher.wait(timeout=2 * follow.POLL_PERIOD_S)
+        job.kill()
+        job.wait()
+        assert watcher.wait(timeout=60) == 0
+    finally:
+        for process in (job, watcher):
+            process.kill()
+            process.wait()
+
+
 def results(run_dir):
     return list((run_dir / "evaluations").glob("0*.json"))
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
+"""`[*UNPRIVILEGED, program, argument, ...]`: a process to which permission bits apply, run by root's interpreter."""
+
 
 def as_nobody(action: Callable[[], Any]) -> Any:
     """What the action returns (as JSON can tell it) when a user without privileges does it."""

@@ -68,7 +68,9 @@ def restore(checkpoint: Checkpoint, partition: Partition, ema: ShardedEMA) -> No
     """Fill the engine and the averages from a checkpoint of the same model (collective)."""
     manifest = checkpoint.manifest
     _check_draws(checkpoint.path, manifest["rng_version"])
-    _check_shapes(checkpoint.path, manifest["parameters"], partition)
+    _check_shapes(
+        checkpoint.path, manifest["parameters"], partition, "use the config it was trained with, or another run_dir"
+    )
     _check_kinds(checkpoint.path, manifest["tensors"], ["master", *MOMENTS])
     stored = {name: stored_average(checkpoint, profile) for name, profile in ema.describe().items()}
     reader = Reader(checkpoint.path, manifest)
@@ -96,21 +98,24 @@ def stored_average(checkpoint: Checkpoint, profile: dict[str, Any]) -> str:
     )
 
 
-def start_from(path: Path, partition: Partition, ema: ShardedEMA) -> None:
+def start_from(path: Path, partition: Partition, ema: ShardedEMA) -> dict[str, Any]:
     """Weights and averages ← the averaged weights of another run, a checkpoint or an exported model (collective).
 
-    The optimizer starts anew.
+    The optimizer starts anew. Returns the config that the weights were trained with.
     """
     if (path / MODEL).exists():
-        weights, _, _ = read_exported(path)
+        weights, facts, _ = read_exported(path)
     else:
         path = resolve(path)
-        weights, _, _ = read_weights(path, "ema")
-    _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition)
+        weights, facts, _ = read_weights(path, "ema")
+    advice = "set model.* as there, give data of as many channels and classes, or leave train.init_from out"
+    _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition, advice)
     for f in partition.load_targets():
         f.master.copy_(weights[f.name].flatten()[f.start : f.start + f.count])
     ema.reset()
     partition.sync_model_weights()
+    config: dict[str, Any] = facts["config"]
+    return config
 
 
 def _check_draws(path: Path, saved: int) -> None:
@@ -122,13 +127,13 @@ def _check_draws(path: Path, saved: int) -> None:
         )
 
 
-def _check_shapes(path: Path, saved: dict[str, list[int]], partition: Partition) -> None:
+def _check_shapes(path: Path, saved: dict[str, list[int]], partition: Partition, advice: str) -> None:
     ours: dict[str, Any] = {k: list(v) for k, v in partition.shapes().items()}
     for name in [*ours, *saved]:
         if saved.get(name) != ours.get(name):
             raise InputError(
                 f"checkpoint {path} holds another model: parameter {name} has shape {saved.get(name, 'none')} there "
-                f"and {ours.get(name, 'none')} here; use the config it was trained with, or another run_dir"
+                f"and {ours.get(name, 'none')} here; {advice}"
             )
 
 

@@ -5,11 +5,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ldt.log import get_logger
 
 logger = get_logger(__name__)
+
+
+ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 class Job(NamedTuple):
@@ -25,6 +29,22 @@ def this_job(env: Mapping[str, str] = os.environ) -> Job:
     if "SLURM_JOB_ID" not in env:
         return Job()
     return Job(env["SLURM_JOB_ID"], env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_JOB_NODELIST", ""))
+
+
+def is_alive(job_id: str) -> bool | None:
+    """Whether a job runs or waits in the queue; None where nobody can say.
+
+    Inside of a SLURM job its number is SLURM's, elsewhere it is that of a process of this machine, as submitit's are.
+    """
+    if not this_job().id:
+        return Path(f"/proc/{job_id}").exists()
+    try:
+        told = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if told.returncode:
+        return False if "Invalid job id" in told.stderr else None
+    return any(state not in ENDED_STATES for state in told.stdout.split())
 
 
 def requeue(job: Job, max_restarts: int) -> None:

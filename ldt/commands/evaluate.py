@@ -16,11 +16,12 @@ from ldt.checkpoint.manifest import MANIFEST, MODEL
 from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_dict
 from ldt.config_fields import path_field, section
-from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group, together
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.follow import follow
 from ldt.evaluation.scorer import open_reference, score_once, short_hash
+from ldt.files import unwritable
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.scores import check
 
@@ -31,7 +32,8 @@ Section = dict[str, Any]
 class EvaluateJob:
     """`run` is a run directory or a checkpoint; without it `run_dir` of a training config is meant.
 
-    `watch` follows the run directory and scores each new checkpoint until the run is done.
+    `watch` follows the run directory and scores each new checkpoint until the run is done. `watch_job`: the training's
+    job in SLURM, or its process; with it an earlier start that has said that the run is done ends nothing.
 
     The other sections are those of a training config, so that the same file serves both; of them only two are read:
     with `engine.deterministic` scores are the same to the bit on CUDA too; with `log.wandb` they are tracked, as a run
@@ -41,6 +43,7 @@ class EvaluateJob:
     run: str = path_field()
     run_dir: str = path_field()
     watch: bool = False
+    watch_job: str = ""
     evaluate: EvaluateConfig = section(EvaluateConfig)
     seed: int = 0
     data: Section = field(default_factory=dict)
@@ -110,8 +113,11 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     detector = make_detector(settings.detector, world.device, settings.weights_file, settings.resize, settings.model)
     check(settings.metrics, detector)
     if config.watch:
+        if (run_dir / "checkpoints").is_dir():
+            advice = "watching notes there what it works on; score without --watch, and with"
+            require_writable(run_dir / "checkpoints", advice)
         key = short_hash({k: v for k, v in to_dict(settings).items() if k != "checkpoint"})
-        paths = follow(run_dir, key, world)
+        paths = follow(run_dir, key, world, config.watch_job)
     else:
         paths = iter(broadcast(select(run_dir, settings.checkpoint)))
     reference, results, mirror, start = None, [], None, time.time()
@@ -119,6 +125,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
         for path in paths:
             loaded = load_denoiser(path, settings.weights, world.device)
             output = _output(settings, loaded.path)
+            require_writable(output.parent, "give a file of your own as")
             if reference is None:  # all checkpoints of a run have the same
                 reference = open_reference(settings, loaded, detector, world)
             result = score_once(settings, loaded, reference, detector, output, world)
@@ -131,6 +138,16 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
                     mirror = stack.enter_context(tracking.Tracking(*tracking.start_or_warn(wandb)))
                 mirror.log(result)
     return results
+
+
+def require_writable(directory: Path, advice: str) -> None:
+    """`InputError` before any work is done if a rank may not write there (collective)."""
+
+    def check() -> None:
+        if why := unwritable(directory):
+            raise InputError(f"{directory} can't be written ({why}); {advice} evaluate.output=FILE")
+
+    together(check)
 
 
 def select(path: Path, which: str) -> list[Path]:

@@ -17,6 +17,7 @@ from ldt.config import to_dict
 from ldt.config_fields import choice, path_field, required_path_field
 from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, in_block_order, process_group
 from ldt.errors import InputError
+from ldt.files import unwritable
 from ldt.image_files import WRITERS
 from ldt.paths import local_path
 from ldt.sampling.config import DrawConfig
@@ -148,6 +149,6 @@ def _output(config: SampleJob, loaded: Loaded, world: World) -> Path:
         raise InputError(f"output {output} exists; remove it, or give another output=")
     if config.format != "folder" and output.is_dir():
         raise InputError(f"output {output} is a directory, but format={config.format} writes a file; give its name")
-    if world.rank == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    if why := broadcast(unwritable(output.parent) if world.rank == 0 else ""):
+        raise InputError(f"{output.parent} can't be written ({why}); give a place of your own as output=")
     return output

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, listed
+from ldt.cluster.job import is_alive
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
 from ldt.run.claims import Claim, forget, want
@@ -15,16 +16,17 @@ POLL_PERIOD_S = 5.0
 ENDED = ("done", "failed", "wrong_input")  # a stopped run goes on after its requeue
 
 
-def follow(run_dir: Path, key: str, world: World) -> Iterator[Path]:
+def follow(run_dir: Path, key: str, world: World, job: str = "") -> Iterator[Path]:
     """The checkpoints of a run as they appear, each claimed while it is worked on; ends when the run has ended.
 
     `key` names the work, so that several kinds of it may follow the same run. All ranks iterate together.
+    job: the training; while it runs or waits in a queue, the run has not ended, whatever an earlier start has said.
     """
     if not broadcast(run_dir.is_dir()):
         raise InputError(f"{run_dir} is not a run directory to follow; start the training first")
     while True:
         claimed = _next(run_dir, key) if world.rank == 0 else None
-        over = claimed is None and _has_ended(run_dir)
+        over = claimed is None and _has_ended(run_dir, job)
         path, over = broadcast((claimed[0] if claimed else None, over))
         if path is not None:
             with claimed[1] if claimed else contextlib.nullcontext():
@@ -67,5 +69,6 @@ def _mark(run_dir: Path, path: Path, key: str) -> Path:
     return directory / f".{path.name}-{(path / MANIFEST_HASH).read_text()[:8]}.done-{key}"
 
 
-def _has_ended(run_dir: Path) -> bool:
-    return read_outcome(run_dir).get("outcome") in ENDED
+def _has_ended(run_dir: Path, job: str) -> bool:
+    alive = is_alive(job) if job else None
+    return not alive if alive is not None else read_outcome(run_dir).get("outcome") in ENDED

@@ -1,5 +1,6 @@
 """PNGs of the charts, for places that take no HTML."""
 
+import warnings
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -25,7 +26,12 @@ def write_plots(charts: list[Chart], directory: Path) -> list[Path]:
     for chart in charts:
         for axis in AXES:
             path = directory / f"{chart.id}{'' if axis == 'samples' else f'_by_{axis}'}.png"
-            with rc_context({"text.parse_math": False}), replacing(path) as temporary:  # a run may be called $x
+            with (
+                rc_context({"text.parse_math": False}),  # a run may be called $x
+                warnings.catch_warnings(),
+                replacing(path) as temporary,
+            ):
+                warnings.filterwarnings("ignore", "Glyph .* missing from")  # or have a name that this font can't write
                 _figure(chart, axis).savefig(temporary, format="png", dpi=160)
             written.append(path)
     return written

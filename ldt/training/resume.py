@@ -8,6 +8,7 @@ from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import TrainState
 from ldt.checkpoint.restore import newest_whole, restore, set_aside, start_from
 from ldt.config import from_dict, to_dict
+from ldt.diffusion.config import ObjectiveConfig
 from ldt.dist import World
 from ldt.engine.ema import ShardedEMA
 from ldt.engine.engine import learning_rate
@@ -35,10 +36,14 @@ def resume(
     found, damaged = newest_whole(Path(config.run_dir) / "checkpoints", world)
     if found is None:
         if config.train.init_from:
-            start_from(Path(config.train.init_from), partition, ema)
+            given = start_from(Path(config.train.init_from), partition, ema)
+            for line in describe_other_objective(from_dict(ObjectiveConfig, given["objective"]), config):
+                logger.warning("%s", line)
         return TrainState(samples_seen=0, data_fingerprint=fingerprint), damaged
     state = _continue(Checkpoint.read(found), config, fingerprint, partition, ema)
     logger.info("resuming at %s samples from %s", f"{state.samples_seen:,}", found)
+    if config.train.init_from:
+        logger.info("train.init_from=%s is not read: the run has checkpoints of its own", config.train.init_from)
     return state, damaged
 
 
@@ -80,6 +85,16 @@ def describe_changes(saved: TrainJob, config: TrainJob, samples_seen: int) -> It
     now_lr = learning_rate(config.optimizer, next_sample, config.train.total_samples)
     if abs(now_lr - before_lr) > 0.01 * max(now_lr, before_lr):
         yield f"the learning rate goes from {before_lr:.3g} to {now_lr:.3g} here{_way_to_keep(config, before_lr)}"
+
+
+def describe_other_objective(given: ObjectiveConfig, config: TrainJob) -> Iterator[str]:
+    """A line for each key in which the weights that a run starts from were trained for something else."""
+    before, now = to_dict(given), to_dict(config.objective)
+    for key in (k for k in now if before[k] != now[k]):
+        yield (
+            f"the weights of train.init_from were trained with objective.{key}={before[key]}, and go on here with "
+            f"{now[key]}"
+        )
 
 
 def _way_to_keep(config: TrainJob, rate: float) -> str:

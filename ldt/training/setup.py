@@ -22,6 +22,8 @@ from ldt.training.data import describe_data, open_held_out
 
 logger = log.get_logger(__name__)
 
+TINY_DEVIATION = 1e-6  # of a channel of latents, whose deviation is about 1 to 10 before whitening
+
 
 def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, averages: int, world: World) -> int:
     """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed.
@@ -78,6 +80,7 @@ def describe(
     yield f"model: {kind}, {size} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = pluralize(len(spec.classes), "class", "classes"), "×".join(map(str, spec.latent_shape))
     yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {spec.image_size} pixels"
+    yield from describe_constant(spec)
     yield from describe_data(shards, config.train.global_batch)
     if spec.text and not config.model.uses_text:
         yield "the data's captions are not used: model.condition_on=class"
@@ -90,6 +93,15 @@ def describe(
         f"{max(total - samples_seen, 0):,} of {total:,} samples to go"
     )
     yield from describe_idle(world, config.train.global_batch, 1 + config.data.threads)
+
+
+def describe_constant(spec: LatentSpec) -> Iterator[str]:
+    """The channels in which all latents are the same up to rounding, which whitening makes as large as the rest."""
+    if constant := [str(c) for c, deviation in enumerate(spec.std_C) if deviation < TINY_DEVIATION]:
+        yield (
+            f"the latents never change in channel {', '.join(constant)} (deviation below {TINY_DEVIATION:g}): nothing "
+            "can be learned there but rounding; look at the autoencoder and the images"
+        )
 
 
 def describe_idle(world: World, batch: int, threads: int = 1) -> Iterator[str]:
