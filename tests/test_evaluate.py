@@ -94,6 +94,16 @@ def test_another_block_agrees_closely(run_dir: Path, settings: Callable[..., Eva
     assert a and b
 
 
+def test_the_slices_of_decoding_are_part_of_the_evaluation(
+    run_dir: Path, settings: Callable[..., EvaluateConfig]
+) -> None:
+    """Another slice may tip a pixel, so it is another evaluation, with a file of its own."""
+    for size in (3, 0):
+        score(run_dir, settings(decode_slice=size))
+    by_slice = {r["decode_slice"]: r for r in read_jsonl(run_dir / "evaluations.jsonl")}
+    assert by_slice[3][SCORE] == pytest.approx(by_slice[0][SCORE], rel=1e-3)
+
+
 def test_the_score_is_that_of_the_images(run_dir: Path, settings: Callable[..., EvaluateConfig]) -> None:
     """Once more by hand: all images in memory, numpy's mean and covariance."""
     result = score(run_dir, settings())

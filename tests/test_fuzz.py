@@ -259,9 +259,9 @@ def test_reference_statistics(tmp_path: Path) -> None:
     survives(features, byte_damage(features.read_bytes(), CASES), held.features, least=0.3)
 
 
-@pytest.mark.parametrize("format", ["tar", "mds"])
-def test_shards_whose_hashes_are_right(tmp_path: Path, format: str) -> None:
-    write_shards(tmp_path, [5, 4], format)
+@pytest.mark.parametrize(("format", "posterior"), [("tar", True), ("mds", True), ("tar", False), ("mds", False)])
+def test_shards_whose_hashes_are_right(tmp_path: Path, format: str, posterior: bool) -> None:
+    write_shards(tmp_path, [5, 4], format, posterior=posterior, by_element=not posterior)
     head, table, shard = (tmp_path / n for n in ("manifest.json", "shards.npy", f"shard-00000001.{format}"))
     facts, good = json.loads(head.read_bytes()), Manifest.load(tmp_path)
 

@@ -250,7 +250,8 @@ def test_what_an_autoencoder_without_a_posterior_cannot_have_made_is_refused(enc
     assert "(AutoencoderTiny) has no posterior" in capsys.readouterr().err
     (tmp_path / "npz").mkdir()
     for i in range(4):
-        np.savez(tmp_path / "npz" / f"{i}.npz", moments=np.zeros((8, 8, 8), np.float32), label=np.int64(0))
+        moments = np.random.default_rng(i).normal(size=(8, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / "npz" / f"{i}.npz", moments=moments, label=np.int64(0))
     keys = [f"latents={tmp_path}/npz", f"output={tmp_path}/out", "validation_fraction=0"]
     assert cli.main(["encode", f"autoencoder={tiny}", *keys]) == 2
     assert "has a standard deviation, and" in capsys.readouterr().err

@@ -70,11 +70,11 @@ def test_their_shards_train_in_ldt(index, tmp_path, format, capsys):
         assert torch.isfinite(step.micro_batches[0].latent_BCHW).all()
 
 
-@pytest.mark.parametrize("flips", [False, True])
-def test_streaming_dataset_reads_our_mds(tmp_path, flips):
+@pytest.mark.parametrize(("flips", "posterior"), [(False, True), (True, True), (False, False)])
+def test_streaming_dataset_reads_our_mds(tmp_path, flips, posterior):
     streaming = streaming_package.load()
-    written = write_shards(tmp_path, [7, 5], "mds", "fp16", flips)
-    layout = Layout((4, 2, 2), "fp16", flips)
+    written = write_shards(tmp_path, [7, 5], "mds", "fp16", flips, posterior=posterior)
+    layout = Layout((4, 2, 2), "fp16", flips, posterior=posterior)
     table = open_shards(tmp_path).manifest.table
     names = [n.decode() for n in table["name"]]
     hashes = [f"{h:016x}" for h in table["xxh64"].tolist()]

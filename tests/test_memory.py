@@ -26,6 +26,7 @@ MODELS = {
     "text": dataclasses.replace(TRANSFORMER, condition_on="class_and_text"),
     "values": dataclasses.replace(TRANSFORMER, value_residual=True),
     "head": dataclasses.replace(TRANSFORMER, head=HeadConfig(depth=2, width=96, heads=2)),
+    "head inner": dataclasses.replace(TRANSFORMER, inner_head=2, head=HeadConfig(depth=1, width=96, heads=2)),
     "inner": dataclasses.replace(TRANSFORMER, inner_head=2),
     "inner adaln": dataclasses.replace(TRANSFORMER, conditioning="adaln_zero", inner_head=2),
     "skips": dataclasses.replace(TRANSFORMER, long_skips=True),

@@ -1,5 +1,7 @@
 """Published sizes: parameters and multiply-adds on the meta device; our formula against torch's counter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,6 +77,8 @@ COUNTED = [
     (ModelConfig(width=48, depth=3, heads=4, long_skips=True), None),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="text"), TEXT),
     (ModelConfig(width=48, depth=3, heads=4, inner_head=1), None),
+    (ModelConfig(width=48, depth=3, heads=4, inner_head=1, head=HeadConfig(1, 64, 2)), None),
+    (dataclasses.replace(uvit("S/4"), inner_head=2), None),
     (ModelConfig(width=48, depth=3, heads=4, inner_head=1, conditioning="adaln_zero", learned_sigma=True), None),
     (ModelConfig(width=48, depth=2, heads=4, condition_on="class_and_text", mlp_ratio=3), FEATURES),
     (ModelConfig(width=48, depth=2, heads=4, conditioning="adaln_zero", condition_on="text"), FEATURES),

@@ -113,7 +113,7 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     if config.long_skips:
         total += config.depth // 2 * N * 2 * D * D
     if config.output_convolution:
-        total += 9 * output * output * height * width
+        total += (2 if config.inner_head else 1) * 9 * output * output * height * width
     if text and not text.vocabulary:
         total += text.length * text.width * D
     return 2 * total
