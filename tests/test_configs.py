@@ -117,3 +117,11 @@ def test_the_text_example_loads(capsys):
     assert encode.output == config.data.path and encode.text.encoder == "bytes"
     assert main(["train", str(ROOT / "text" / "emoji.yaml"), "--dry-run"]) == 0
     assert "condition_on: class_and_text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_imagenet_sizes_are_set_for_gpus(path):
+    """Compiled blocks, sharded optimizers, training and sampling in bf16."""
+    config = configs.load(TrainJob, path, [])
+    assert config.engine.zero_stage in (1, 2) and config.engine.precision == config.evaluate.precision == "bf16"
+    assert config.engine.compile == (config.model.name == "transformer")

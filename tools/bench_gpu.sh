@@ -29,7 +29,7 @@ train() {
 for batch in 32 64 128 256; do
   train "xl2-$batch" dit_xl2 engine.compile=true train.global_batch=$batch
 done
-train xl2-eager dit_xl2 train.global_batch=64
+train xl2-eager dit_xl2 train.global_batch=64 engine.compile=false
 train xl2-plain dit_xl2 train.global_batch=64 engine.compile=true --compare plain
 train xl2-sdpa dit_xl2 train.global_batch=64 engine.compile=true model.attention=sdpa
 train xl2-cudnn dit_xl2 train.global_batch=64 engine.compile=true model.attention=cudnn

@@ -1,7 +1,7 @@
 """What a run will need, before a cluster is booked: memory, step time, traffic, checkpoints, hours, cost.
 
 `ldt plan CONFIG nodes=64 gpus=8 device=h100`. Everything follows from the config and from data sheets by the formulas
-of docs/plan.md, with one constant, EFFICIENCY; BENCHMARKS.md compares them with published and with measured runs.
+of docs/plan.md; BENCHMARKS.md compares them with published and with measured runs.
 """
 
 import math
@@ -16,16 +16,17 @@ from ldt.config_fields import choice
 from ldt.data.loader import RankSlice
 from ldt.data.shard_files import HEAD
 from ldt.data.shards import Manifest
-from ldt.engine import ema, memory
+from ldt.engine import ema, memory, roofline
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
-from ldt.nn.sizes import flops
+from ldt.nn.sizes import attention_flops, flops
 from ldt.nn.text_shape import TextShape
 from ldt.progress import pluralize
 from ldt.training.config import TrainJob
 
-EFFICIENCY = 0.4
-"""Of the data sheet's matrix products that a well-tuned training step makes use of."""
+PRODUCTS_RATE, ATTENTION_RATE, MEMORY_RATE = 0.55, 0.2, 0.8
+"""What large matrix products and flash attention reach of the data sheet's dense products, and elementwise operations
+of its memory's bandwidth."""
 
 LOADER_RATE = 40e6
 """Normal numbers a second of one loader thread, which is what its time goes into: two a number of the latent, or one
@@ -39,7 +40,8 @@ class PlanJob(TrainJob):
     device: its data sheet; device_tflops, device_memory_gb: instead of the sheet's, such as a measured matrix peak (0:
     the sheet's). network_gb: bytes a second between nodes for each GPU, and disk_gb of the file system under the run,
     in 10⁹. price: of a GPU hour. latent, classes, posterior (false of a representation or deep-compression autoencoder,
-    whose latents have no deviation): of data that are not there yet.
+    whose latents have no deviation): of data that are not there yet. autocast: plan for code that
+    keeps everything between products in float32, as others' under autocast; here it has the weights' precision.
     """
 
     nodes: int = 1
@@ -53,6 +55,7 @@ class PlanJob(TrainJob):
     latent: str = "4x32x32"
     classes: int = 1000
     posterior: bool = True
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,8 @@ class Model:
     parameters: int
     data: str  # what is known of them, in words
     flops: int  # of one image, forward
+    attention: int  # of these
+    elementwise: roofline.Elementwise
     activations: memory.Activations
     sample_bytes: int  # of its latent in the shards
     sample_draws: int  # normal numbers for it
@@ -93,9 +98,17 @@ class Placement:
     recomputed: int  # blocks
     state: memory.State
     memory: int
-    compute: float  # seconds of a step
+    products: float  # seconds of a step
+    attention: float
+    between: float  # elementwise operations
+    optimizer: float
     traffic: int  # bytes that a rank sends in a step
     communication: float  # seconds of a step
+
+    @property
+    def compute(self) -> float:
+        """All that the GPU does."""
+        return self.products + self.attention + self.between + self.optimizer
 
     @property
     def step(self) -> float:
@@ -119,8 +132,11 @@ def measure(config: PlanJob) -> Model:
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision, "cuda")
     numbers = (2 if posterior else 1) * math.prod(shape)
     data = f"latents {'x'.join(map(str, shape))} in {pluralize(classes, 'class', 'classes')} ({known_from})"
+    precision = "fp32" if config.autocast else config.engine.precision
+    between = roofline.elementwise(config.model, shape, classes, text, precision)
+    counts = flops(config.model, shape, text), attention_flops(config.model, shape, text)
     # a sample is the mean and, with a posterior, the deviation in fp16; each goes with as many normal numbers
-    return Model(parameters, data, flops(config.model, shape, text), kept, 2 * numbers, numbers)
+    return Model(parameters, data, *counts, between, kept, 2 * numbers, numbers)
 
 
 def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | None, bool, str]:
@@ -147,10 +163,34 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     if muon:
         need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
     again = model.activations.share(recomputed)  # of a forward pass more
-    compute = (3 + again) * model.flops * share.rows / (EFFICIENCY * peak(config))
+    rows, attention, averages = share.rows, model.attention, len(ema.profiles(config.ema))
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
-    link = config.network_gb * 1e9 if nodes > 1 else DEVICES[config.device].link
-    return Placement(nodes, ranks, stage, share, recomputed, state, need, compute, traffic, traffic / link)
+    moved = roofline.optimizer_bytes(model.parameters, stage, engine.precision, ranks, averages)
+    return Placement(
+        nodes=nodes,
+        ranks=ranks,
+        stage=stage,
+        share=share,
+        recomputed=recomputed,
+        state=state,
+        memory=need,
+        products=(3 + again) * (model.flops - attention) * rows / (PRODUCTS_RATE * peak(config)),
+        attention=(3.5 + again) * attention * rows / (ATTENTION_RATE * peak(config)),  # its backward pass: 2.5 forward
+        between=rows * model.elementwise.of(again, config.engine.compile) / bandwidth(config),
+        optimizer=moved / bandwidth(config),
+        traffic=traffic,
+        communication=traffic / network(config, nodes),
+    )
+
+
+def network(config: PlanJob, nodes: int) -> float:
+    """Bytes a second of a ring: it enters and leaves each node once, over all of the node's network at a time."""
+    link = DEVICES[config.device].link
+    return link if nodes == 1 else min(link, config.gpus * config.network_gb * 1e9)
+
+
+def bandwidth(config: PlanJob) -> float:
+    return MEMORY_RATE * DEVICES[config.device].bandwidth
 
 
 def _micro_batches(config: PlanJob, model: Model, ranks: int, state: memory.State) -> tuple[RankSlice, int]:
@@ -207,9 +247,11 @@ def report(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
             f"{at.state.persistent / 1e9:.1f}, at work {at.state.peak / 1e9:.1f}, activations "
             f"{(at.memory - at.state.peak) / 1e9:.1f}; sends {at.traffic / 1e9:.2f} GB a step{mark}"
         )
+    how = "compiled" if config.engine.compile else "eager"
     yield (
-        f"step           {chosen.step:.3f} s: {chosen.compute:.3f} compute (at {EFFICIENCY:.0%} of "
-        f"{peak(config) / 1e12:.0f} TFLOP/s), {chosen.communication:.3f} communication, not overlapped"
+        f"step           {chosen.step:.3f} s: {chosen.products:.3f} matrix products (at {PRODUCTS_RATE:.0%} of "
+        f"{peak(config) / 1e12:.0f} TFLOP/s), {chosen.attention:.3f} attention, {chosen.between:.3f} between them "
+        f"({how}), {chosen.optimizer:.3f} optimizer, {chosen.communication:.3f} communication, not overlapped"
     )
     yield f"speed          {rate:,.0f} images/s, {rate / chosen.ranks:.1f} a GPU"
     yield f"data           {model.data}, {rate / chosen.nodes * model.sample_bytes / 1e6:.1f} MB/s a node"

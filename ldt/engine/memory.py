@@ -167,16 +167,9 @@ def _saved_bytes(
         return tensor
 
     with FakeTensorMode():
-        model = build(config, latent_shape, classes, seed=0, text=text)
-        if precision == "bf16":
-            _to_bfloat16(model)
-        if kind == "cuda":
-            _fuse_norms(model)
+        model = training_model(build(config, latent_shape, classes, seed=0, text=text), precision, kind)
         checkpoint_blocks(model, recomputed_blocks)
-        words = None
-        if text is not None and config.uses_text:
-            words = torch.zeros(1, text.length, *([] if text.vocabulary else [text.width]))
-            words = words.long() if text.vocabulary else words
+        words = no_text(text, 1) if config.uses_text else None
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             condition = Condition(torch.zeros(1, dtype=torch.int64), words)
             inputs = (torch.zeros(1, *latent_shape), torch.zeros(1), condition)
@@ -186,16 +179,39 @@ def _saved_bytes(
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
 
+def training_model(model: nn.Module, precision: str, kind: str) -> nn.Module:
+    """A model without content as it trains: its weights' dtype and, of kind cuda, norms like CUDA's."""
+    if precision == "bf16":
+        _to_bfloat16(model)
+    if kind == "cuda":
+        _fuse_norms(model)
+    return model
+
+
+def no_text(text: TextShape | None, samples: int) -> torch.Tensor | None:
+    """Empty captions of that shape."""
+    if text is None:
+        return None
+    shape = (samples, text.length) if text.vocabulary else (samples, text.length, text.width)
+    return torch.zeros(shape, dtype=torch.int64 if text.vocabulary else torch.float32)
+
+
 class _FusedRMSNorm(torch.autograd.Function):
     """Saves what CUDA's kernel does: the input, the weight and one float32 a row; the CPU's keeps three float32 copies.
 
-    A torch without CUDA can't run that kernel even on tensors without content.
+    It also reads and writes as much, whatever the values. A torch without CUDA can't run that kernel even on tensors
+    without content.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return x + grads[0], None if weight is None else torch.zeros_like(weight)
 
 
 def _fuse_norms(model: nn.Module) -> None:

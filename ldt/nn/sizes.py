@@ -119,6 +119,17 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     return 2 * total
 
 
+def attention_flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None) -> int:
+    """What of `flops` is scores and weighted sums of a Transformer's attention; a UNet's, which are few, count as 0."""
+    if config.name == "unet":
+        return 0
+    image = (latent_shape[1] // config.patch) * (latent_shape[2] // config.patch)
+    tokens = image
+    if config.conditioning == "in_context":
+        tokens += 1 + config.uses_class + (text.length if text and config.uses_text else 0)
+    return 4 * (config.depth * tokens * tokens * config.width + config.head.depth * image * image * config.head.width)
+
+
 def _block(config: ModelConfig, tokens: int, width: int, modulations: int) -> int:
     """Multiply-adds of a block; modulations: by how many vectors its tokens are modulated."""
     hidden = -(-int(width * config.mlp_ratio * 2 / 3) // 16) * 16
