@@ -33,7 +33,7 @@ from ldt.config import to_yaml
 from ldt.convert import dit
 from ldt.data.images import prepare
 from ldt.data.images.open import open_images
-from ldt.data.latent_files import open_latents
+from ldt.data.latent_sources import open_latents
 from ldt.data.shards.adopt import examine, read_layout
 from ldt.data.shards.manifest import Manifest, head_hash
 from ldt.data.shards.shard_writer import HASH, Sidecar, read_sidecar, sidecar_hash

@@ -1,11 +1,15 @@
 """Latents as fast-DiT writes them, and as .npz, through `ldt encode latents=DIR`."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from run_data import make_autoencoder
+from safetensors.torch import save_file
 
 from ldt.cli import main
-from ldt.data.latent_files import open_latents
+from ldt.data.latent_sources import open_latents
 from ldt.data.shards import Manifest, open_shards
 from ldt.errors import InputError
 
@@ -178,3 +182,77 @@ def test_what_is_infinite_in_the_source_is_not_the_dtypes_fault(vae, tmp_path, c
         np.savez(tmp_path / "tree" / "3.npz", moments=moments[3], label=np.int64(0))
         assert encode(tmp_path / "tree", vae, tmp_path / "shards", "dtype=fp16") == 2
         assert "3.npz " in (error := capsys.readouterr().err) and said in error
+
+
+def lightning_tree(root, count=COUNT, per=10, flips=True):
+    """What LightningDiT's extract_features.py leaves, its pickled statistics included."""
+    root.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(count, 4, 8, 8, generator=generator)
+    labels = torch.arange(count) % 3
+    for k in range(0, count, per):
+        part = {"latents": latents[k : k + per].contiguous(), "labels": labels[k : k + per].contiguous()}
+        if flips:
+            part["latents_flip"] = latents[k : k + per].flip(-1).contiguous()
+        save_file(part, root / f"latents_rank00_shard{k // per:03d}.safetensors")
+    (root / "latents_stats.pt").write_bytes(b"never read")
+    return latents.numpy(), labels.tolist()
+
+
+def test_safetensors_of_lightningdit(vae, tmp_path, capsys):
+    latents, labels = lightning_tree(tmp_path / "tree")
+    assert encode(tmp_path / "tree", vae, tmp_path / "shards", "flips=true") == 0
+    shards = open_shards(tmp_path / "shards")
+    place = np.array([(s, i) for s, n in enumerate(shards.manifest.counts.tolist()) for i in range(n)]).T
+    for flip, expected in ((False, latents), (True, latents[..., ::-1])):
+        records = shards.read(*place, np.full(COUNT, flip))
+        np.testing.assert_array_equal(records.mean_nCHW, expected)
+        assert not records.std_nCHW.any() and records.label_n.tolist() == labels
+    assert encode(tmp_path / "tree", vae, tmp_path / "plain") == 0
+    np.testing.assert_array_equal(stored(tmp_path / "plain").mean_nCHW, latents)
+    lightning_tree(tmp_path / "unflipped", flips=False)
+    assert encode(tmp_path / "unflipped", vae, tmp_path / "no", "flips=true") == 2
+    assert "has none of mirrored ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a whole safetensors file"),
+        (lambda p: save_file({"latents": torch.zeros(3, 4, 8, 8)}, p), "expected are latents"),
+        (
+            lambda p: save_file({"latents": torch.zeros(3, 4, 8, 8), "labels": torch.zeros(2)}, p),
+            "expected are latents",
+        ),
+        (lambda p: save_file({"latents": torch.zeros(3, 4, 4, 4), "labels": torch.zeros(3)}, p), "not like those of"),
+        (lambda p: save_file({"z": torch.zeros(3)}, p), "expected are latents"),
+    ],
+)
+def test_safetensors_that_do_not_fit_are_named(tmp_path, spoil, said):
+    lightning_tree(tmp_path / "tree", flips=False)
+    spoil(tmp_path / "tree" / "latents_rank00_shard001.safetensors")
+    with pytest.raises(InputError, match=f"shard001.safetensors .*{said}"):
+        open_latents(str(tmp_path / "tree"), SCALE)
+
+
+def test_the_tree_of_repa(vae, tmp_path, capsys):
+    root, generator = tmp_path / "vae-sd", np.random.default_rng(0)
+    moments = generator.standard_normal((COUNT, 8, 8, 8)).astype(np.float32)
+    moments[:, 4:] = np.abs(moments[:, 4:])
+    labels = []
+    for i in range(COUNT):
+        name = f"{i // 10:05d}/img-mean-std-{i:08d}.npy"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / name, moments[i])
+        labels.append([name, i % 4])
+    (root / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+    assert encode(root, vae, tmp_path / "shards") == 0
+    records = stored(tmp_path / "shards")
+    np.testing.assert_array_equal(records.moments_n2CHW.reshape(COUNT, 8, 8, 8), moments)
+    assert records.label_n.tolist() == [i % 4 for i in range(COUNT)]
+    (root / "00000" / "img-mean-std-00000003.npy").unlink()
+    assert encode(root, vae, tmp_path / "more") == 2
+    assert "img-mean-std-00000003.npy can't be used" in capsys.readouterr().err
+    (root / "dataset.json").write_text("{}")
+    assert encode(root, vae, tmp_path / "more") == 2
+    assert "dataset.json is not readable" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Latents that other projects have written, one file an image: trees of .npy (fast-DiT) or .npz.
+"""Latents that other projects have written, one file an image: trees of .npy (fast-DiT, REPA) or .npz.
 
 fast-DiT: `<name>_features/<i>.npy`, a posterior draw [1, C, H, W] times 0.18215, beside `<name>_labels/<i>.npy`, its
 class. .npz: one directory of files with `moments` [2·C, H, W], mean and logarithm of the variance as autoencoders give
@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldt.errors import InputError, file_error
-from ldt.files import MOST_CLASSES, class_names, load_npy
+from ldt.files import MOST_CLASSES, class_names, load_npy, natural, parse_json
+
+REPA_LABELS = "dataset.json"
 
 
 class LatentFiles(ABC):
     """Numbered latents with a class each; `moments` is float32 [2, C, H, W], mean and standard deviation, unscaled."""
 
     captioned = 0
+    flips = False  # whether there are latents of the mirrored images too
 
     def __init__(self, where: Path, files: list[Path]) -> None:
         self.where = where
@@ -28,11 +31,14 @@ class LatentFiles(ABC):
         first = self.moments(0)
         self.latent_shape: tuple[int, int, int] = first.shape[1:]
         self.labels = np.array([self._label(i) for i in range(len(self.files))], np.int64)
+        self._name_classes()
+
+    def _name_classes(self) -> None:
         if self.labels.min() < 0:
             raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
         if self.labels.max() >= MOST_CLASSES:
             raise InputError(f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}; mend it")
-        self.classes = tuple(class_names(where, int(self.labels.max())))
+        self.classes = tuple(class_names(self.where, int(self.labels.max())))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -67,6 +73,10 @@ class LatentFiles(ABC):
         """There is nothing to say of them."""
         return []
 
+    def flipped(self, i: int) -> NDArray[np.float32]:
+        """`moments` of the mirrored image, where there are such."""
+        raise NotImplementedError
+
     def checked_moments(self, i: int) -> NDArray[np.float32]:
         """`moments`, of the same shape as all others."""
         moments = self.moments(i)
@@ -86,8 +96,8 @@ class DrawFiles(LatentFiles):
 
     def __init__(self, where: Path, features: Path, labels: Path, scale: float) -> None:
         self._labels, self._scale = labels, scale
-        files = _listed(features, ".npy")
-        extra = sorted({p.name for p in _listed(labels, ".npy")} - {p.name for p in files})
+        files = listed(features, ".npy")
+        extra = sorted({p.name for p in listed(labels, ".npy")} - {p.name for p in files})
         if extra:
             raise InputError(
                 f"{labels} has {len(extra):,} labels without a latent in {features}, such as {extra[0]}; restore "
@@ -96,7 +106,7 @@ class DrawFiles(LatentFiles):
         super().__init__(where, files)
 
     def moments(self, i: int) -> NDArray[np.float32]:
-        draw = _load(self.files[i])
+        draw = load(self.files[i])
         if draw.ndim == 4 and len(draw) == 1:
             draw = draw[0]
         if draw.ndim != 3 or draw.dtype.kind != "f":
@@ -109,7 +119,7 @@ class DrawFiles(LatentFiles):
         path = self._labels / self.files[i].name
         if not path.exists():
             raise InputError(f"latent {self.name(i)} has no label {path}; both trees number their files alike")
-        return _number(_load(path), path)
+        return _number(load(path), path)
 
 
 class MomentFiles(LatentFiles):
@@ -147,25 +157,38 @@ class MomentFiles(LatentFiles):
         return _number(_member(self.files[i], "label"), self.files[i])
 
 
-def open_latents(path: str, scale: float, second: str = "log_variance") -> LatentFiles:
-    """The tree at a path. scale: what its draws were multiplied with; second: what follows the mean in moments."""
-    where = Path(path)
-    if not where.is_dir():
-        raise InputError(f"latents={path} is not a directory; give one of .npy or .npz latents")
-    features, labels = _listed(where, "_features"), _listed(where, "_labels")
-    if len(features) == 1 and len(labels) == 1 and _listed(features[0], ".npy"):
-        return DrawFiles(where, features[0], labels[0], scale)
-    archives = _listed(where, ".npz")
-    if archives:
-        return MomentFiles(where, archives, second)
-    for one in _listed(where, ".npy")[:1]:
-        _load(one)  # U-ViT's are pickles: say so
-    raise InputError(
-        f"latents={path} has neither one *_features and one *_labels directory of .npy files nor .npz files in it"
-    )
+class RepaFiles(LatentFiles):
+    """REPA's tree: `00000/img-mean-std-00000000.npy`, mean and standard deviation [2·C, H, W], and `dataset.json`."""
+
+    def __init__(self, where: Path) -> None:
+        file = where / REPA_LABELS
+        try:
+            self._known: dict[str, Any] = dict(parse_json(file.read_bytes())["labels"])
+        except OSError as error:
+            raise file_error(str(file), error, "write it again") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{file} is not readable ({error}); it needs {{"labels": [[file, class], …]}}') from None
+        super().__init__(where, [where / name for name in self._known])
+        self.files = sorted(self.files)
+        self.labels = np.array([self._label(i) for i in range(len(self.files))], np.int64)
+
+    def moments(self, i: int) -> NDArray[np.float32]:
+        both = load(self.files[i])
+        if both.ndim != 3 or len(both) % 2 or both.dtype.kind != "f":
+            raise InputError(f"{self.name(i)}: moments are {both.dtype} {both.shape}, not floats of [2*C, H, W]")
+        mean, std = np.split(both.astype(np.float32), 2)
+        if (std < 0).any():
+            raise InputError(f"{self.name(i)}: a standard deviation is below 0; REPA's are [mean, std]")
+        return np.stack([mean, std])
+
+    def _label(self, i: int) -> int:
+        label = self._known[self.files[i].relative_to(self.where).as_posix()]
+        if not natural(label):
+            raise InputError(f"{self.where / REPA_LABELS} has {label!r} as a label; labels are class numbers from 0")
+        return int(label)
 
 
-def _listed(directory: Path, ending: str) -> list[Path]:
+def listed(directory: Path, ending: str) -> list[Path]:
     """What is in a directory under names of that ending; `Path.glob` passes over what may not be read."""
     try:
         return sorted(directory / name for name in os.listdir(directory) if name.endswith(ending) and name[0] != ".")
@@ -173,7 +196,7 @@ def _listed(directory: Path, ending: str) -> list[Path]:
         raise file_error(f"directory {directory}", error, "check it") from None
 
 
-def _load(path: Path) -> NDArray[Any]:
+def load(path: Path) -> NDArray[Any]:
     try:
         return load_npy(path)
     except ValueError as error:

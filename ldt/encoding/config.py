@@ -46,9 +46,9 @@ class EncodeJob:
     of images held out into `<output>/validation`; `batch`: images per forward pass; `threads`: that decode images.
     `whitening`: by mean and deviation of each channel, or of each element as representation autoencoders have it.
     `index`: a directory of shards that another program wrote; it is checked and given a manifest, nothing is encoded.
-    `latents`: instead of images, a tree of .npy or .npz latents of this autoencoder; `latents_scale`: what the draws in
-    .npy were multiplied with; `latents_second`: what follows the mean in .npz, the logarithm of the variance or the
-    standard deviation.
+    `latents`: instead of images, latents of this autoencoder in .npy, .npz or .safetensors; `latents_scale`: what the
+    draws in fast-DiT's .npy were multiplied with; `latents_second`: what follows the mean in .npz, the logarithm of the
+    variance or the standard deviation.
     """
 
     images: ImagesConfig = section(ImagesConfig)
@@ -74,8 +74,8 @@ class EncodeJob:
         needed: dict[str, Any] = {"output": self.output}
         if not self.latents:
             needed |= {"images.path": self.images.path, "images.size": self.images.size}
-        if self.latents and (self.images.path or self.flips):
-            raise InputError("latents= takes the place of images.path, and flips=true needs images; give one of them")
+        if self.latents and self.images.path:
+            raise InputError("latents= takes the place of images.path; give one of them")
         for name, value in {"output": self.output, "images.path": self.images.path, "latents": self.latents}.items():
             if self.index and value:
                 raise InputError(

@@ -15,7 +15,8 @@ from ldt.data.images.chosen import Chosen
 from ldt.data.images.members import Fields
 from ldt.data.images.open import index_share, open_images
 from ldt.data.images.source import ImageSource
-from ldt.data.latent_files import LatentFiles, open_latents
+from ldt.data.latent_files import LatentFiles
+from ldt.data.latent_sources import open_latents
 from ldt.data.shard_files import VALIDATION
 from ldt.data.shards.layout import Layout
 from ldt.data.split import Split
@@ -50,6 +51,8 @@ class Plan:
         if config.latents:
             self.images = open_latents(config.latents, config.latents_scale, config.latents_second)
             shape = self.images.latent_shape
+            if config.flips and not self.images.flips:
+                raise InputError(f"flips=true needs images, and latents={config.latents} has none of mirrored ones")
             if shape[0] != self.autoencoder.latent_channels:
                 raise InputError(
                     f"latents={config.latents} have {shape[0]} channels, autoencoder={config.autoencoder} makes "
@@ -181,7 +184,7 @@ class Plan:
         return np.stack([self.content(i) for i in numbers]), [self.images.label(i) for i in numbers], captions
 
     def content(self, number: int) -> NDArray[Any]:
-        """One prepared image, or the moments of one latent."""
+        """One prepared image, or the moments of one latent and its mirror image [views, 2 or 1, C, H, W]."""
         if isinstance(self.images, LatentFiles):
             moments = self.images.checked_moments(number)
             if not self.layout.posterior and moments[1].any():
@@ -189,7 +192,8 @@ class Plan:
                     f"latent {self.images.name(number)} has a standard deviation, and "
                     f"autoencoder={self.config.autoencoder} has no posterior; give the autoencoder that it comes from"
                 )
-            return moments if self.layout.posterior else moments[:1]
+            views = [moments, self.images.flipped(number)] if self.config.flips else [moments]
+            return np.stack(views if self.layout.posterior else [view[:1] for view in views])
         wanted = self.config.images
         image = self.images.image(number)
         try:
@@ -200,7 +204,7 @@ class Plan:
     def moments(self, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[B, 2 or 1, C, H, W] of the images and, with flips, of their mirror images; moments stay as they are."""
         if self.config.latents:
-            return (image_BHWC,)
+            return image_BHWC.unbind(1)
         views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
         encoded = (self.autoencoder.encode(view) for view in views)
         return tuple(torch.stack([m for m in moments if m is not None], 1).cpu() for moments in encoded)
