@@ -15,7 +15,7 @@ from ldt.submit import SubmitJob
 
 NOT_PATHS = {
     "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "label", "latent",
-    "metrics", "micro_batch", "model", "name", "prompts", "slurm",
+    "metrics", "micro_batch", "model", "name", "prompts", "slurm", "watch_job",
 }  # fmt: skip
 REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
 
@@ -42,6 +42,7 @@ ENOUGH = {
     "train": ["run_dir=x", "data.path=x"],
     "verdict": ["run_dir=x", "data.path=x", "launcher_code=0"],
     "plan": ["run_dir=x", "data.path=x"],
+    "verify": ["run=x", "run_dir=x", "data.path=x"],
     "export": ["run=x", "to=x"],
     "import": ["weights=x", "to=x", "autoencoder=x"],
 }
