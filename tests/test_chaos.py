@@ -5,7 +5,16 @@ import json
 import pytest
 from chaos import BATCH, Failed, campaign, compare
 
-SHORT = ["kill_one", "kill_in_save", "kill_in_rename", "kill_in_load", "stop_one", "disk_full"]
+SHORT = [
+    "kill_one",
+    "kill_in_save",
+    "kill_in_rename",
+    "kill_in_load",
+    "stop_one",
+    "disk_full",
+    "pause",
+    "move_checkpoints",
+]
 """The others are what other tests do: tests/test_kill.py, tests/test_checkpoint.py."""
 
 

@@ -73,6 +73,21 @@ def test_a_request_to_stop_is_requeued_and_resumed(slurm, plain, tmp_path):
     assert [a["job"] for a in attempts] == [job, job] and [a["restart"] for a in attempts] == [None, "1"]
 
 
+def test_a_job_of_another_partition_takes_its_place_for_a_while(slurm, plain, tmp_path):
+    """preempt/partition_prio with a grace time: saved within it, requeued, resumed when the other job has ended."""
+    config = write_config(tmp_path)
+    flags = ["--nodes=1", "--partition=low", f"--output={tmp_path}/log", "--export=ALL,LDT_TASKS_PER_NODE=2"]
+    job = slurm.sbatch(*flags, "slurm/train.sh", config)
+    slurm.wait_for_steps(tmp_path / "run", 5)
+    other = slurm.sbatch("--nodes=4", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 3")
+    info = slurm.wait(job)
+    log = (tmp_path / "log").read_text()
+    assert (info["JobState"], info["Restarts"]) == ("COMPLETED", "1"), log
+    assert slurm.info(other)["JobState"] == "COMPLETED" and "stopped on request" in log, log
+    lines = check_same_run(tmp_path / "run", plain)
+    assert [r["attempt"] for r in lines] == sorted(r["attempt"] for r in lines) and lines[-1]["attempt"] == 1
+
+
 def test_a_lost_node_is_left_behind(slurm, plain, tmp_path):
     """An elastic job on four nodes loses one: requeued on three, resumed from the last checkpoint."""
     config, prefix = write_config(tmp_path), slurm.env["SLURM_CLUSTER_PREFIX"]

@@ -8,6 +8,7 @@ run of one process has at this step, and with its loss to 5 digits over the firs
 """
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -206,16 +207,64 @@ def disk_full(processes: Ranks, run_dir: Path, before: int, chance: random.Rando
 
 def terminate(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
     """SIGTERM to one rank: all save and leave with 75."""
-    wait_for_steps(processes, run_dir, before, chance.randint(1, 10))
-    chance.choice(processes).send_signal(signal.SIGTERM)
+    ask_to_stop(signal.SIGTERM, processes, run_dir, before, chance)
+
+
+def hang_up(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """SIGHUP to one rank, as from a terminal that is closed: all save and leave with 75."""
+    ask_to_stop(signal.SIGHUP, processes, run_dir, before, chance)
+
+
+def ask_to_stop(
+    number: signal.Signals, processes: Ranks, run_dir: Path, before: int, chance: random.Random, steps: int = 10
+) -> None:
+    wait_for_steps(processes, run_dir, before, chance.randint(1, steps))
+    chance.choice(processes).send_signal(number)
     codes = finish(processes)
     if set(codes) - {0, 75}:
         raise Failed(f"a stop request ended with {codes}")
 
 
+def pause(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """All ranks stand still for longer than any watchdog waits, as a suspended job does; then they go on."""
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 5))
+    for p in processes:
+        p.send_signal(signal.SIGSTOP)
+    time.sleep(4 * STALL)
+    for p in processes:
+        p.send_signal(signal.SIGCONT)
+    ask_to_stop(signal.SIGTERM, processes, run_dir, position(run_dir), chance, steps=3)
+
+
+def move_checkpoints(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """Somebody moves the checkpoints to another disk and leaves links, while the run goes on; then all are killed."""
+    wait_for_steps(processes, run_dir, before, SAVE_STEPS + 1)
+    for path in listed(run_dir / "checkpoints"):
+        elsewhere = run_dir.parent / "elsewhere" / f"{path.name}-{before}"
+        elsewhere.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # it was too old to keep just now
+            path.rename(elsewhere)
+            path.symlink_to(elsewhere)
+    wait_for_steps(processes, run_dir, before, 2 * SAVE_STEPS + 2)
+    for p in processes:
+        p.kill()
+
+
 FAULTS: dict[str, Callable[[Ranks, Path, int, random.Random], None]] = {
     f.__name__: f
-    for f in (kill_one, kill_all, kill_in_save, kill_in_rename, kill_in_load, stop_one, disk_full, terminate)
+    for f in (
+        kill_one,
+        kill_all,
+        kill_in_save,
+        kill_in_rename,
+        kill_in_load,
+        stop_one,
+        disk_full,
+        terminate,
+        hang_up,
+        pause,
+        move_checkpoints,
+    )
 }
 
 
