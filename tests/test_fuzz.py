@@ -296,7 +296,7 @@ def test_sidecars_of_an_unfinished_encoding(tmp_path: Path) -> None:
     shard, sidecar = tmp_path / "shard-00000000.tar", tmp_path / "shard-00000000.tar.json"
     shard.write_bytes(b"x")
     facts = {"name": shard.name, "bytes": 1, "samples": 1, "xxh64": "0" * 16, "content": "0" * 16, "elements": 8}
-    facts |= {"class_counts": [1], "first_C": [0.5], "second_C": [1.0]}
+    facts |= {"class_counts": [1], "first_C": [0.5], "second_C": [1.0], "source": "", "captions": {}}
 
     def sealed(facts: Any) -> Any:
         return facts | {HASH: sidecar_hash(facts)} if isinstance(facts, dict) else facts
