@@ -10,7 +10,15 @@ from bench import BENCHMARKS
 from run_data import shared_run
 
 ROOT = Path(__file__).parents[1]
-TINY = ["model={width: 32, depth: 2, heads: 2}", "train.global_batch=4", "--latent", "4x4x4", "--classes", "3"]
+TINY = [
+    "model={width: 32, depth: 2, heads: 2}",
+    "train.global_batch=4",
+    "engine.compile=false",
+    "--latent",
+    "4x4x4",
+    "--classes",
+    "3",
+]
 SAMPLING = ["evaluate.sampler=heun", "evaluate.steps=2", "evaluate.guidance=2", "evaluate.block=2"]
 DIT = "configs/imagenet256/dit_s2.yaml"
 TRAIN = ["train", DIT, *TINY, "--steps", "1", "--turns", "1", "--warmup", "1"]
