@@ -64,6 +64,44 @@ def words_of(command: str) -> list[str]:
     return [stands_for.get(word, word) for word in words]
 
 
+WRAPPED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+NO_END = ("e.g.", "i.e.", "et al.", "vs.", "cf.", "...")
+
+
+def sentences(text: str) -> list[str]:
+    """A line cut after each full stop, question or exclamation mark that a new sentence follows.
+
+    Code, parentheses and the number or bold title that a line begins with are never cut.
+    """
+    found, start, depth, code = [], 0, 0, False
+    for i, c in enumerate(text):
+        code ^= c == "`"
+        depth += (c in "([") - (c in ")]") if not code else 0
+        head = text[start:i]
+        ends = not (code or depth) and c == " " and re.search(r"[.!?]\)?$", head)
+        begins = re.match(r"[A-Z`*\[(\"0-9]", text[i + 1 :])
+        if ends and begins and not head.endswith(NO_END) and not re.fullmatch(r"\**\d+\.", head):
+            found.append(head)
+            start = i + 1
+    return [*found, text[start:]]
+
+
+def prose_lines(page: Path) -> list[tuple[str, str]]:
+    """(line, the line after it), for the lines of paragraphs and lists: no code, tables or headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in text.split("\n") if not line.startswith(("|", "#", "!", "<"))]
+    return [(line, after) for line, after in zip(lines, [*lines[1:], ""], strict=True) if line.strip()]
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda p: p.name)
+def test_a_line_is_a_sentence(page: Path) -> None:
+    """Changes of one sentence are changes of one line, and reviews show what was rewritten."""
+    for line, after in prose_lines(page):
+        assert len(sentences(line.strip())) == 1, f"{page.name}: two sentences in one line: {line}"
+        ends_block = not after.strip() or re.match(r"\s*([-*]|\d+\.) ", after)
+        assert ends_block or re.search(r"[.!?:][)*]*$", line), f"{page.name}: a sentence goes on after: {line}"
+
+
 def test_there_are_commands() -> None:
     assert len(commands()) > 50
 
