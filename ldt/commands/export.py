@@ -47,7 +47,7 @@ class ExportJob:
 
 
 def run(config: ExportJob) -> int:
-    """Write the directory."""
+    """Write the exported model into the directory `to`."""
     target = Path(config.to)
     if target.exists():
         raise InputError(f"to={target} exists; give a directory that does not")

@@ -37,7 +37,7 @@ class ImportJob:
 
 
 def run(config: ImportJob) -> int:
-    """Write the directory."""
+    """Convert the weights and write the exported model into the directory `to`."""
     target = Path(config.to)
     if target.exists():
         raise InputError(f"to={target} exists; give a directory that does not")

@@ -102,7 +102,7 @@ def _counted(blocks: Iterator[NDArray[np.uint8]], update: Callable[[int], object
 
 
 def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Numbers of the classes asked for by name or number."""
+    """The numbers of the requested classes, which may be given by name or by number."""
     chosen = []
     for word in wanted:
         if word in classes:
@@ -118,7 +118,7 @@ def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
-    """The captions asked for."""
+    """The captions to draw images for, one an image."""
     if wanted and model.text is None:
         raise InputError(
             "prompts= needs a denoiser of text, and this one knows classes alone; use classes=, or train with "
@@ -141,7 +141,7 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
 
 
 def _output(config: SampleJob, loaded: Loaded, world: World) -> Path:
-    """Where the images go, found free before any is made."""
+    """The output path, checked to be free before any image is made."""
     suffix = {"grid": ".png", "folder": "", "npz": ".npz"}[config.format]
     default = results_of(loaded.path) / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
     output = Path(config.output) if config.output else default

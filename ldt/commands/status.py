@@ -36,7 +36,7 @@ class StatusJob:
 
 
 def run(config: StatusJob) -> int:
-    """Print; returns the exit code."""
+    """Print the status; returns 1 if the run failed or has fallen silent."""
     facts = read_status(Path(config.run), time.time())
     if config.json:
         print(json.dumps(facts, indent=1))
