@@ -118,7 +118,7 @@ def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
-    """The captions to draw images for, one an image."""
+    """The captions to draw images for."""
     if wanted and model.text is None:
         raise InputError(
             "prompts= needs a denoiser of text, and this one knows classes alone; use classes=, or train with "

@@ -79,7 +79,7 @@ class Activations:
 
     @property
     def recomputed(self) -> int:
-        """Bytes that are kept when every block is recomputed."""
+        """Bytes a sample that are kept when every block is recomputed."""
         return self.kept - sum(self.saves)
 
     def of(self, samples: int, recomputed_blocks: int) -> int:
