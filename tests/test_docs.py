@@ -192,7 +192,7 @@ FOREIGN = {
     *("nohup", "SBATCH_ACCOUNT", "SBATCH_PARTITION"),  # the shell's and SLURM's
     *("VIRTUAL_imagenet256_labeled", "npz", "cin", "param", "_hp_mapping"),  # of ADM, latent-diffusion and DeepSpeed
     *("OWNERS", "ARMS", "case", "test_"),  # of the tests
-    "data_x",  # stands for any attribute
+    *("data_x", "photos"),  # stand for any attribute, and for any directory of the reader's
 }
 
 
