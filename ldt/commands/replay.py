@@ -29,7 +29,7 @@ def run(config: ReplayJob) -> int:
     lines = [r for name in ("metrics.jsonl", "evaluations.jsonl") for r in log.read_jsonl(run_dir / name)]
     lines = sorted((r for r in lines if natural(r.get("samples_seen"))), key=lambda r: r["samples_seen"])
     if not lines:
-        raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training")
+        raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training run")
     where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
     tracker, failed = _start(config, run_dir, where), True
     try:

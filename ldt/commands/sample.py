@@ -77,7 +77,7 @@ def draw(
     trained: the config of the denoiser's training. The ranks of `world` share the work, and each gets all blocks.
     """
     if config.classes and trained["model"].get("condition_on") == "text":
-        raise InputError("classes= needs a denoiser of classes, and this one knows text alone; use prompts=")
+        raise InputError("classes= needs a denoiser of classes, and this one was trained with text only; use prompts=")
     classes = model.spec.classes
     chosen = np.array(_chosen_classes(config.classes, classes), np.int64)
     prompts = _prompts(config.prompts, model)
@@ -121,8 +121,8 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
     """The captions to draw images for."""
     if wanted and model.text is None:
         raise InputError(
-            "prompts= needs a denoiser of text, and this one knows classes alone; use classes=, or train with "
-            "model.condition_on=text"
+            "prompts= needs a denoiser of text, and this one was trained with classes only; use classes=, or train "
+            "with model.condition_on=text"
         )
     out: list[str] = []
     for word in wanted:

@@ -58,7 +58,7 @@ def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path, a
         shown = "; ".join(f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in unexpected)
         raise InputError(
             f"{where} belongs to a run with another config ({shown}); restore these keys to resume it, choose "
-            f"another run_dir, or go on with the changes by train.accept_changes=[{','.join(unexpected)}]"
+            f"another run_dir, or accept the changes with train.accept_changes=[{','.join(unexpected)}]"
         )
 
 
