@@ -5,10 +5,13 @@ tests/test_deepspeed.py's business; here each is taken as far as it goes without
 """
 
 import ast
+import functools
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,44 @@ def words_of(command: str) -> list[str]:
         {"CONFIG": "configs/encode/fashion_mnist.yaml"} if words[:2] == ["ldt", "encode"] else {}
     )
     return [stands_for.get(word, word) for word in words]
+
+
+WRAPPED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+NO_END = ("e.g.", "i.e.", "et al.", "vs.", "cf.", "...")
+
+
+def sentences(text: str) -> list[str]:
+    """A line cut after each full stop, question or exclamation mark that a new sentence follows.
+
+    Code, parentheses and the number or bold title that a line begins with are never cut.
+    """
+    found, start, depth, code = [], 0, 0, False
+    for i, c in enumerate(text):
+        code ^= c == "`"
+        depth += (c in "([") - (c in ")]") if not code else 0
+        head = text[start:i]
+        ends = not (code or depth) and c == " " and re.search(r"[.!?]\)?$", head)
+        begins = re.match(r"[A-Z`*\[(\"0-9]", text[i + 1 :])
+        if ends and begins and not head.endswith(NO_END) and not re.fullmatch(r"\**\d+\.", head):
+            found.append(head)
+            start = i + 1
+    return [*found, text[start:]]
+
+
+def prose_lines(page: Path) -> list[tuple[str, str]]:
+    """(line, the line after it), for the lines of paragraphs and lists: no code, tables or headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in text.split("\n") if not line.startswith(("|", "#", "!", "<"))]
+    return [(line, after) for line, after in zip(lines, [*lines[1:], ""], strict=True) if line.strip()]
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda p: p.name)
+def test_a_line_is_a_sentence(page: Path) -> None:
+    """Changes of one sentence are changes of one line, and reviews show what was rewritten."""
+    for line, after in prose_lines(page):
+        assert len(sentences(line.strip())) == 1, f"{page.name}: two sentences in one line: {line}"
+        ends_block = not after.strip() or re.match(r"\s*([-*]|\d+\.) ", after)
+        assert ends_block or re.search(r"[.!?:][)*]*$", line), f"{page.name}: a sentence goes on after: {line}"
 
 
 def test_there_are_commands() -> None:
@@ -145,6 +186,93 @@ def test_quoted_messages_are_what_the_source_says() -> None:
         pieces = [re.escape(piece) for piece in message.split("…")]
         pattern = re.compile(".*?…".join(pieces) if len(pieces) > 1 else pieces[0])
         assert any(pattern.search(text) for text in source), f"{page}: no code says {message!r}"
+
+
+FOREIGN = {
+    *("nohup", "SBATCH_ACCOUNT", "SBATCH_PARTITION"),  # the shell's and SLURM's
+    *("VIRTUAL_imagenet256_labeled", "npz", "cin", "param", "_hp_mapping"),  # of ADM, latent-diffusion and DeepSpeed
+    *("OWNERS", "ARMS", "case", "test_"),  # of the tests
+    *("data_x", "photos"),  # stand for any attribute, and for any directory of the reader's
+}
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@functools.cache
+def words_of_the_source() -> set[str]:
+    """Every word of the code of ldt/, tools/ and the tests' names, without comments and docstrings, and of configs/."""
+    texts = [p.read_text() for folder in ("configs", "slurm") for p in (ROOT / folder).rglob("*.*")]
+    for folder in ("ldt", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            texts.append(ast.unparse(without_docstrings(ast.parse(path.read_text()))))
+            texts.append(path.stem)
+        texts += [p.name for p in (ROOT / folder).iterdir()]
+    return set(re.findall(r"\w+", " ".join(texts)))
+
+
+def code_spans() -> list[tuple[str, str]]:
+    """(where, code): what stands in backticks in the pages and in the package's docstrings."""
+    out = []
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        out += [(page.name, code) for code in re.findall(r"`([^`\n]+)`", text)]
+    for path in (ROOT / "ldt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                found = re.findall(r"`([^`\n]+)`", ast.get_docstring(node) or "")
+                out += [(str(path.relative_to(ROOT)), code) for code in found]
+    return sorted(set(out))
+
+
+def unknown(code: str) -> str:
+    """What of a piece of code exists nowhere; empty where all does, or where it is no name or path."""
+    if re.fullmatch(r"(ldt|tests|tools|docs|configs|slurm)/[\w./-]+", code):
+        return "" if (ROOT / code).exists() else code
+    match = re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\)|=.*)?", code)
+    if not match:
+        return ""
+    name = match[1].removesuffix(".")
+    if name.startswith("ldt."):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            return name
+        return ""
+    if set(name.split(".")) <= words_of_the_source() | FOREIGN or (ROOT / name).exists():
+        return ""
+    return name
+
+
+def test_what_stands_in_backticks_exists() -> None:
+    lost = {code: where for where, code in code_spans() if unknown(code)}
+    assert not lost, "no such name or path: " + "; ".join(f"`{code}` in {where}" for code, where in lost.items())
+
+
+@pytest.mark.parametrize(
+    "invented", ["ldt/nowhere.py", "ldt.rng.nothing", "blocks_off", "train.no_such_key=1", "no_f(x)"]
+)
+def test_what_is_invented_is_found(invented: str) -> None:
+    assert unknown(invented)
+
+
+def test_the_drawing_has_the_floors_of_the_contract() -> None:
+    """docs/architecture.md draws every floor, in the contract's order, and names every package in its tree."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (floors,) = [c["layers"] for c in contracts if c["type"] == "layers"]
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page[page.index("## Floors") : page.index("## Who writes")]
+    (drawing,) = re.findall(r"^```text\n(.*?)^```", section, re.M | re.S)
+    assert [re.split(r"\s{2,}", line.strip())[0] for line in drawing.splitlines()] == floors
+    tree = page[page.index("## The source tree") :]
+    for package in sorted(p.parent.name for p in (ROOT / "ldt").glob("*/__init__.py")):
+        assert re.search(rf"^  {package}/ ", tree, re.M), package
+    for module in sorted(p.name for p in (ROOT / "ldt").glob("[a-z]*.py")):
+        assert re.search(rf"\b{module}\b", tree), module
 
 
 def test_the_lines_of_the_library_page_run() -> None:

@@ -148,7 +148,7 @@ def test_other_files_are_refused(theirs, tmp_path, capsys):
 
     assert "holds no DiT" in refused({"a": torch.zeros(1)})
     assert "is none of the published ones; give its heads=" in refused(theirs)
-    assert "extra.weight is no part of a DiT" in refused(theirs | {"extra.weight": torch.zeros(1)}, HEADS)
+    assert "extra.weight is not part of a DiT" in refused(theirs | {"extra.weight": torch.zeros(1)}, HEADS)
     assert "not the fixed sine-cosine grid" in refused(theirs | {"pos_embed": torch.ones(1, 16, WIDTH)}, HEADS)
     assert "can't be read as plain tensors" in refused({"args": np.random.default_rng(0)})
     with pytest.raises(InputError, match="does not exist"):

@@ -101,9 +101,11 @@ def test_the_formula_counts_what_torch_counts(config, text):
 
 
 def test_unknown_sizes_are_refused():
-    with pytest.raises(InputError, match="DiT-XXL/2 is no known size; sizes are S, B, L, XL, each with /2, /4 or /8"):
+    with pytest.raises(
+        InputError, match="DiT-XXL/2 is not a known size; sizes are S, B, L, XL, each with /2, /4 or /8"
+    ):
         dit("XXL/2")
-    with pytest.raises(InputError, match=r"DiT\^DH-XXL is no known size; sizes are S, B, L, XL"):
+    with pytest.raises(InputError, match=r"DiT\^DH-XXL is not a known size; sizes are S, B, L, XL"):
         dit_dh("XXL")
-    with pytest.raises(InputError, match="U-ViT-H/3 is no known size"):
+    with pytest.raises(InputError, match="U-ViT-H/3 is not a known size"):
         uvit("H/3")

@@ -300,8 +300,8 @@ def test_the_wrong_kind_of_condition_is_refused(pool, data, run_dir, tmp_path, c
     pool(1).run(train_case, settings=settings)  # captions that are not asked for are in nobody's way
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "classes"), "prompts=[a coat]", "--quiet"]) == 2
-    assert "prompts= needs a denoiser of text, and this one knows classes alone" in capsys.readouterr().err
+    assert "prompts= needs a denoiser of text, and this one was trained with classes only" in capsys.readouterr().err
     texts = ["model={width: 32, depth: 2, heads: 2, condition_on: text}", "train.total_samples=16"]
     pool(1).run(train_case, settings=[*texts, f"data.path={data}/tar", f"run_dir={tmp_path}/texts"])
     assert main(["sample", str(tmp_path / "texts"), "classes=[coats]", "--quiet"]) == 2
-    assert "classes= needs a denoiser of classes, and this one knows text alone" in capsys.readouterr().err
+    assert "classes= needs a denoiser of classes, and this one was trained with text only" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def make_record(run: Path, record: Path) -> None:
     """Copy the files that are there; config and log must be."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (run / name).is_file():
-            raise SystemExit(f"{run} has no {name}; give the run_dir of a training")
+            raise SystemExit(f"{run} has no {name}; give the run_dir of a training run")
     record.mkdir(parents=True)
     kept = [name for name in FILES if (run / name).is_file()]
     for name in kept:

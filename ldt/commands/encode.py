@@ -15,7 +15,7 @@ __all__ = ["EncodeJob", "run"]
 
 
 def run(config: EncodeJob) -> int:
-    """Encode; returns the exit code."""
+    """Encode the images, latents or foreign shards that the job names; returns the exit code."""
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:  # they meet when all is encoded
         log.configure(world.rank)
         choose_arithmetic()

@@ -62,7 +62,7 @@ class EvaluateJob:
 
 
 def run(config: EvaluateJob) -> int:
-    """Score the checkpoints asked for, all ranks together."""
+    """Score the requested checkpoints on all ranks together; returns the exit code."""
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         evaluate(config, world)
     return 0

@@ -41,13 +41,13 @@ class ExportJob:
                 f"ema_width={self.ema_width} must be positive, such as 0.07, or 0 for the run's own average"
             )
         if self.ema_width and self.weights != "ema":
-            raise InputError(f"ema_width={self.ema_width} is of an average; leave weights={self.weights} out")
+            raise InputError(f"ema_width={self.ema_width} makes an average; remove weights={self.weights}")
         if self.ema_width and self.format == "diffusers":
             raise InputError("export with ema_width as safetensors first, and that directory with format=diffusers")
 
 
 def run(config: ExportJob) -> int:
-    """Write the directory."""
+    """Write the exported model into the directory `to`."""
     target = Path(config.to)
     if target.exists():
         raise InputError(f"to={target} exists; give a directory that does not")

@@ -37,7 +37,7 @@ class ImportJob:
 
 
 def run(config: ImportJob) -> int:
-    """Write the directory."""
+    """Convert the weights and write the exported model into the directory `to`."""
     target = Path(config.to)
     if target.exists():
         raise InputError(f"to={target} exists; give a directory that does not")
@@ -50,7 +50,7 @@ def run(config: ImportJob) -> int:
         shapes = build(model, (channels, side, side), len(classes), seed=0).state_dict()
     for name, tensor in tensors.items():
         if name not in shapes or shapes[name].shape != tensor.shape:
-            raise InputError(f"{config.weights}: {name} of shape {list(tensor.shape)} is no part of a DiT of this size")
+            raise InputError(f"{config.weights}: {name} {list(tensor.shape)} is not part of a DiT of this size")
     autoencoder = Autoencoder.load(config.autoencoder)
     if autoencoder.latent_channels != channels:
         raise InputError(

@@ -37,7 +37,7 @@ class InspectJob:
 
 
 def run(config: InspectJob) -> int:
-    """Look; returns the exit code."""
+    """Say what the path holds; returns 0 if it is whole, 1 if it is damaged and 2 if it is nothing of ldt's."""
     path = Path(config.path)
     if is_shard_directory(path):
         return _inspect_shards(config)

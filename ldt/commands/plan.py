@@ -35,7 +35,7 @@ where there is no posterior to draw from (BENCHMARKS.md)."""
 
 @dataclass
 class PlanJob(TrainJob):
-    """The keys of a training run, and where it is to go.
+    """The keys of a training run, and those of the cluster that it is planned for.
 
     device: its data sheet; device_tflops, device_memory_gb: instead of the sheet's, such as a measured matrix peak (0:
     the sheet's). network_gb: bytes a second between nodes for each GPU, and disk_gb of the file system under the run,
@@ -75,7 +75,7 @@ class PlanJob(TrainJob):
 
 @dataclass(frozen=True)
 class Model:
-    """What the plan must know of the denoiser and of the data."""
+    """What the plan needs to know about the denoiser and the data."""
 
     parameters: int
     data: str  # what is known of them, in words
@@ -194,7 +194,7 @@ def bandwidth(config: PlanJob) -> float:
 
 
 def _micro_batches(config: PlanJob, model: Model, ranks: int, state: memory.State) -> tuple[RankSlice, int]:
-    """As the trainer will split the batch on this device."""
+    """Split the batch into micro-batches as the trainer will on this device."""
     batch, micro_batch, cost = config.train.global_batch, config.train.micro_batch, model.activations
     share = -(-batch // ranks)
     least = cost.blocks if config.model.activation_checkpointing else 0
@@ -229,7 +229,7 @@ def memory_of(config: PlanJob) -> float:
 
 
 def report(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
-    """The plan in lines."""
+    """The lines of the plan, as they are printed."""
     rate = config.train.global_batch / chosen.step
     hours = config.train.total_samples / rate / 3600
     save = (3 + len(ema.profiles(config.ema))) * 4 * model.parameters
@@ -273,7 +273,7 @@ def stages(config: PlanJob) -> list[int]:
 
 
 def warnings(config: PlanJob, model: Model, chosen: Placement) -> Iterator[str]:
-    """What will hurt."""
+    """Warnings about what will make the planned run slow or make it fail."""
     batch, ranks = config.train.global_batch, chosen.ranks
     rate = batch / chosen.step
     if chosen.memory > memory_of(config):

@@ -1,6 +1,6 @@
 """Send a run's metrics.jsonl and evaluations.jsonl to Weights & Biases or TensorBoard afterwards.
 
-Always as a run of its own, named `<run> replay`, so that a training that still goes on is left alone. What a mirror
+Always as a run of its own, named `<run> replay`, so that a training run in progress is left alone. What a mirror
 missed (it was off, offline, or on another machine) is in the files.
 """
 
@@ -24,12 +24,12 @@ class ReplayJob:
 
 
 def run(config: ReplayJob) -> int:
-    """Replay; says where it is."""
+    """Send the log to the tracker, and print where it went."""
     run_dir = Path(config.run)
     lines = [r for name in ("metrics.jsonl", "evaluations.jsonl") for r in log.read_jsonl(run_dir / name)]
     lines = sorted((r for r in lines if natural(r.get("samples_seen"))), key=lambda r: r["samples_seen"])
     if not lines:
-        raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training")
+        raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training run")
     where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
     tracker, failed = _start(config, run_dir, where), True
     try:

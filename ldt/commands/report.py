@@ -62,7 +62,7 @@ class ReportJob:
 
 
 def run(config: ReportJob) -> int:
-    """Write the page and the PNGs; says where."""
+    """Write the page and its PNGs, and print where they are."""
     paths = [Path(run) for run in config.runs]
     runs = [read_history(path, name) for path, name in zip(paths, names(paths), strict=True)]
     output = Path(config.output) if config.output else paths[0] / "report.html"

@@ -77,7 +77,7 @@ def draw(
     trained: the config of the denoiser's training. The ranks of `world` share the work, and each gets all blocks.
     """
     if config.classes and trained["model"].get("condition_on") == "text":
-        raise InputError("classes= needs a denoiser of classes, and this one knows text alone; use prompts=")
+        raise InputError("classes= needs a denoiser of classes, and this one was trained with text only; use prompts=")
     classes = model.spec.classes
     chosen = np.array(_chosen_classes(config.classes, classes), np.int64)
     prompts = _prompts(config.prompts, model)
@@ -102,7 +102,7 @@ def _counted(blocks: Iterator[NDArray[np.uint8]], update: Callable[[int], object
 
 
 def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Numbers of the classes asked for by name or number."""
+    """The numbers of the requested classes, which may be given by name or by number."""
     chosen = []
     for word in wanted:
         if word in classes:
@@ -118,11 +118,11 @@ def _chosen_classes(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
-    """The captions asked for."""
+    """The captions to draw images for."""
     if wanted and model.text is None:
         raise InputError(
-            "prompts= needs a denoiser of text, and this one knows classes alone; use classes=, or train with "
-            "model.condition_on=text"
+            "prompts= needs a denoiser of text, and this one was trained with classes only; use classes=, or train "
+            "with model.condition_on=text"
         )
     out: list[str] = []
     for word in wanted:
@@ -141,7 +141,7 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
 
 
 def _output(config: SampleJob, loaded: Loaded, world: World) -> Path:
-    """Where the images go, found free before any is made."""
+    """The output path, checked to be free before any image is made."""
     suffix = {"grid": ".png", "folder": "", "npz": ".npz"}[config.format]
     default = results_of(loaded.path) / "samples" / f"{config.format}-{loaded.samples_seen:012d}{suffix}"
     output = Path(config.output) if config.output else default

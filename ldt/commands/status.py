@@ -36,7 +36,7 @@ class StatusJob:
 
 
 def run(config: StatusJob) -> int:
-    """Print; returns the exit code."""
+    """Print the status; returns 1 if the run failed or has fallen silent."""
     facts = read_status(Path(config.run), time.time())
     if config.json:
         print(json.dumps(facts, indent=1))
@@ -51,7 +51,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     """What the run directory says, as facts by name; times in seconds before `now` are given in words."""
     if not (run_dir / "environment.jsonl").is_file():
         raise InputError(
-            f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training"
+            f"{run_dir} is not a run directory: it has no environment.jsonl; give the run_dir of a training run"
         )
     attempts, outcome = list(read_jsonl(run_dir / "environment.jsonl")), read_outcome(run_dir)
     steps = [r for r in read_jsonl(run_dir / "metrics.jsonl") if not schema_error(r, _STEP)]
@@ -59,7 +59,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     facts: dict[str, Any] = {"state": outcome.get("outcome", "unknown"), "message": outcome.get("message", "")}
     if not attempts or (wrong := schema_error(attempts[-1], _ATTEMPT, "its last line")):
         wrong = wrong if attempts else "it is empty"
-        raise InputError(f"{run_dir / 'environment.jsonl'} is damaged: {wrong}; start the training again to mend it")
+        raise InputError(f"{run_dir / 'environment.jsonl'} is damaged: {wrong}; start the training again to repair it")
     newest = attempts[-1]
     facts["job"] = " ".join(
         str(part)

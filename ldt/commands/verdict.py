@@ -21,7 +21,7 @@ class VerdictJob(TrainJob):
 
 
 def run(config: VerdictJob) -> int:
-    """The exit code; a crash is written into outcome.json."""
+    """Return the exit code that this start earned, and record a crash in outcome.json."""
     run_dir = Path(config.run_dir)
     code = outcome.verdict(run_dir, config.launcher_code)
     if code == outcome.FAILED and outcome.read_outcome(run_dir).get("outcome") == outcome.RUNNING:

@@ -78,7 +78,7 @@ def convert(theirs: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
             continue
         ours = _renamed(name)
         if ours is None:
-            raise InputError(f"{name} is no part of a DiT")
+            raise InputError(f"{name} is not part of a DiT")
         if ours == "patchify.weight":
             tensor = tensor.flatten(1)
         elif ours.startswith("unpatchify."):

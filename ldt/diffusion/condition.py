@@ -22,7 +22,7 @@ class Condition(NamedTuple):
         return Condition(torch.full_like(self.label_B, null_label), text)
 
     def followed_by(self, other: "Condition") -> "Condition":
-        """Both batches as one."""
+        """This batch and then the other, joined along B."""
         assert (self.text is None) == (other.text is None)
         text = None if self.text is None or other.text is None else torch.cat([self.text, other.text])
         return Condition(torch.cat([self.label_B, other.label_B]), text)

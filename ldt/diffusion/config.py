@@ -59,7 +59,7 @@ class ObjectiveConfig:
 
 @dataclass
 class SamplerConfig:
-    """How to go from noise to data.
+    """The keys of a sampler: how it gets from noise to data.
 
     `guidance` and `guidance_inner` of 1 are none: how far to go from no condition and from the inner head
     (`model.inner_head`). Outside (`guidance_low`, `guidance_high`] of t the prediction is used alone.

@@ -50,7 +50,7 @@ class Objective:
         self.loss_space = config.prediction if config.loss == "same" else config.loss
 
     def timesteps(self, uniform_B: Tensor) -> Tensor:
-        """Training times in (0, 1) from uniform numbers (float64 [B]): float32 [B].
+        """Training times in (0, 1) from uniform numbers (float32 [B], taken in float64): float32 [B].
 
         `logit_normal`: t = sigmoid(m + s·z), z normal (Esser et al. 2403.03206, eq. 19).
         """

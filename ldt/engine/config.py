@@ -8,7 +8,7 @@ from ldt.errors import InputError
 
 @dataclass
 class EngineConfig:
-    """Where and how the same arithmetic is done; none of it defines the run.
+    """Where and how the arithmetic is done. None of these keys defines the run, so all may change on resume.
 
     `compile`: every block of the denoiser by torch.compile, which keeps what it compiled for the next start. On CUDA
     fp32 means TF32 in matrix products, unless `deterministic`. `activation_memory_gb` (10⁹ bytes; 0: no limit) is what

@@ -31,7 +31,7 @@ class Profile:
         return float((1 - batch / samples_seen) ** (power_exponent(self.width) + 1))
 
     def describe(self) -> dict[str, Any]:
-        """As it is written into a checkpoint's manifest."""
+        """The profile as a checkpoint's manifest holds it."""
         if self.half_life:
             return {"kind": "half_life", "half_life": self.half_life}
         return {"kind": "power", "width": self.width}
@@ -75,7 +75,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """average ← weights, as at the start of a run."""
+        """Set every average to the present weights, as at the start of a run."""
         for tensors in self.tensors.values():
             for average, master in zip(tensors, self._masters, strict=True):
                 average.copy_(master)

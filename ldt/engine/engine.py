@@ -30,7 +30,7 @@ FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
 class StepResult(NamedTuple):
-    """What a step is known by.
+    """What a step reports to the training loop.
 
     loss: mean over the global batch; grad_norm: before clipping; applied: whether the weights were changed;
     sums: over all ranks, of what each gave as `votes`.
@@ -43,7 +43,7 @@ class StepResult(NamedTuple):
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can let a step go by, clip gradients inside of its kernel, and leave matrices to Muon.
+    """AdamW that can skip a step, clip gradients inside of its kernel, and leave matrices to Muon.
 
     DeepSpeed calls it deep inside of its own step, at every stage alike: at 0 for all groups, else for one at a time.
     """

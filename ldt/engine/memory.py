@@ -79,7 +79,7 @@ class Activations:
 
     @property
     def recomputed(self) -> int:
-        """With no block's kept."""
+        """Bytes a sample that are kept when every block is recomputed."""
         return self.kept - sum(self.saves)
 
     def of(self, samples: int, recomputed_blocks: int) -> int:
@@ -88,7 +88,7 @@ class Activations:
         return samples * (self.kept - sum(saved) + max(saved, default=0))
 
     def share(self, recomputed_blocks: int) -> float:
-        """What part of all blocks' work is done again."""
+        """The fraction of all blocks' work that is done again."""
         return sum(self.saves[:recomputed_blocks]) / sum(self.saves)
 
     def blocks_to_recompute(self, samples: int, budget: float, at_least: int = 0) -> int:
@@ -226,7 +226,7 @@ def _apply_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _to_bfloat16(model: nn.Module) -> None:
-    """As `model.bfloat16()`, which tensors without content can't do."""
+    """Like `model.bfloat16()`, which does not work on tensors without content."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(p.detach().bfloat16(), p.requires_grad))

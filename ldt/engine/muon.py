@@ -83,7 +83,7 @@ class Muon:
         return self.stage in (1, 2) or any(owner is one for one in owners)
 
     def _wholes(self, names: list[str], owners: Sequence[Tensor], ahead: list[Tensor]) -> dict[str, Tensor]:
-        """The updates of the matrices that this rank makes, whole."""
+        """The whole updates of those matrices that this rank computes."""
         mine = [name for name in names if self.makers[name] == self.world.rank]
         if self.stage == 0:
             by_owner = {id(owner): update for owner, update in zip(owners, ahead, strict=True)}
@@ -93,7 +93,7 @@ class Muon:
         return {name: self._assemble(name, parts) for name in mine}
 
     def _assemble(self, name: str, parts: Tensor) -> Tensor:
-        """A whole update from the flat groups of all ranks [ranks, numbers]."""
+        """Put one whole update together from the flat groups of all ranks [ranks, numbers]."""
         pieces = sorted((*place[name], rank) for rank, place in enumerate(self.places) if place[name][1])
         flat = torch.cat([parts[rank, offset : offset + count] for _, count, offset, rank in pieces])
         return flat.view(self.shapes[name])
@@ -105,7 +105,7 @@ class Muon:
         return scale * torch.cat([orthogonalised(part_RC) for part_RC in parts])
 
     def _exchange(self, names: list[str], mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What all ranks made, on all ranks."""
+        """Gather on every rank the updates that each rank computed."""
         made = [[name for name in names if self.makers[name] == rank] for rank in range(self.world.size)]
         sizes = [sum(math.prod(self.shapes[name]) for name in of_rank) for of_rank in made]
         device = next(owner for owner in self.owners.values() if owner is not None).device

@@ -2,8 +2,8 @@
 
 At every ZeRO stage a rank owns one contiguous range of each flattened parameter, so a model is fully described by
 `Fragment`s: (parameter, start, count). EMA and checkpoints are written in terms of fragments and need not know the
-stage. This file touches DeepSpeed's private attributes; `tests/test_partition.py` fails loudly when a new version
-moves them.
+stage. This file touches DeepSpeed's private attributes; the cases of `tests/test_engine.py` fail when a new
+version moves them.
 
     stage 0     all of it is on every rank; rank r owns the r-th slice of the concatenated parameters
     stage 1, 2  `param._hp_mapping` says which part of the flat float32 group is this parameter's

@@ -13,7 +13,7 @@ from ldt.run.claims import Claim, forget, want
 from ldt.run.outcome import read_outcome
 
 POLL_PERIOD_S = 5.0
-ENDED = ("done", "failed", "wrong_input")  # a stopped run goes on after its requeue
+ENDED = ("done", "failed", "wrong_input")  # a stopped run continues after its requeue
 
 
 def follow(run_dir: Path, key: str, world: World, job: str = "") -> Iterator[Path]:

@@ -191,14 +191,14 @@ def _read_result(file: Path, checkpoint_hash: str) -> dict[str, Any] | None:
     if result is None:
         return None
     if result["checkpoint_hash"] != checkpoint_hash:
-        logger.warning("%s is of another checkpoint with the same number of samples; it is made again", file)
+        logger.warning("%s is of another checkpoint with the same number of samples; recomputing", file)
         return None
     logger.info("already scored: %s", file)
     return result
 
 
 def _whole_result(file: Path) -> dict[str, Any] | None:
-    """What a result file says; None, with a word about it, if it is damaged."""
+    """What a result file says; None, with a warning, if it is damaged."""
     try:
         result = parse_json(file.read_bytes())
         wrong = schema_error(result, {"samples_seen": natural, "checkpoint_hash": str})

@@ -28,7 +28,7 @@ class Features(NamedTuple):
     logit_BC: Tensor | None = None
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """Those that are there, under the names of `Detector.outputs`."""
+        """The features that the detector has, under the names of `Detector.outputs`."""
         named = zip(("features", "spatial", "logits"), self, strict=True)
         return {name: value.cpu().numpy() for name, value in named if value is not None}
 

@@ -77,7 +77,7 @@ def _blocks() -> Iterator[Block]:
 
 
 class EfficientNetLite0(nn.Module):
-    """[B, 3, H, W] normalised images → pooled features [B, 1280]; `classify` goes on to the 1000 logits."""
+    """[B, 3, H, W] normalised images → pooled features [B, 1280]; `classify` turns those into the 1000 logits."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Features of images on disk, one file a block of consecutive ids, while a score is being made.
 
-Blocks are written whole or not at all, by whichever process made them, so a job that was killed goes on with the
-blocks that are missing; they are read back in the order of ids, so the result does not depend on who made what.
+Blocks are written whole or not at all, by whichever process made them, so a job that was killed continues with the
+missing blocks; they are read back in the order of ids, so the result does not depend on who made what.
 """
 
 import shutil
@@ -41,12 +41,12 @@ class FeatureStore:
         return True
 
     def write(self, k: int, arrays: Arrays) -> None:
-        """Block k, atomically."""
+        """Write block k atomically."""
         with replacing(self._file(k)) as temporary:
             temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
     def read(self, blocks: int) -> Iterator[Arrays]:
-        """Blocks 0 to blocks − 1."""
+        """Read blocks 0 to blocks − 1 in order."""
         for k in range(blocks):
             yield load_file(self._file(k))
 
@@ -55,5 +55,5 @@ class FeatureStore:
         return np.concatenate([arrays[name] for arrays in self.read(blocks)])
 
     def remove(self) -> None:
-        """Delete the directory: the score is made."""
+        """Delete the directory, once the score is computed."""
         shutil.rmtree(self.directory)

@@ -56,7 +56,7 @@ class Moments:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all the bits."""
+        """SHA-256 of all bits of count, mean and scatter matrix."""
         digest = hashlib.sha256(self.count.to_bytes(8, "little"))
         digest.update(self.mean_D.tobytes())
         digest.update(self.scatter_DD.tobytes())

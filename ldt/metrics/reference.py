@@ -151,11 +151,11 @@ def load(file: Path, detector: Detector) -> Reference:
         }
         count = int(held.get("count", 0))
     except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
-        raise InputError(f"{file} is not readable as .npz ({error}); remove it or get it again") from None
+        raise InputError(f"{file} is not readable as .npz ({error}); remove it or download it again") from None
     if "features" not in by_name:
         raise InputError(f"{file} holds no reference statistics (mu and sigma); remove it or give another file")
     if made_by and (wrong := schema_error(made_by, {"detector_hash": str, "detector": str, "hash": str}, "made_by")):
-        raise InputError(f"{file} is damaged ({wrong}); remove it or get it again")
+        raise InputError(f"{file} is damaged ({wrong}); remove it or download it again")
     if made_by and made_by["detector_hash"] != detector.hash:
         raise InputError(
             f"{file} holds statistics of another detector ({made_by['detector']}) than evaluate.detector="
@@ -175,4 +175,4 @@ def _check(file: Path, name: str, statistics: Statistics, detector: Detector) ->
             "it was made by another detector"
         )
     if not (np.isfinite(statistics.mean_D).all() and np.isfinite(statistics.covariance_DD).all()):
-        raise InputError(f"{file} holds NaN or infinite statistics; remove it or get it again")
+        raise InputError(f"{file} holds NaN or infinite statistics; remove it or download it again")

@@ -67,7 +67,7 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """RankSlice of generated images inside the real manifold, and of real ones inside the generated."""
+    """The fraction of generated images inside the real manifold, and of real ones inside the generated."""
 
     precision: float
     recall: float
@@ -85,7 +85,7 @@ def precision_recall(generated_ND: ArrayLike, real_MD: ArrayLike, neighbours: in
 
 
 def _inside(point_ND: Tensor, centre_MD: Tensor, neighbours: int) -> float:
-    """RankSlice of the points that lie in some centre's ball."""
+    """The fraction of the points that lie in some centre's ball."""
     radius_M = torch.cat([_distance(c, centre_MD).kthvalue(neighbours + 1).values for c in centre_MD.split(CHUNK)])
     return float(
         torch.cat([(_distance(p, centre_MD) <= radius_M).any(1) for p in point_ND.split(CHUNK)]).double().mean()

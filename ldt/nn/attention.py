@@ -108,7 +108,7 @@ class Padding(NamedTuple):
 
 
 def padding_of(mask_BN: Tensor, kernel: str) -> Padding:
-    """What a kernel must know of padding."""
+    """What a kernel needs to know about padding."""
     if not kernel.startswith("flash"):
         return Padding(mask_BN)
     batch, tokens = mask_BN.shape

@@ -72,7 +72,7 @@ def checkpoint_blocks(denoiser: nn.Module, blocks: int) -> None:
 
 
 def compile_blocks(denoiser: nn.Module) -> None:
-    """Compile a Transformer's blocks, one code for all that are alike, or a UNet; hooks of theirs stay outside of it.
+    """Compile a Transformer's blocks, one code for all that are alike, or a UNet; their hooks stay outside.
 
     Against a whole Transformer at once: equally fast, and ready four times as soon (BENCHMARKS.md).
     """

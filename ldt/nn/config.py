@@ -39,7 +39,7 @@ class UNetConfig:
 
     @property
     def groups(self) -> int:
-        """Of its norms: 32, or what of that divides the channels."""
+        """Groups of the group norms: 32, or the largest divisor of it that divides the channels."""
         return math.gcd(self.channels, 32)
 
 

@@ -62,7 +62,7 @@ def uvit(name: str) -> ModelConfig:
 def dit_dh(name: str, patch: int = 1) -> ModelConfig:
     """DiT^DH-`name` of RAE (Zheng et al. 2510.11690), such as XL: a DiT of today's parts with a wide head."""
     if name not in DIT:
-        raise InputError(f"DiT^DH-{name} is no known size; sizes are {', '.join(DIT)}")
+        raise InputError(f"DiT^DH-{name} is not a known size; sizes are {', '.join(DIT)}")
     width, depth, heads = DIT[name]
     return ModelConfig(
         width=width,
@@ -78,7 +78,7 @@ def dit_dh(name: str, patch: int = 1) -> ModelConfig:
 def _find(family: str, table: dict[str, tuple[int, int, int]], name: str) -> tuple[int, int, int, int]:
     size, _, patch = name.partition("/")
     if size not in table or patch not in map(str, PATCHES):
-        raise InputError(f"{family}-{name} is no known size; sizes are {', '.join(table)}, each with /2, /4 or /8")
+        raise InputError(f"{family}-{name} is not a known size; sizes are {', '.join(table)}, each with /2, /4 or /8")
     return *table[size], int(patch)
 
 

@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A restart of a run: at which clock readings, and what to say of it."""
+    """A restart of a run: its place on each axis, and its label."""
 
     run: int
     samples: float
@@ -65,7 +65,7 @@ class Chart:
 
 
 def make_charts(runs: Sequence[History]) -> list[Chart]:
-    """All charts that the runs have something to show for; scores first."""
+    """All charts for which at least one run has data, scores first."""
     marks = [mark for k, run in enumerate(runs) for mark in restarts(k, run)]
     charts = [*_score_charts(runs), _loss_chart(runs)]
     charts += [
@@ -109,7 +109,7 @@ def score_names(runs: Sequence[History]) -> list[str]:
 
 
 def higher_is_better(score: str) -> bool:
-    """Whether a score is one of those where more is better."""
+    """Whether a higher value of this score is better."""
     return score.startswith(HIGHER_IS_BETTER)
 
 

@@ -23,7 +23,7 @@ SECONDS_AN_HOUR = 3600.0
 
 @dataclass(frozen=True)
 class History:
-    """A run as its files tell it.
+    """The history of a run, read from its files.
 
     steps, validation: lines of metrics.jsonl with a training and with a validation loss, in the order of samples seen.
     hours: of each line of `lines`, running time until then (see `running_hours`). grids: (samples seen, picture).
@@ -77,7 +77,7 @@ class History:
 
 
 def read_history(path: Path, name: str) -> History:
-    """Read a run directory; `InputError` if it is none."""
+    """Read a run directory; `InputError` if the path is not one."""
     if not path.is_dir():
         raise InputError(f"run {path} does not exist; give a directory that `ldt train` wrote (its run_dir)")
     if not any((path / file).exists() for file in ("config.yaml", "metrics.jsonl")):
@@ -111,7 +111,7 @@ def read_history(path: Path, name: str) -> History:
 
 
 def number(record: Record, key: str) -> float:
-    """A number of a record as float; NaN where there is none that is finite."""
+    """A number of a record as a float; NaN if it is missing or not finite."""
     value = record.get(key)
     return float(value) if real(value) else math.nan
 

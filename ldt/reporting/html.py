@@ -19,7 +19,7 @@ def text(value: Any) -> Markup:
 
 
 def join(parts: Iterable[Any]) -> Markup:
-    """Values one after the other."""
+    """Concatenate values as HTML."""
     return Markup("".join(text(part) for part in parts))
 
 

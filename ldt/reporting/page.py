@@ -1,4 +1,4 @@
-"""The report's page: one HTML file with everything in it, that asks nobody for anything."""
+"""The report's page: one self-contained HTML file that loads nothing from elsewhere."""
 
 import importlib.resources
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Unavailable(Exception):
-    """Why the page has to do without real images, as a sentence."""
+    """Raised with the reason, a sentence, why the page can't show real images."""
 
 
 @dataclass(frozen=True)

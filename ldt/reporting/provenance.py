@@ -49,7 +49,7 @@ def _differences(runs: Sequence[History]) -> Markup:
 
 
 def provenance(run: History, runs: int) -> Markup:
-    """Where everything came from."""
+    """The section on where the numbers came from: data, weights, scores and attempts."""
     title = "Provenance" + (f" · {run.name}" if runs > 1 else "")
     parts = [tag("h2", title), tag("div", pairs(_origin(run)), class_="card")]
     if run.evaluations:

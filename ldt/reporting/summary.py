@@ -29,7 +29,7 @@ def date(seconds: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours as people say them."""
+    """A duration in the unit that reads best."""
     if not math.isfinite(hours):
         return "–"
     seconds = hours * 3600
@@ -89,7 +89,7 @@ def data_words(run: History) -> str:
 
 
 def outcome_words(run: History) -> str:
-    """One sentence about how far it came, on what, and when."""
+    """One sentence about how far the run got, on how many processes, and when."""
     worlds = list(dict.fromkeys(str(line["world_size"]) for line in run.lines if "world_size" in line))
     total = section(run, "train").get("total_samples")
     words = f"{count(run.samples_seen)}" + (f" of {count(total)}" if isinstance(total, (int, float)) else "")

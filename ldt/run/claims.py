@@ -4,7 +4,7 @@
     checkpoints/<samples_seen>.claim-<key>     exactly one process is at work on it
 
 `key` names the work. A file counts as long as its owner touches it; after `STALE_TIMEOUT_S` without that, its owner is
-taken for dead. Exclusive creation and rename decide, not locks, which network file systems forget.
+presumed dead. Exclusive creation and rename decide, not locks, which network file systems forget.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ HEARTBEAT_PERIOD_S = 60.0
 
 
 class Heartbeat:
-    """Touches an existing file every so many seconds while active; never makes one."""
+    """Touches an existing file every `seconds` seconds while active; it never creates the file."""
 
     def __init__(self, file: Path, seconds: float) -> None:
         self.file, self._seconds = file, seconds
@@ -43,23 +43,23 @@ class Heartbeat:
 
 
 def want(checkpoint: Path, key: str) -> None:
-    """Keep the checkpoint for work named `key`; again every minute or so while that holds."""
+    """Keep the checkpoint from deletion for the work named `key`; call again every minute while that is pending."""
     _beside(checkpoint, "wanted", key).touch()
 
 
 def forget(checkpoint: Path, key: str) -> None:
-    """The work named `key` needs the checkpoint no more."""
+    """Withdraw `want`: the work named `key` no longer needs the checkpoint."""
     _beside(checkpoint, "wanted", key).unlink(missing_ok=True)
 
 
 def pinned(checkpoint: Path) -> bool:
-    """Whether somebody alive wants or has claimed the checkpoint."""
+    """Whether a live process wants the checkpoint or has claimed it, so that it must not be deleted."""
     files = (p for p in checkpoint.parent.glob(f"{checkpoint.name}.*-*") if p.is_file())
     return any(not _stale(p) for p in files)
 
 
 class Claim:
-    """Exclusive work on a checkpoint, kept alive by a thread until it is left."""
+    """The exclusive right to work on a checkpoint; a thread keeps it alive until the `with` block ends."""
 
     def __init__(self, file: Path, content: str) -> None:
         self._file, self._content = file, content

@@ -44,7 +44,7 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
 
 
 def what_is_there(run_dir: Path) -> str:
-    """What a training has written, in words."""
+    """A summary for people of what a training run has written."""
     parts = ["metrics.jsonl"]
     if checkpoints := [p for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]:
         size = sum(p.stat().st_size for p in max(checkpoints).iterdir()) / 1e6

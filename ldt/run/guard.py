@@ -18,7 +18,7 @@ DUMP_PERIOD_S = 1.0
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether the kernel says so: by SIGSTOP or a debugger."""
+    """Whether the kernel reports the process as stopped, by SIGSTOP or by a debugger."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             return f.read().rpartition(")")[2].split()[0] in "Tt"

@@ -58,12 +58,12 @@ def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path, a
         shown = "; ".join(f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in unexpected)
         raise InputError(
             f"{where} belongs to a run with another config ({shown}); restore these keys to resume it, choose "
-            f"another run_dir, or go on with the changes by train.accept_changes=[{','.join(unexpected)}]"
+            f"another run_dir, or accept the changes with train.accept_changes=[{','.join(unexpected)}]"
         )
 
 
 def _impossible(key: str, old: Any, new: Any, config: dict[str, Any]) -> str:
-    """Why a change can't be carried out; empty where it can."""
+    """Why a change of a key can't be carried out in the middle of a run; empty where it can."""
     untracked = "for an average can't begin there; restore the key (ldt export --ema-width makes others afterwards)"
     kind = config["ema"]["kind"]
     if key == "ema.kind" or (key == "ema.half_life" and kind == "half_life"):

@@ -14,7 +14,7 @@ WORDS = {DONE: "done", FAILED: "failed", WRONG_INPUT: "wrong_input", STOPPED: "s
 
 
 def begin(run_dir: Path) -> bytes | None:
-    """Say that this start of the job is at work; returns what an earlier one said, for `take_back`."""
+    """Record that this start of the job is running; returns the previous content, for `take_back`."""
     file = run_dir / "outcome.json"
     before = file.read_bytes() if file.exists() else None
     write_json(file, {"outcome": RUNNING, **this_start(), "time": time.time()})
@@ -22,7 +22,7 @@ def begin(run_dir: Path) -> bytes | None:
 
 
 def take_back(run_dir: Path, before: bytes | None) -> None:
-    """Undo `begin`: this start was refused, and what an earlier one said still holds."""
+    """Undo `begin`: this start was refused, so the outcome of the start before it still holds."""
     if before is None:
         (run_dir / "outcome.json").unlink(missing_ok=True)
     else:
@@ -30,9 +30,9 @@ def take_back(run_dir: Path, before: bytes | None) -> None:
 
 
 def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, message: str = "") -> None:
-    """Say in a file what the exit code says: launchers lose codes. The first word on a start is the last.
+    """Record the outcome of this start, because launchers lose exit codes. The first outcome that is written stays.
 
-    Any rank may speak; a rank that fails because another one is gone doesn't talk over that one's reason.
+    Any rank may write it, and a rank that fails only because another one is gone does not overwrite that one's reason.
     """
     if read_outcome(run_dir).get("outcome") == RUNNING:
         outcome = {"outcome": WORDS[code], "code": code, "samples_seen": samples_seen, "message": message}
@@ -40,7 +40,7 @@ def write_outcome(run_dir: Path, code: int, samples_seen: int | None = None, mes
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """What outcome.json says; empty where there is none yet."""
+    """The content of outcome.json; empty if the file is missing or unreadable."""
     try:
         outcome = parse_json((run_dir / "outcome.json").read_bytes())
     except (OSError, ValueError):

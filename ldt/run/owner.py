@@ -32,7 +32,7 @@ SILENCE_TIMEOUT_S = 30.0
 
 
 class Owner:
-    """Proof of ownership; on other ranks than 0 it has nothing to prove."""
+    """Proof that this job owns the run directory. Rank 0 holds the token; on the other ranks `check` does nothing."""
 
     def __init__(self, file: Path, token: str) -> None:
         self._file, self._token = file, token
@@ -71,7 +71,7 @@ def owned(run_dir: Path, world: World) -> Iterator[Owner]:
 
 
 def _take(file: Path) -> str:
-    """Create the file; returns what proves it is ours."""
+    """Create the owner file; returns the token that proves it is ours."""
     token, job = uuid.uuid4().hex, this_job()
     me = {
         "token": token,
@@ -97,7 +97,7 @@ def _take(file: Path) -> str:
 
 
 def _bury(file: Path) -> None:
-    """Remove the file if its owner is dead; `InputError` if it lives."""
+    """Remove the file of a dead owner; `InputError` if the owner is alive."""
     try:
         content = file.read_text(errors="replace")
     except FileNotFoundError:

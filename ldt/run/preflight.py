@@ -118,7 +118,10 @@ def _try_to_write(run_dir: Path) -> None:
 
 
 def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None:
-    """`InputError` if the disk can't take one more checkpoint of so many parameters and tensors each (collective)."""
+    """`InputError` if the disk has no room for one more checkpoint of `kinds` float32 numbers a parameter.
+
+    Collective.
+    """
     needed, free = 4 * parameters * kinds, shutil.disk_usage(run_dir).free
     if broadcast(free) < needed:
         raise InputError(

@@ -31,7 +31,7 @@ def listen() -> None:
 
 
 def was_asked() -> bool:
-    """Whether a request has come since `listen`."""
+    """Whether a request to stop has arrived since `listen` was called."""
     return bool(_early)
 
 
@@ -49,7 +49,7 @@ class StopRequests:
 
     @property
     def received(self) -> str:
-        """The first reason to stop, empty for none."""
+        """The first reason to stop that has arrived; empty if there is none."""
         if self._signal:
             return self._signal
         if time.monotonic() > self._end:
