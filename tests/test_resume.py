@@ -45,7 +45,7 @@ TABLE = {
     "model.depth": ("3", OTHER_MODEL),
     "model.heads": ("1", OTHER_MODEL),  # the norms of queries and keys are as long as a head
     "model.patch": ("1", OTHER_MODEL),
-    "model.condition_on": ("text", "needs captions, and the data have none"),
+    "model.condition_on": ("text", "needs encoded captions, and the data have none"),
     "model.conditioning": ("adaln_zero", OTHER_MODEL),
     "model.long_skips": ("true", OTHER_MODEL),
     "model.positions": ("learned", OTHER_MODEL),

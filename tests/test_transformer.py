@@ -251,7 +251,7 @@ def test_no_condition_at_all():
 
 
 def test_text_needs_captions():
-    with pytest.raises(InputError, match="model.condition_on=text needs captions, and the data have none"):
+    with pytest.raises(InputError, match="model.condition_on=text needs encoded captions, and the data have none"):
         build(ModelConfig(width=32, depth=1, heads=2, condition_on="text"), SHAPE, CLASSES, 0)
 
 
