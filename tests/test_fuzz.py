@@ -199,7 +199,7 @@ def test_what_a_run_writes(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     def ended() -> None:
         outcome.verdict(run_dir, 0)
-        follow._has_ended(run_dir)
+        follow._has_ended(run_dir, "")
         both()
 
     def take() -> None:

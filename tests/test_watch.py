@@ -107,11 +107,11 @@ def test_watchers_share_a_run_and_survive_a_kill(run_dir, watcher):
 
 @pytest.mark.parametrize(("code", "ends"), [(DONE, True), (FAILED, True), (WRONG_INPUT, True), (STOPPED, False)])
 def test_a_watcher_ends_with_its_run_and_waits_for_one_that_is_requeued(run_dir, code, ends):
-    assert not follow._has_ended(run_dir), "it may not have begun"
+    assert not follow._has_ended(run_dir, ""), "it may not have begun"
     begin(run_dir)
-    assert not follow._has_ended(run_dir)
+    assert not follow._has_ended(run_dir, "")
     write_outcome(run_dir, code, 2000)
-    assert follow._has_ended(run_dir) == ends
+    assert follow._has_ended(run_dir, "") == ends
 
 
 def test_what_is_wanted_or_claimed_is_not_deleted(run_dir):
