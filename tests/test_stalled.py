@@ -13,7 +13,7 @@ import pytest
 from shard_data import write_shards
 
 from ldt.data.shards import open_shards, remote
-from ldt.errors import InputError
+from ldt.errors import RunError
 
 # what a stalled request leaves behind ends when the server does
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -108,7 +108,7 @@ def test_a_server_that_falls_silent_is_asked_again_and_then_named(server, tmp_pa
     assert asked[name] == 3
     silent[name] = (sent, 99)
     started = time.monotonic()
-    with pytest.raises(InputError, match=rf"{name} could not be read in 5 attempts.*no answer within 0.2 s"):
+    with pytest.raises(RunError, match=rf"{name} could not be read in 5 attempts.*no answer within 0.2 s"):
         open_shards(address, str(tmp_path / "two")).read([1], [0])
     assert asked[name] == 8 and time.monotonic() - started < 30
     assert not [p for p in (tmp_path / "two").glob("*") if p.is_file()]
