@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from ldt import __version__
-from ldt.data.latent_spec import LARGEST_LATENT, LatentSpec
+from ldt.data.latent_spec import LatentSpec
 from ldt.errors import InputError
 from ldt.files import natural, parse_json, real, schema_error
 
@@ -23,18 +23,6 @@ FORMAT, VERSION = "ldt-checkpoint", 2
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
-_SCHEMA = {
-    "latent_shape": lambda v: (
-        isinstance(v, list) and len(v) == 3 and all(map(natural, v)) and 0 < math.prod(v) <= LARGEST_LATENT
-    ),
-    "classes": [str],
-    "mean_C": [real],
-    "std_C": [real],
-    "autoencoder": str,
-    "autoencoder_hash": str,
-    "image_size": natural,
-    "image_channels": natural,
-}
 _SCHEMA = {
     "rng_version": natural,
     "optimizer_steps": natural,
