@@ -70,7 +70,7 @@ def test_a_request_to_stop_is_requeued_and_resumed(slurm, plain, tmp_path):
     lines = check_same_run(tmp_path / "run", plain)
     assert {r["world_size"] for r in lines} == {4} and {r["attempt"] for r in lines} == {0, 1}
     attempts = list(read_jsonl(tmp_path / "run" / "environment.jsonl"))
-    assert [a["job"] for a in attempts] == [job, job] and [a["restart"] for a in attempts] == [None, "1"]
+    assert [a["job"] for a in attempts] == [job, job] and [a["restart"] for a in attempts] == ["0", "1"]
 
 
 def test_a_job_of_another_partition_takes_its_place_for_a_while(slurm, plain, tmp_path):
