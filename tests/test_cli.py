@@ -179,3 +179,13 @@ def test_under_a_launcher_the_dry_run_is_printed_once(monkeypatch, capsys):
         assert cli.main(["train", "run_dir=x", "data.path=y", "--dry-run"]) == DONE
         said.append(capsys.readouterr().out)
     assert "run_dir: x" in said[0] and said[1] == ""
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_command_imports_no_slow_library_that_it_may_not_need(command):
+    """Job scripts pay for torch, which takes seconds, and every start for the compiler and the other libraries."""
+    slow = {"torch", "torch._dynamo", "deepspeed", "diffusers", "wandb"}
+    needed = set() if command in ("status", "verdict") else {"torch"}
+    code = f"import sys, ldt.cli, ldt.commands.{cli.COMMANDS[command].module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert slow & set(done.stdout.split()) <= needed

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -100,14 +98,6 @@ def test_the_verdict_trusts_only_this_start(run_dir, monkeypatch, said, this_sta
     monkeypatch.setenv("SLURM_RESTART_COUNT", this_start[1])
     assert main(["verdict", f"run_dir={run_dir}", "data.path=x", f"launcher_code={launcher}"]) == code
     assert outcome.read_outcome(run_dir)["outcome"] == ("failed" if said is None else outcome.WORDS[said])
-
-
-@pytest.mark.parametrize("command", ["status", "verdict"])
-def test_commands_of_job_scripts_answer_without_torch(command):
-    """Importing torch takes seconds, and every job script pays for it."""
-    code = f"import sys, ldt.cli, ldt.commands.{command}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(

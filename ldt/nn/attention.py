@@ -69,7 +69,6 @@ def find_flash(hopper: bool) -> tuple[str, str]:
     return "", problem
 
 
-@torch.compiler.assume_constant_result
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The kernel that `name` means for tensors of this device and dtype: flash2 or flash3 for flash."""
     suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)

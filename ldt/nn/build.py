@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldt.errors import InputError
+from ldt.nn.attention import choose_kernel
 from ldt.nn.block import Attention, Block, Modulation, SwiGLU
 from ldt.nn.config import ModelConfig
 from ldt.nn.text_shape import TextShape
@@ -81,6 +82,7 @@ def compile_blocks(denoiser: nn.Module) -> None:
     warnings.filterwarnings("ignore", r"The .grad attribute of a Tensor that is not a leaf", UserWarning)
     dynamo = importlib.import_module("torch._dynamo")  # slow to import
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, CODES)
+    dynamo.assume_constant_result(choose_kernel)  # as a decorator it would import the compiler at every start
     parts = [m for m in denoiser.modules() if isinstance(m, Block)] if isinstance(denoiser, Transformer) else [denoiser]
     for block in parts:
         block.forward = torch.compile(block.forward, dynamic=False)
