@@ -21,7 +21,7 @@ setup: .venv/ready
 demo: setup
 	ldt encode configs/encode/fashion_mnist.yaml
 	deepspeed --num_accelerators 2 --module ldt train configs/fashion_mnist.yaml
-	torchrun --nproc_per_node 2 -m ldt evaluate runs/fashion_mnist evaluate.checkpoint=all
+	deepspeed --num_accelerators 2 --module ldt evaluate runs/fashion_mnist evaluate.checkpoint=all
 	ldt report runs/fashion_mnist
 
 # the paper's comparison: three arms, two seeds each; an hour on two cores. Started again, it goes on where it stopped
@@ -32,7 +32,7 @@ study: setup
 	for run in $(STUDY); do \
 	  arm=$${run%-*} seed=$${run#*-} && \
 	  deepspeed --num_accelerators 2 --module ldt train configs/study/$$arm.yaml seed=$$seed run_dir=runs/study/$$run && \
-	  torchrun --nproc_per_node 2 -m ldt evaluate runs/study/$$run || exit 1; \
+	  deepspeed --num_accelerators 2 --module ldt evaluate runs/study/$$run || exit 1; \
 	done
 	ldt report $(STUDY:%=runs/study/%) output=runs/study/report.html
 

@@ -1,6 +1,6 @@
 """The demo and the README's tour, shortened: the very commands, on 200 images and with a model that learns little.
 
-Real launchers, real processes: encode → deepspeed on 2 processes → evaluate with torchrun on 2 → report.
+Real launchers, real processes: encode → train on 2 → evaluate on 2 → report.
 """
 
 import os
@@ -68,7 +68,7 @@ def test_the_demo_runs(tmp):
         ran.append((program, done.stdout.strip().splitlines()))
     assert [program for program, _ in ran] == ["encode", "train", "evaluate", "report"]
     assert str(tmp / "data") in ran[0][1][-1]
-    assert str(tmp / "run" / "evaluations.jsonl") in ran[2][1][-1]
+    assert any(line.endswith(str(tmp / "run" / "evaluations.jsonl")) for line in ran[2][1])  # then the launcher's own
     assert str(tmp / "run" / "report.html") in ran[3][1][-1]
 
     lines = list(read_jsonl(tmp / "run" / "metrics.jsonl"))
