@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from ranks import start_ranks
@@ -135,8 +136,7 @@ def data(tmp_path_factory):
 def test_training_on_bad_input_ends_with_2_and_one_sentence(data, tmp_path, settings, message):
     """In processes of their own: this is what a job script sees."""
     settings = [s.format(data=data) for s in settings]
-    command = [sys.executable, "-m", "ldt", "train", f"run_dir={tmp_path}/run", TINY, "train.global_batch=8", *settings]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run("-m", "ldt", "train", f"run_dir={tmp_path}/run", TINY, "train.global_batch=8", *settings)
     assert done.returncode == WRONG_INPUT, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,10 +5,9 @@ A failure here means that people's checkpoints or shards stop working: raise the
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from make_compat import AFTER, BEFORE, SAMPLE, TRAIN
@@ -52,7 +51,7 @@ def test_the_run_goes_on_as_it_did(version: Path, tmp_path: Path) -> None:
     """On one rank, from the other format: the same samples and noise, and losses to four digits."""
     shutil.copytree(version / "run", tmp_path / "run")
     settings = [*TRAIN, f"data.path={version / 'mds'}", f"train.total_samples={AFTER}"]
-    subprocess.run([sys.executable, "-m", "ldt", "train", *settings], cwd=tmp_path, check=True)
+    assert forked.run("-m", "ldt", "train", *settings, cwd=tmp_path).returncode == 0
     then = [r for r in json.loads((version / "steps.json").read_text()) if r["samples_seen"] > BEFORE]
     now = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
     assert [(r["samples_seen"], r["digest"]) for r in now] == [(r["samples_seen"], r["digest"]) for r in then]

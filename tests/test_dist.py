@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import forked
 import pytest
 from ranks import start_ranks
 
@@ -110,7 +111,7 @@ def outputs(processes):
 
 
 def test_ranks_meet():
-    assert outputs(start_ranks(2, "-c", MEET, 30, stdout=subprocess.PIPE)) == ["[0, 1]"] * 2
+    assert [rank.stdout for rank in forked.run_ranks(2, "-c", MEET, 30)] == ["[0, 1]\n"] * 2
 
 
 def test_a_group_leaves_no_trace_in_the_environment(monkeypatch):

@@ -4,16 +4,13 @@ import ast
 import contextlib
 import importlib
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
-from ranks import start_ranks
-from test_dist import outputs
 
 from ldt import dist
 from ldt.cluster.gpus import Occupant, choose_arithmetic, conflict, occupant, use_device
@@ -131,7 +128,7 @@ except dist.InputError as error:
 
 @pytest.mark.parametrize(("case", "words"), [("same", "have the same GPU"), ("kinds", "see no GPU, on n2")])
 def test_all_ranks_are_told_before_anything_hangs(case, words):
-    told = outputs(start_ranks(2, "-c", MEET, case, stdout=subprocess.PIPE))
+    told = [rank.stdout for rank in forked.run_ranks(2, "-c", MEET, case)]
     assert told[0] == told[1] and words in told[0]
 
 
@@ -146,7 +143,7 @@ with dist.process_group():
 
 
 def test_a_first_collective_that_hangs_ends_with_a_sentence():
-    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120)
+    done = forked.run("-c", HANG, timeout=120)
     assert done.returncode == 1
     assert "the first all-reduce over 1 ranks on cpu has not ended after 0.5 s; look at the network" in done.stderr
 

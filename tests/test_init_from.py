@@ -1,9 +1,8 @@
 """What is said of weights that a run starts from: what differs, what can't be taken, when they are not read at all."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
+import forked
 import pytest
 from shard_data import write_shards
 
@@ -23,7 +22,7 @@ def root(tmp_path_factory):
 
 def train(root, name, samples, *settings):
     words = [*SETTINGS, f"run_dir={root}/{name}", f"data.path={root}/data", f"train.total_samples={samples}", *settings]
-    return subprocess.run([sys.executable, "-m", "ldt", "train", *words], capture_output=True, text=True)
+    return forked.run("-m", "ldt", "train", *words)
 
 
 def test_another_objective_and_checkpoints_of_its_own_are_said(root):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from shard_data import make_loader, write_shards
 from test_autoencoder_kinds import make
 from test_checkpoint import refused_case, train_case
-from test_encode import start_ranks
 
 from ldt import cli
 from ldt.api import load
@@ -102,8 +102,8 @@ def test_without_a_posterior_half_of_the_bytes_are_stored_and_none_is_drawn(tmp_
 def test_statistics_have_the_same_bits_from_any_number_of_ranks(encode, images, tiny, tmp_path, format):
     settings = {"whitening": "element", "format": format, "shard_samples": 3}
     assert encode(tiny, tmp_path / "one", **settings) == 0
-    for process in start_ranks(arguments(tiny, images, tmp_path / "three", **settings), 3):
-        assert process.wait() == 0
+    ranks = forked.run_ranks(3, "-m", "ldt", *arguments(tiny, images, tmp_path / "three", **settings))
+    assert [rank.returncode for rank in ranks] == [0] * 3
     for name in ("manifest.json", "shards.npy", "validation/manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
 

@@ -3,13 +3,12 @@
 import itertools
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from run_data import shared_run
 from test_refused import everything
-from unprivileged import UNPRIVILEGED
 
 from ldt.run import directory, outcome
 
@@ -30,7 +29,7 @@ def run_dir(tmp_path_factory, tmp_path):
 
 
 def ldt(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*UNPRIVILEGED, sys.executable, "-m", "ldt", *words], capture_output=True, text=True)
+    return forked.run("-m", "ldt", *words, unprivileged=True)
 
 
 @pytest.mark.parametrize(

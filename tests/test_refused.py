@@ -3,14 +3,12 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from shard_data import write_shards
 from test_checkpoint import SETTINGS, refused_case, rewrite_manifest, spoil, train_case
-from unprivileged import UNPRIVILEGED
 
 from ldt.checkpoint.manifest import listed
 
@@ -116,9 +114,7 @@ def test_what_may_not_be_written_is_found_before_the_first_step(data, run_dir, n
     (run_dir / name).chmod(0o555)
     before = everything(run_dir)
     arguments = [*SETTINGS, f"run_dir={run_dir}", f"data.path={data}/data", "train.total_samples=400"]
-    done = subprocess.run(
-        [*UNPRIVILEGED, sys.executable, "-m", "ldt", "train", *arguments], capture_output=True, text=True
-    )
+    done = forked.run("-m", "ldt", "train", *arguments, unprivileged=True)
     (run_dir / name).chmod(0o755)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{run_dir / name} can't be written (Permission denied)" in done.stderr

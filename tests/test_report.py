@@ -1,5 +1,6 @@
 """The report: what its page says of a run, that broken files do not stop it, and what a real browser makes of it."""
 
+import inspect
 import json
 import math
 import re
@@ -117,6 +118,13 @@ def run_dir(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "run"))
 
 
+@pytest.fixture(autouse=True)
+def plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of plots take most of the time of a page: only those tests that ask for this fixture make them."""
+    if "plots" not in inspect.signature(request.function).parameters:
+        monkeypatch.setattr("ldt.commands.report.write_plots", lambda charts, directory: [])
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with Browser() as found:
@@ -208,7 +216,7 @@ def test_curves_hold_the_numbers_of_the_files(run_dir: Path) -> None:
     assert mark["samples"] == 1000 and "1 → 3 processes" in mark["text"]
 
 
-def test_a_picture_of_every_plot(run_dir: Path) -> None:
+def test_a_picture_of_every_plot(run_dir: Path, plots: None) -> None:
     charts = data_of(page_of(run_dir))["charts"]
     for chart in charts:
         for name in (f"{chart['id']}.png", f"{chart['id']}_by_hours.png", f"{chart['id']}_by_compute.png"):
@@ -355,7 +363,7 @@ def test_lines_from_before_the_clock_was_set_back_are_gone(run_dir: Path) -> Non
     assert [m.samples for m in restarts(0, history)] == [1000, 1200]
 
 
-def test_names_in_other_scripts_need_no_font(run_dir: Path, tmp_path: Path) -> None:
+def test_names_in_other_scripts_need_no_font(run_dir: Path, tmp_path: Path, plots: None) -> None:
     """matplotlib warned of every glyph that its own font lacks, a page of it; warnings are errors here."""
     charts = make_charts([read_history(run_dir, "拡散"), read_history(run_dir, "دوم")])
     assert write_plots(charts[:1], tmp_path)

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from make_record import make_record
-from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt.cli import main
@@ -27,15 +25,13 @@ def record(tmp_path_factory):
     root = tmp_path_factory.mktemp("verify")
     write_shards(root / "data", [20, 12])
     settings = [f"run_dir={root}/run", f"data.path={root}/data", *SETTINGS]
-    subprocess.run([sys.executable, "-m", "ldt", "train", *settings], check=True, capture_output=True)
+    assert forked.run("-m", "ldt", "train", *settings).returncode == 0
     make_record(root / "run", root / "record")
     return root / "record"
 
 
 def verify(record: Path, *settings: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ldt", "verify", str(record), *settings], capture_output=True, text=True
-    )
+    done = forked.run("-m", "ldt", "verify", record, *settings)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -55,12 +51,9 @@ def test_the_same_run_is_the_same(record):
 
 
 def test_at_another_world(record, tmp_path):
-    ranks = start_ranks(
-        2, "-m", "ldt", "verify", record, "samples=24", f"output={tmp_path}/again", stdout=subprocess.PIPE
-    )
-    outputs = [p.communicate(timeout=120) for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], outputs
-    assert "the same run, 3 logged steps" in outputs[0][0]
+    ranks = forked.run_ranks(2, "-m", "ldt", "verify", record, "samples=24", f"output={tmp_path}/again")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    assert "the same run, 3 logged steps" in ranks[0].stdout
     assert len(list(read_jsonl(tmp_path / "again" / "metrics.jsonl"))) == 3
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 from ranks import start_ranks
 from shard_data import write_shards
 
@@ -110,18 +111,15 @@ def test_a_checkpoint_that_can_not_be_read_ends_the_start(tmp_path):
     """Reading that never returns, as from a file server that is gone: here a pipe that nobody writes."""
     write_shards(tmp_path / "data", [40, 23])
     settings = [*SETTINGS, f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "engine.stall_seconds=1"]
-    command = [sys.executable, "-m", "ldt", "train", *settings]
-    subprocess.run([*command, "train.total_samples=64"], check=True, capture_output=True)
+    assert forked.run("-m", "ldt", "train", *settings, "train.total_samples=64").returncode == 0
     (file,) = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
-    reader = tmp_path / "pipe.py"  # stat must say what the manifest says, so the pipe comes when the size is known
-    reader.write_text(
+    reader = (  # stat must say what the manifest says, so the pipe comes when the size is known
         "import os, sys\nfrom pathlib import Path\nfrom ldt.checkpoint import restore\n"
         "from ldt.cli import main\nos.mkfifo(sys.argv[1] + '.pipe')\n"
         "restore.verify_file = lambda path, entry: open(sys.argv[1] + '.pipe').read()\n"
         "sys.exit(main(sys.argv[2:]))\n"
     )
-    words = [sys.executable, reader, file, *command[3:], "train.total_samples=128"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = forked.run("-c", reader, file, "train", *settings, "train.total_samples=128", timeout=120)
     assert done.returncode == 1 and "no progress for 4 s: rank 0 in reading the checkpoint" in done.stderr, done.stderr
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "failed"
 

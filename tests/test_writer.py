@@ -2,15 +2,13 @@
 
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from unprivileged import UNPRIVILEGED
 
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import load_denoiser
@@ -193,7 +191,7 @@ def test_a_deletion_that_fails_is_told_and_ends_nothing(tmp_path):
         (tmp_path / f"{samples_seen:012d}" / "inner").mkdir(parents=True)
         (tmp_path / f"{samples_seen:012d}" / "inner" / "file").touch()
     (tmp_path / "000000000010" / "inner").chmod(0o555)
-    done = subprocess.run([*UNPRIVILEGED, sys.executable, "-c", KEEP_ONE, tmp_path], capture_output=True, text=True)
+    done = forked.run("-c", KEEP_ONE, tmp_path, unprivileged=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("could not be deleted") == 2 and "Permission denied" in done.stderr
     assert [p.name for p in listed(tmp_path)] == ["000000000030"]
