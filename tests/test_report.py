@@ -363,7 +363,7 @@ def test_lines_from_before_the_clock_was_set_back_are_gone(run_dir: Path) -> Non
     assert [m.samples for m in restarts(0, history)] == [1000, 1200]
 
 
-def test_names_in_other_scripts_need_no_font(run_dir: Path, tmp_path: Path, plots: None) -> None:
+def test_names_in_other_scripts_need_no_font(run_dir: Path, tmp_path: Path) -> None:
     """matplotlib warned of every glyph that its own font lacks, a page of it; warnings are errors here."""
     charts = make_charts([read_history(run_dir, "拡散"), read_history(run_dir, "دوم")])
     assert write_plots(charts[:1], tmp_path)
