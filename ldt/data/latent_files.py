@@ -73,16 +73,13 @@ class LatentFiles(ABC):
         """There is nothing to say of them."""
         return []
 
-    def flipped(self, i: int) -> NDArray[np.float32]:
-        """`moments` of the mirrored image, where there are such."""
-        raise NotImplementedError
-
-    def checked_moments(self, i: int) -> NDArray[np.float32]:
-        """`moments`, of the same shape as all others."""
+    def views(self, i: int, flips: bool) -> list[NDArray[np.float32]]:
+        """`moments`, of the same shape as all others, and with `flips` those of the mirrored image."""
+        assert not flips or self.flips
         moments = self.moments(i)
         if moments.shape[1:] != self.latent_shape:
             raise InputError(f"latent {self.name(i)} is {moments.shape[1:]}, the first one is {self.latent_shape}")
-        return moments
+        return [moments]
 
     @abstractmethod
     def moments(self, i: int) -> NDArray[np.float32]: ...

@@ -57,8 +57,8 @@ class SafetensorsFiles(LatentFiles):
     def moments(self, i: int) -> NDArray[np.float32]:
         return self._draw(i, LATENTS)
 
-    def flipped(self, i: int) -> NDArray[np.float32]:
-        return self._draw(i, FLIPPED)
+    def views(self, i: int, flips: bool) -> list[NDArray[np.float32]]:
+        return super().views(i, flips) + ([self._draw(i, FLIPPED)] if flips else [])
 
     def _draw(self, i: int, name: str) -> NDArray[np.float32]:
         mean = self._tensor(int(self._file_n[i]), name, int(self._row_n[i])).astype(np.float32)

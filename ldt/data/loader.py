@@ -22,7 +22,7 @@ from ldt.cluster.gpus import use_device
 from ldt.data.batch import Batch, Located, SampleDraws, digest
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
-from ldt.data.prefetch import ahead
+from ldt.data.prefetch import prefetch
 from ldt.data.shards import MixedShards, Shards
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
@@ -127,7 +127,7 @@ class _Loader:
             buffer.send()
 
         items = zip(jobs, itertools.cycle(self._buffers), strict=False)
-        done = ahead(self._pool, work, items, depth=len(self._buffers) - 1)
+        done = prefetch(self._pool, work, items, depth=len(self._buffers) - 1)
         with contextlib.closing(done):
             while True:
                 started = time.perf_counter()
