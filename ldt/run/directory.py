@@ -20,6 +20,8 @@ from ldt.progress import pluralize
 from ldt.run.provenance import environment, git, without_secrets
 
 OWNER = "owner.json"
+SAMPLES = "samples"  # previews: one PNG each
+NEWEST_CELLS = "samples/newest.npz"  # the images of the newest preview
 
 
 def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:

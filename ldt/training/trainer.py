@@ -320,9 +320,8 @@ class Trainer:
         assert self.autoencoder is not None
         parts = (self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, self.text)
         model = ImageModel(*parts)
-        path = self.run_dir / "samples" / f"{self.state.samples_seen:012d}.png"
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
-            draw_preview(model, self.config.log.preview, self.world, path)
+            draw_preview(model, self.config.log.preview, self.world, self.run_dir, self.state.samples_seen)
 
     def _log(self, **facts: Any) -> None:
         """Add a line to metrics.jsonl, then to its mirrors."""
