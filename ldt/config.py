@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.config_fields import choice, section
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.paths import usable_path
 
 __all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "section", "to_dict", "to_yaml"]
@@ -162,7 +162,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"config {path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise by_reason(f"config {path} is not readable as YAML: {' '.join(str(error).split())}", error) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import natural, parse_json, replacing
 from ldt.progress import Handler, ProgressLine
 
@@ -47,7 +47,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(errors="replace").split("\n")
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}); check it") from None
+        raise by_reason(f"{path} can't be read ({error.strerror}); check it", error) from None
     for i, line in enumerate(lines):
         if not line:
             continue

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldt import log
 from ldt.config_fields import path_field, path_list_field
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import replacing
 from ldt.image_files import MOST_ROWS, write_picture
 from ldt.reporting.curves import make_charts
@@ -76,7 +76,7 @@ def run(config: ReportJob) -> int:
         with replacing(output) as temporary:
             temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
     except OSError as error:
-        raise InputError(f"{output} can't be written ({error.strerror}); give another output=") from None
+        raise by_reason(f"{output} can't be written ({error.strerror}); give another output=", error) from None
     for history in runs:
         for note in history.notes:
             logger.info("%s: %s", history.name, note)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.errors import InputError, file_error
+from ldt.errors import InputError, by_reason, file_error
 from ldt.files import MOST_CLASSES, class_names, load_npy, natural, parse_json
 
 REPA_LABELS = "dataset.json"
@@ -216,7 +216,7 @@ def _member(path: Path, key: str) -> NDArray[Any]:
     except OSError as error:
         raise file_error(f"latent {path}", error, "write it again") from None
     except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
-        raise InputError(f"latent {path} can't be read ({error}); write it again") from None
+        raise by_reason(f"latent {path} can't be read ({error}); write it again", error) from None
 
 
 def _number(array: NDArray[Any], path: Path) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ldt.data.latent_files import LatentFiles
-from ldt.errors import InputError, file_error
+from ldt.errors import InputError, by_reason, file_error
 
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
@@ -93,4 +93,4 @@ class SafetensorsFiles(LatentFiles):
                 tensor = self._open[k].get_slice(name)[row]
             return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"latents {self.files[k]} can't be read ({error}); extract them again") from None
+            raise by_reason(f"latents {self.files[k]} can't be read ({error}); extract them again", error) from None

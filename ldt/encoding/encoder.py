@@ -23,7 +23,7 @@ from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch, blocks, first_not_finite, pack
 from ldt.encoding.plan import NAMES, Plan, Unit, hash_of
-from ldt.errors import InputError, RunError
+from ldt.errors import InputError, RunError, by_reason
 from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
@@ -113,7 +113,9 @@ class Encoder:
             for directory in parts:
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"output={self.output} can't be made ({error.strerror}); choose another place") from None
+            raise by_reason(
+                f"output={self.output} can't be made ({error.strerror}); choose another place", error
+            ) from None
         lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in self.plan.input.unreadable]
         if lines:
             write_atomic(self.output / LEFT_OUT, "".join(lines).encode())

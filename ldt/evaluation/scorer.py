@@ -103,7 +103,7 @@ def score_once(
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
-        start = time.time()
+        start = time.perf_counter()
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         model = image_model(loaded, config.precision, world.device, config.compile, guide)
         blocks = make_features(config, model, detector, store, world)
@@ -122,7 +122,7 @@ def score_once(
             "autoencoder_hash": loaded.spec.autoencoder_hash,
             "world_size": world.size,
             "device": _device_name(world.device),
-            "seconds": round(time.time() - start, 3),
+            "seconds": round(time.perf_counter() - start, 3),
             "time": time.time(),
             **versions(),
         }

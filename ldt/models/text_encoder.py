@@ -16,7 +16,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.nn.text_shape import TextShape
 
 BYTES = "bytes"
@@ -149,9 +149,10 @@ def _from_pretrained(name: str) -> tuple[Any, Any]:
         return transformers.AutoTokenizer.from_pretrained(name), kind.from_pretrained(name, use_safetensors=True)
     except Exception as error:  # transformers and the hub raise a dozen types; all mean that it can't be had
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise by_reason(
             f"text encoder {name} can't be loaded ({reason}); give a hub name, a directory saved by transformers with "
-            "safetensors and its tokenizer, or text.encoder=bytes"
+            "safetensors and its tokenizer, or text.encoder=bytes",
+            error,
         ) from None
 
 

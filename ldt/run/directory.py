@@ -13,7 +13,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ldt.errors import NO_ROOM, InputError
+from ldt.errors import NO_ROOM, by_reason
 from ldt.files import replacing
 from ldt.log import read_jsonl
 from ldt.progress import pluralize
@@ -41,7 +41,9 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
     except OSError as error:
         if error.errno in NO_ROOM:  # which passes
             raise
-        raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
+        raise by_reason(
+            f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir", error
+        ) from None
     return len(attempts) - 1
 
 

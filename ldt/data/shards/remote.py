@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 import xxhash
 
-from ldt.errors import NO_ROOM, InputError, RunError, file_error
+from ldt.errors import NO_ROOM, InputError, RunError, by_reason, file_error
 from ldt.files import UNFINISHED
 
 ATTEMPTS = 5
@@ -105,8 +105,9 @@ def persist(action: Callable[[], T], what: str) -> T:
             raise
         except Exception as error:  # every fsspec back-end has exceptions of its own
             if _is_denied(error):
-                raise InputError(
-                    f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine"
+                raise by_reason(
+                    f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine",
+                    error,
                 ) from error
             if attempt == ATTEMPTS - 1:
                 if isinstance(error, _Damaged):
@@ -246,8 +247,8 @@ class Cache:
             locks.mkdir(parents=True, exist_ok=True)
             self._share(locks, 0o777)
         except OSError as error:
-            raise InputError(
-                f"data.cache_dir={self.directory} can't be made ({error.strerror}); choose another"
+            raise by_reason(
+                f"data.cache_dir={self.directory} can't be made ({error.strerror}); choose another", error
             ) from None
 
     def _share(self, file: Path | int, most: int = 0o666) -> None:
