@@ -168,7 +168,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config {path} must hold `key: value` lines, not a {type(content).__name__}")
     if _size(content) > MOST_VALUES:  # aliases of aliases can stand for more than any memory holds
-        raise InputError(f"config {path} holds more than {MOST_VALUES} values; that is no config")
+        raise InputError(f"config {path} holds more than {MOST_VALUES} values; give a smaller file")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The two exceptions that a user should ever see, and what others mean."""
+"""The only two exceptions that a user should see, and what the errors of libraries mean."""
 
 import errno
 import re
@@ -87,7 +87,7 @@ PASSING = {
 
 
 class _Sentence(Exception):
-    """Its message stays on one line, whatever the names in it hold."""
+    """An error whose message stays on one line, whatever characters the names in it contain."""
 
     def __str__(self) -> str:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())

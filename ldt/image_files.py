@@ -33,7 +33,7 @@ def grid(rows: Sequence[NDArray[np.uint8]], gap: int = 2) -> Image.Image:
 
 
 def class_grid(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = MOST_ROWS) -> Image.Image:
-    """`class_rows` as one picture."""
+    """The images in `class_rows`, as one picture."""
     return grid(class_rows(image_NHWC, label_N, most_rows))
 
 

@@ -1,4 +1,4 @@
-"""Logging: lines for people, JSONL for programs, Weights & Biases and TensorBoard behind them."""
+"""Logging: lines for people and JSONL for programs."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(record, dict):
             yield record
         elif i < len(lines) - 1:
-            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; mend or remove that line")
+            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; correct or remove that line")
 
 
 def keep_jsonl_until(path: Path, key: str, limit: int) -> int:

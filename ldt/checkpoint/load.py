@@ -118,7 +118,7 @@ def read_average(checkpoint: Path, weights: str) -> tuple[dict[str, Tensor], dic
 
 
 def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """One kind of weights of a checkpoint, whole; what `model.json` says of them; the checkpoint's hash."""
+    """All weights of one kind from a checkpoint, what `model.json` says about them, and the checkpoint's hash."""
     try:
         read = Checkpoint.read(checkpoint).verify()
         manifest = read.manifest

@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def model_config(theirs: dict[str, Tensor], heads: int = 0) -> ModelConfig:
-    """The architecture that the shapes tell; `heads` is the only thing they don't, so it comes from DiT's table."""
+    """The architecture, read off the shapes; only the number of heads is not in them and comes from DiT's table."""
     width, channels, patch, _ = theirs["x_embedder.proj.weight"].shape
     depth = 1 + max(int(m[1]) for name in theirs if (m := re.match(r"blocks\.(\d+)\.", name)))
     known = {(w, d): h for w, d, h in DIT.values()}

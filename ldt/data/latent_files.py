@@ -37,7 +37,10 @@ class LatentFiles(ABC):
         if self.labels.min() < 0:
             raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
         if self.labels.max() >= MOST_CLASSES:
-            raise InputError(f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}; mend it")
+            raise InputError(
+                f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}, but {MOST_CLASSES:,} "
+                "classes are the most; correct it"
+            )
         self.classes = tuple(class_names(self.where, int(self.labels.max())))
 
     def __len__(self) -> int:
@@ -62,15 +65,15 @@ class LatentFiles(ABC):
         return int(self.labels[i])
 
     def caption(self, i: int) -> str:
-        """These have none."""
+        """Latents have no captions."""
         return ""
 
     def caption_size(self, i: int) -> int:
-        """These have none."""
+        """Latents have no captions."""
         return -1
 
     def remarks(self) -> list[str]:
-        """There is nothing to say of them."""
+        """Nothing to warn of: every file is read and checked."""
         return []
 
     def views(self, i: int, flips: bool) -> list[NDArray[np.float32]]:
@@ -78,7 +81,9 @@ class LatentFiles(ABC):
         assert not flips or self.flips
         moments = self.moments(i)
         if moments.shape[1:] != self.latent_shape:
-            raise InputError(f"latent {self.name(i)} is {moments.shape[1:]}, the first one is {self.latent_shape}")
+            raise InputError(
+                f"latent {self.name(i)} has the shape {moments.shape[1:]}, the first one has {self.latent_shape}"
+            )
         return [moments]
 
     @abstractmethod
@@ -89,7 +94,7 @@ class LatentFiles(ABC):
 
 
 class DrawFiles(LatentFiles):
-    """fast-DiT's tree. A draw is a posterior of no width."""
+    """fast-DiT's tree. A draw counts as a posterior of deviation 0."""
 
     def __init__(self, where: Path, features: Path, labels: Path, scale: float) -> None:
         self._labels, self._scale = labels, scale
@@ -147,7 +152,7 @@ class MomentFiles(LatentFiles):
         if not any((np.split(_member(self.files[i], "moments"), 2)[1] < 0).any() for i in some):
             raise InputError(
                 f"the second half of the moments in {self.where} is nowhere below 0, as standard deviations are and "
-                "logarithms of variances are not; say latents_second=std if they are that ([mean, std], as REPA writes)"
+                "logarithms of variances are not; set latents_second=std if they are [mean, std], as REPA writes them"
             )
 
     def _label(self, i: int) -> int:

@@ -16,7 +16,7 @@ LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
 
 class SafetensorsFiles(LatentFiles):
-    """A directory of such files. A draw is a posterior of no width."""
+    """A directory of such files. A draw counts as a posterior of deviation 0."""
 
     def __init__(self, where: Path, files: list[Path]) -> None:
         self.where, self.files = where, sorted(files)
@@ -68,7 +68,7 @@ class SafetensorsFiles(LatentFiles):
         return int(self.labels[i])
 
     def _shapes(self, k: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a file's tensors, which must go together."""
+        """The shapes of a file's tensors, checked to be consistent."""
         file = self.files[k]
         try:
             with safe_open(file, "pt") as held:

@@ -88,7 +88,7 @@ class LatentSpec:
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as they stand in manifests: of this class alone where a class extends it."""
+        """The facts as they stand in manifests, without the fields that a subclass adds."""
         facts = {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
         if not self.by_element:
             del facts["mean_CHW"], facts["std_CHW"]
@@ -110,7 +110,7 @@ class LatentSpec:
 
     @property
     def spec(self) -> "LatentSpec":
-        """The facts alone."""
+        """The facts as a `LatentSpec`, without the fields that a subclass adds."""
         return LatentSpec(**{f.name: getattr(self, f.name) for f in fields(LatentSpec)})
 
     @property

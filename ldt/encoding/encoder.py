@@ -51,12 +51,12 @@ class Encoder:
             self._report(complete)
 
     def _is_done(self, unit: Unit) -> bool:
-        """Whether its shard is there, made of the files that are there now."""
+        """Whether the unit's shard is there and was made from the files as they are now."""
         sidecar = self._sidecar(unit)
         return sidecar is not None and sidecar.source == self.plan.source_hash(unit)
 
     def _announce(self, undone: int) -> None:
-        """What is going to be encoded: a wrong directory should be seen before hours are spent on it."""
+        """Log what is going to be encoded: a wrong directory should be noticed before hours are spent on it."""
         units, images = self.plan.units(), self.plan.source
         done = len(units) - undone
         logger.info(
@@ -79,7 +79,7 @@ class Encoder:
             logger.warning("%s", remark)
 
     def _encode_or_say(self, units: list[Unit]) -> None:
-        """Encode; what ends it is said at once, as the other ranks may take hours to come to the same place."""
+        """Encode, and log a failure at once: the other ranks may need hours until they learn of it."""
         try:
             self._encode(units)
         except (InputError, RunError) as error:
@@ -88,7 +88,7 @@ class Encoder:
             raise
 
     def _claim_output(self) -> bool:
-        """Whether the output is complete already; else make it ours, or refuse what is there."""
+        """Return whether the output is complete already; else take possession of it, or refuse what is there."""
         marker = self.output / RECIPE
         if (self.output / HEAD).exists():
             head = read_head(self.output)
@@ -107,7 +107,7 @@ class Encoder:
                 raise InputError(f"{marker} is damaged; remove {self.output} and encode again") from None
             self._compare(recipe)
         elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise InputError(f"output={self.output} has something else in it; choose an empty or a new directory")
+            raise InputError(f"output={self.output} already holds other files; choose an empty or a new directory")
         parts = [self.output] + ([self.output / VALIDATION] if self.plan.split.validation_samples else [])
         try:
             for directory in parts:

@@ -110,7 +110,7 @@ class LatentInput(Input):
         self.latent_shape = self.source.latent_shape
         self.image_size = self.latent_shape[1] * autoencoder.downsample
         if config.flips and not self.source.flips:
-            raise InputError(f"flips=true needs images, and latents={config.latents} has none of mirrored ones")
+            raise InputError(f"flips=true needs images, and latents={config.latents} has none of mirrored images")
         if self.latent_shape[0] != autoencoder.latent_channels:
             raise InputError(
                 f"latents={config.latents} have {self.latent_shape[0]} channels, autoencoder={config.autoencoder} "

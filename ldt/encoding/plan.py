@@ -145,7 +145,7 @@ class Plan:
         return EncodedBatch(moments, loaded.labels, loaded.captions, text)
 
     def examples(self) -> list[tuple[int, str]]:
-        """Label and beginning of the caption of some training images, evenly spaced: what samples are drawn of."""
+        """Labels and beginnings of captions of some training images, evenly spaced; previews and samples use them."""
         total = self.split.training_samples
         numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
         return [(self.source.label(i), self.source.caption(i)[:200]) for i in numbers]

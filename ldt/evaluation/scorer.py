@@ -1,4 +1,4 @@
-"""Score checkpoints: images are sampled, a detector looks at them, and their statistics meet those of real images.
+"""Score checkpoints: sample images, extract features, and compare their statistics with those of real images.
 
 One file for each (checkpoint, evaluation) under `evaluations/` beside the run's checkpoints, and `evaluations.jsonl`
 derived from them all. What is there already is not computed again. Statistics are float64 and merged in the order of
@@ -141,8 +141,8 @@ def make_features(
 ) -> int:
     """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks.
 
-    The network always sees whole blocks: what a last one has too many is dropped. While it makes the next block, a
-    thread looks at the last one.
+    The network always sees whole blocks; images beyond the number asked for are dropped. While it makes the next block,
+    a thread extracts the features of the previous one.
     """
     blocks = -(-config.images // config.block)
 

@@ -48,7 +48,7 @@ def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu"
 
 
 def describe(encoder: TextEncoder) -> dict[str, Any]:
-    """What a manifest and a checkpoint say of it."""
+    """The encoder as manifests and checkpoints describe it."""
     return {"encoder": encoder.name, "hash": encoder.hash, **encoder.shape._asdict()}
 
 
@@ -83,7 +83,7 @@ class ByteEncoder:
 
 
 class KnownCaptions:
-    """Some captions that were encoded once: the encoder itself, often larger than the denoiser, is needed no more."""
+    """Captions that have been encoded already, so that the encoder, often larger than the denoiser, can be freed."""
 
     def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         self.name, self.hash, self.shape = encoder.name, encoder.hash, encoder.shape

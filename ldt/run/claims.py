@@ -4,9 +4,9 @@
     checkpoints/<samples_seen>.claim-<key>     exactly one process is at work on it
 
 `key` names the work. A file counts as long as its owner touches it; after `STALE_TIMEOUT_S` without that, its owner is
-presumed dead. Clocks of machines differ and are set, so a file that looks old is believed to be dead only once this
-process has seen it unchanged for `WATCH_PERIOD_S`. Exclusive creation and rename decide, not locks, which network file
-systems forget.
+presumed dead. Clocks differ between machines and may be set, so an owner whose file looks old is presumed dead only
+once this process has seen the file unchanged for `WATCH_PERIOD_S`. Exclusive creation and rename decide, not locks,
+which network file systems forget.
 """
 
 import contextlib

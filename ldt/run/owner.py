@@ -41,8 +41,8 @@ class Owner:
         """`RunError` if another job has taken the run directory over."""
         if self._token and _read(self._file).get("token") != self._token:
             raise RunError(
-                f"{self._file.parent} was taken over by another job while this one was thought dead; it writes nothing "
-                "more there"
+                f"{self._file.parent} was taken over by another job while this one was presumed dead; it writes "
+                "nothing more there"
             )
 
 

@@ -34,7 +34,7 @@ APPENDED_TO = ("metrics.jsonl", "metrics.cut.jsonl")
 def compare_ranks(config_yaml: str, world: World) -> None:
     """`InputError` on all ranks if one of them runs other software or another config than most (collective).
 
-    `RunError` where they agree and can't add.
+    `RunError` if they agree but their all-reduce gives a wrong sum.
     """
     facts = all_gather(about_this_rank(config_yaml, world))
     problems = differences(facts)
@@ -102,7 +102,7 @@ def check_shared(run_dir: Path, world: World, seconds: float = VISIBLE_SECONDS) 
 
 
 def check_writable(run_dir: Path, world: World) -> None:
-    """`InputError` if a rank may not write where the run will write, which it may find out at its end (collective)."""
+    """`InputError` if a rank may not write where the run will; else it might learn so only at the end (collective)."""
     together(lambda: _try_to_write(run_dir))
 
 
@@ -116,7 +116,7 @@ def _try_to_write(run_dir: Path) -> None:
         except OSError as error:
             if error.errno not in NO_ROOM:  # which passes, and is said elsewhere
                 reason = f"{path} can't be written ({error.strerror})"
-                raise by_reason(f"{reason}; mend that or choose another run_dir", error) from None
+                raise by_reason(f"{reason}; correct that or choose another run_dir", error) from None
 
 
 def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None:

@@ -49,7 +49,7 @@ def preview_images(spec: LatentSpec) -> int:
 
 
 def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder | None:
-    """The captions of all previews, encoded by rank 0, which lets go of their encoder then (collective)."""
+    """The captions of all previews, encoded by rank 0, which frees their encoder afterwards (collective)."""
     if not uses_text:
         return None
     examples = examples_of(spec)

@@ -27,7 +27,7 @@ TINY_DEVIATION = 1e-6  # of a channel of latents, whose deviation is about 1 to 
 
 
 def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, averages: int, world: World) -> int:
-    """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed.
+    """The micro-batch, chosen here if it is auto; where activations have a budget, blocks are set to be recomputed.
 
     averages: how many of the weights are kept.
     """
@@ -113,7 +113,7 @@ def describe_constant(spec: LatentSpec) -> Iterator[str]:
 
 
 def describe_idle(world: World, batch: int, threads: int = 1) -> Iterator[str]:
-    """What of the machine stands idle: GPUs without a process, processes without a sample, cores that none may use."""
+    """What the run leaves idle: GPUs without a process, processes without a sample, cores that no thread may use."""
     cores, fair = len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size
     if cores < min(threads, fair):
         yield (

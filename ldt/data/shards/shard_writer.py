@@ -1,7 +1,7 @@
 """A unit of encoding: one output shard, written whole and then vouched for by a sidecar.
 
-A unit is done iff its sidecar is there, undamaged, and the shard beside it has the size it tells. Sidecars live until
-the manifest is written; any process may do any unit, and doing one twice changes nothing.
+A unit is done iff its sidecar is there, undamaged, and the shard beside it has the size that it gives. Sidecars live
+until the manifest is written; any process may do any unit, and doing one twice changes nothing.
 """
 
 import json
@@ -126,5 +126,5 @@ def read_sidecar(directory: Path, name: str) -> Sidecar | None:
 
 
 def sidecar_hash(facts: dict[str, Any]) -> str:
-    """Of what a sidecar says, without the hash itself."""
+    """The hash of a sidecar's content, without the hash itself."""
     return xxhash.xxh64_hexdigest(json.dumps(facts, sort_keys=True).encode())
