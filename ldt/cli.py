@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout leads to a program that has ended, as `| head` does; then the rest of our words goes nowhere."""
+    """Whether stdout is a pipe whose reader has ended, as `| head` does; then no further output can be read."""
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
     if not stdout.poll(0):

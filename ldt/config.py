@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.config_fields import choice, section
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.paths import usable_path
 
 __all__ = ["choice", "defaults_yaml", "from_dict", "flatten", "load", "section", "to_dict", "to_yaml"]
@@ -162,13 +162,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"config {path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise by_reason(f"config {path} is not readable as YAML: {' '.join(str(error).split())}", error) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"config {path} must hold `key: value` lines, not a {type(content).__name__}")
     if _size(content) > MOST_VALUES:  # aliases of aliases can stand for more than any memory holds
-        raise InputError(f"config {path} holds more than {MOST_VALUES} values; that is no config")
+        raise InputError(f"config {path} holds more than {MOST_VALUES} values; give a smaller file")
     return content
 
 

@@ -90,7 +90,7 @@ def process_group(
 
 
 def _backend(world: World) -> dict[str, Any]:
-    """Which libraries carry what. CUDA's settings are for torch to find when it makes the group."""
+    """The backends of the group; also sets the environment variables that torch reads when it makes one."""
     if world.device.type == "cpu":
         return {"backend": "gloo"}
     for name, value in CUDA_SETTINGS.items():
@@ -99,7 +99,7 @@ def _backend(world: World) -> dict[str, Any]:
 
 
 def _connect(world: World) -> None:
-    """One all-reduce on the device: NCCL connects there, and a broken network shows."""
+    """Make one all-reduce on the device: NCCL connects during it, and a broken network shows here."""
     all_reduce_sum(torch.ones(1, device=world.device)).item()
 
 

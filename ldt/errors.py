@@ -1,4 +1,4 @@
-"""The two exceptions that a user should ever see, and what others mean."""
+"""The only two exceptions that a user should see, and what the errors of libraries mean."""
 
 import errno
 import re
@@ -87,7 +87,7 @@ PASSING = {
 
 
 class _Sentence(Exception):
-    """Its message stays on one line, whatever the names in it hold."""
+    """An error whose message stays on one line, whatever characters the names in it contain."""
 
     def __str__(self) -> str:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
@@ -108,17 +108,24 @@ class RunError(_Sentence, RuntimeError):
     """
 
 
-def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
-    """What is told of a file that can't be used. what: its kind and name; advice: where its owner has to mend it.
+def by_reason(sentence: str, error: BaseException) -> InputError | RunError:
+    """A sentence about a failure: `RunError` where its reason may pass, as code 2 keeps a job from being tried again.
 
-    A `RunError` where the same command may go on later: code 2 would keep a job from being tried again.
+    A disk may have room again or come back; all else is an `InputError`.
     """
+    passes = isinstance(error, OSError) and error.errno in (*PASSING, *NO_ROOM)
+    return RunError(sentence) if passes else InputError(sentence)
+
+
+def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
+    """What is said of a file that can't be used, by `by_reason`. what: its kind and name; advice: how to mend it."""
     reason = error.strerror or str(error)
+    if error.errno in NO_ROOM:
+        return RunError(f"{what} could not be written ({reason}); make room and run it again")
     if error.errno in DENIED:
         return InputError(f"{what} can't be used by this user ({reason}); have its owner open it, or choose another")
-    if error.errno in PASSING:
-        return RunError(f"{what} can't be used ({reason}); run the same command again when its disk is back")
-    return InputError(f"{what} can't be used ({reason}); {advice}")
+    advice = "run the same command again when its disk is back" if error.errno in PASSING else advice
+    return by_reason(f"{what} can't be used ({reason}); {advice}", error)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tokenize import TokenError
 from typing import Any, BinaryIO, TypeGuard
 from zipfile import BadZipFile
 
-from ldt.errors import NO_ROOM, InputError, RunError, file_error
+from ldt.errors import NO_ROOM, InputError, file_error
 
 MOST_CLASSES = 1 << 22  # above any data set: a damaged label must not fill the memory with names or counts
 UNFINISHED = ".unfinished"  # suffix of what a killed writer leaves; never a final name
@@ -43,15 +43,12 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise RunError(f"{path} could not be written ({error.strerror}); make room and run it again") from None
         raise file_error(str(path), error, "choose another place") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`replacing` for a value as indented JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+    """`write_atomic` for a value as indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_synced(path: Path, *parts: bytes | memoryview) -> None:

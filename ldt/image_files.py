@@ -17,6 +17,8 @@ Images = Iterator[NDArray[np.uint8]]
 Labels = NDArray[np.int64]
 Writer = Callable[[Path, Images, Labels, dict[str, Any]], None]
 
+MOST_ROWS = 16  # up to so many classes have a row each in a grid
+
 
 def grid(rows: Sequence[NDArray[np.uint8]], gap: int = 2) -> Image.Image:
     """Rows of uint8 images [n, H, W, C] as one picture on white."""
@@ -30,13 +32,18 @@ def grid(rows: Sequence[NDArray[np.uint8]], gap: int = 2) -> Image.Image:
     return to_pil(canvas)
 
 
-def class_grid(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = 16) -> Image.Image:
-    """One row a class where there are at most `most_rows` classes, else a nearly square grid in id order."""
+def class_grid(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = MOST_ROWS) -> Image.Image:
+    """The images in `class_rows`, as one picture."""
+    return grid(class_rows(image_NHWC, label_N, most_rows))
+
+
+def class_rows(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = MOST_ROWS) -> list[NDArray[np.uint8]]:
+    """One row a class where there are at most `most_rows` classes, else a nearly square layout in id order."""
     present = np.unique(label_N)
     if len(present) <= most_rows:
-        return grid([image_NHWC[label_N == label] for label in present])
+        return [image_NHWC[label_N == label] for label in present]
     columns = int(np.ceil(np.sqrt(len(image_NHWC))))
-    return grid([image_NHWC[i : i + columns] for i in range(0, len(image_NHWC), columns)])
+    return [image_NHWC[i : i + columns] for i in range(0, len(image_NHWC), columns)]
 
 
 def titled(picture: Image.Image, titles: Sequence[str], width: int = 200) -> Image.Image:
@@ -59,6 +66,28 @@ def write_picture(output: Path, picture: Image.Image) -> None:
     """Save a PNG, whole or not at all."""
     with replacing(output) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def write_cells(output: Path, image_NHWC: NDArray[np.uint8], label_N: Labels, samples_seen: int) -> None:
+    """Save the images of a sample grid one by one, with their labels and the clock at which they were drawn."""
+    with replacing(output) as temporary, temporary.open("wb") as file:
+        np.savez(file, images=image_NHWC, labels=label_N, samples_seen=np.int64(samples_seen))
+
+
+def read_cells(path: Path) -> tuple[NDArray[np.uint8], Labels, int]:
+    """What `write_cells` has written; a damaged file is a ValueError."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as cells:
+            image_NHWC, label_N, samples_seen = cells["images"], cells["labels"], int(cells["samples_seen"])
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
+        raise ValueError(f"{path.name} is damaged ({error})") from None
+    if image_NHWC.dtype != np.uint8 or image_NHWC.ndim != 4 or label_N.dtype.kind != "i":
+        raise ValueError(f"{path.name} holds {image_NHWC.dtype} {image_NHWC.shape}, not images")
+    if not len(image_NHWC) or label_N.shape != image_NHWC.shape[:1]:
+        raise ValueError(f"{path.name} holds {len(image_NHWC)} images and {label_N.size} labels")
+    return image_NHWC, label_N, samples_seen
 
 
 def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Logging: lines for people, JSONL for programs, Weights & Biases and TensorBoard behind them."""
+"""Logging: lines for people and JSONL for programs."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import natural, parse_json, replacing
 from ldt.progress import Handler, ProgressLine
 
@@ -47,7 +47,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(errors="replace").split("\n")
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}); check it") from None
+        raise by_reason(f"{path} can't be read ({error.strerror}); check it", error) from None
     for i, line in enumerate(lines):
         if not line:
             continue
@@ -58,7 +58,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(record, dict):
             yield record
         elif i < len(lines) - 1:
-            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; mend or remove that line")
+            raise InputError(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}; correct or remove that line")
 
 
 def keep_jsonl_until(path: Path, key: str, limit: int) -> int:

@@ -44,5 +44,5 @@ def usable_path(key: str, text: str, remote: bool = False) -> str:
 
 
 def local_path(path: str | Path, key: str = "path") -> Path:
-    """`usable_path` of something that a Python program gives."""
+    """`usable_path` for a path that a Python program passes in, which must be local."""
     return Path(usable_path(key, str(path)))

@@ -1,4 +1,4 @@
-"""How far a piece of work is, for whoever watches: one line that renews itself on a terminal, else a line now and then.
+"""Shows the progress of a piece of work: one line that renews itself on a terminal, else a line now and then.
 
 All numbers are of the last half minute, so that the line is calm. Log lines go above it.
 """
@@ -35,7 +35,7 @@ class ProgressLine:
         self._past = deque([(now, done, 0.0, 0.0, 0)])
 
     def update(self, done: int = 1, loss: float | None = None, waited: float = 0.0) -> None:
-        """So much more is done. loss: of a training step; waited: seconds of it that went into waiting for data."""
+        """Add work that is done. loss: that of a training step; waited: seconds of it spent waiting for data."""
         self._done, self._waited = self._done + done, self._waited + waited
         if loss is not None and loss == loss:
             self._losses, self._steps = self._losses + loss, self._steps + 1
@@ -51,7 +51,7 @@ class ProgressLine:
                 self._say(f"{self.line()}\n")
 
     def go_back(self, done: int) -> None:
-        """Only so much is done after all; speeds are measured anew."""
+        """Set the work that is done back to `done`; speeds are measured anew."""
         self._done = done
         self._past = deque([(time.monotonic(), done, self._waited, self._losses, self._steps)])
 
@@ -83,7 +83,7 @@ class ProgressLine:
         self._say(f"\r\x1b[K{self.line(width - 1)[: width - 1]}")
 
     def erase(self) -> None:
-        """Make room on the terminal for other words."""
+        """Clear the line on the terminal, so that other output can be written."""
         self._say("\r\x1b[K")
 
     def _say(self, words: str) -> None:
@@ -117,7 +117,7 @@ class Handler(logging.StreamHandler):
 
 
 def si_format(number: float) -> str:
-    """With three digits and a unit: 74.0 k, 330 M, 5.57 G."""
+    """A number with three digits and a unit, such as 74.0 k, 330 M or 5.57 G."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 999.5 or unit == "T":
             break
@@ -127,12 +127,12 @@ def si_format(number: float) -> str:
 
 
 def pluralize(number: int, one: str, more: str) -> str:
-    """Such as 1 class, 1,000 classes."""
+    """A number with its noun, such as 1 class or 1,000 classes."""
     return f"{number:,} {one if number == 1 else more}"
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """A duration in the units that read best, such as 45 s, 12 min, 3 h 20 min or 2 d 4 h."""
     minutes = int(max(seconds, 0)) // 60
     if minutes < 2:
         return f"{max(seconds, 0):.0f} s"

@@ -66,7 +66,7 @@ class SubmitJob:
             raise InputError(f"cluster=local is this machine: nodes={self.nodes} must be 1; use tasks=")
         if self.cluster == "local" and self.evaluation == "after":
             raise InputError(
-                "evaluation=after needs a scheduler that starts one job after another, which cluster=local has not; "
+                "evaluation=after needs a scheduler that starts one job after another, which cluster=local is not; "
                 "give evaluation=watch, or run ldt evaluate when the training is done"
             )
 
@@ -104,7 +104,7 @@ class Evaluate:
 
 
 def submit(arguments: Sequence[str]) -> list[str]:
-    """Submit what the command line asks for; what there is to tell, a line each."""
+    """Submit what the command line asks for; returns lines about each job."""
     config, runs = plan(arguments)
     if config.dry_run:
         gpus = config.gpus or str(config.tasks)

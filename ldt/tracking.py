@@ -78,7 +78,7 @@ def track(run_dir: Path, config: dict[str, Any], rank: int, resumed_at: int = 0)
 
 
 def start_or_warn(make: Callable[[], Tracker]) -> list[Tracker]:
-    """The mirror, or none and a warning: that it can't start is no reason for a run not to."""
+    """The mirror, or None and a warning where it can't start: the run goes on without it."""
     try:
         return [make()]
     except Exception as error:

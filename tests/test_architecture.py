@@ -22,6 +22,7 @@ OWNERS = {
     "timm": {"metrics.timm_net"},
     "torch_fidelity": {"metrics.inception"},
     "matplotlib": {"reporting.png"},
+    "markupsafe": {"reporting.html"},
 }
 
 

@@ -82,11 +82,15 @@ def tensors(run_dir):
     return {kind: reader.full(kind) for kind in reader.manifest["tensors"]}
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
-def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ranks, stage):
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision"),
+    [(1, 0, "fp32"), (2, 1, "fp32"), (2, 3, "fp32"), (3, 1, "bf16"), (3, 2, "bf16"), (3, 3, "bf16")],
+)
+def test_resumed_at_the_same_world_is_bitwise_the_same(pool, data, tmp_path, ranks, stage, precision):
     def run(name, total):
         settings = [f"run_dir={tmp_path}/{name}", f"data.path={data}", f"train.total_samples={total}"]
-        return pool(ranks).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
+        settings += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+        return pool(ranks).run(train_case, settings=settings)
 
     whole = run("whole", 160)
     run("parts", 80)

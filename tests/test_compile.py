@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pool import Pool
+from shard_data import write_shards
+from test_checkpoint import train_case
 from test_engine import BATCH, LR, MODEL, OPTIMIZER, STEPS, data, loss_B, reference
 
 from ldt.dist import World
@@ -40,3 +42,21 @@ def test_compiled_blocks_train_as_eager_ones(fresh_pool, stage):
     losses = fresh_pool.run(compiled_case, stage=stage)
     expected = [loss for loss, _ in reference()[0]]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_a_compiled_run_whose_blocks_are_recomputed_is_resumed_to_the_bit(fresh_pool, tmp_path):
+    """And digests and losses are those of the eager run that keeps its activations."""
+    write_shards(tmp_path / "data", [40, 23])
+
+    def run(name: str, total: int, fast: bool) -> list[dict]:
+        settings = [f"run_dir={tmp_path}/{name}", f"data.path={tmp_path}/data", f"train.total_samples={total}"]
+        settings += [f"engine.compile={fast}", f"model.activation_checkpointing={fast}", "engine.zero_stage=2"]
+        return fresh_pool.run(train_case, settings=settings)
+
+    whole, _ = run("whole", 48, True), run("parts", 24, True)
+    parts, eager = run("parts", 48, True), run("eager", 48, False)
+    assert [r["attempt"] for r in parts] == [0] * 3 + [1] * 3
+    for key in ("samples_seen", "digest", "loss", "grad_norm"):
+        assert [r[key] for r in parts] == [r[key] for r in whole], key
+    assert [r["digest"] for r in whole] == [r["digest"] for r in eager]
+    assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in eager], rel=1e-5)

@@ -10,7 +10,7 @@ from shard_data import make_samples, write_shards
 
 from ldt.data.shards import adopt, open_shards
 from ldt.data.shards.layout import Layout
-from ldt.data.shards.shard_writer import PACK, read_sidecar, sidecar_path, write_unit
+from ldt.data.shards.shard_writer import PACK, Origin, ShardWriter, read_sidecar, sidecar_path
 from ldt.data.shards.statistics import Sums
 from ldt.errors import InputError
 
@@ -84,7 +84,7 @@ def test_a_damaged_sidecar_counts_as_none(tmp_path):
     layout = Layout((4, 2, 2), "fp16", False)
     samples = make_samples(9, layout)
     sums = Sums.of(layout.unpack(samples.moments_n2CHW.view(np.uint8)))
-    write_unit(tmp_path, "shard-00000000.tar", samples, sums, layout, "tar", 3, 0)
+    ShardWriter(tmp_path, "tar", layout, 3).write("shard-00000000.tar", samples, sums, Origin(0))
     path = sidecar_path(tmp_path, "shard-00000000.tar")
     good, expected = path.read_bytes(), read_sidecar(tmp_path, "shard-00000000.tar")
     assert expected is not None and expected.samples == 9

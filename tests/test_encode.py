@@ -274,7 +274,7 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         ({"autoencoder": tmp_path / "none"}, "none"),
         ({"shard_samples": 0}, "shard_samples=0"),
         ({"seed": -1}, "seed=-1 must be"),
-        ({"index": taken}, "has no part in it"),
+        ({"index": taken}, "cannot be combined with index="),
         ({"validation_fraction": 0.9}, "validation_fraction=0.9"),
         ({"format": "zip"}, "format=zip"),
         ({"dtype": "fp8"}, "dtype=fp8"),

@@ -1,11 +1,17 @@
 """Every way in which CUDA, NCCL and gloo fail has its sentence, and no mistake of ours has one."""
 
+import ast
+import errno
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldt.errors import InputError, RunError, in_a_sentence
+from ldt.errors import InputError, RunError, by_reason, file_error, in_a_sentence
 
 NCCL = "NCCL error in: torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 WORDS = {  # as torch 2.13, NCCL 2.27 and CUDA 12 say it
@@ -113,6 +119,68 @@ def test_torchs_own_kinds_of_errors_are_known():
 def test_a_full_disk_is_a_sentence():
     with pytest.raises(RunError, match="the disk is full"), in_a_sentence():
         Path("/dev/full").write_text("x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_what_may_pass_keeps_no_job_from_being_tried_again(number):
+    error = OSError(number, os.strerror(number))
+    assert isinstance(by_reason("x", error), RunError) and isinstance(file_error("x", error, "y"), RunError)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP])
+def test_what_stays_wrong_does(number):
+    error = OSError(number, os.strerror(number))
+    assert isinstance(by_reason("x", error), InputError) and isinstance(file_error("x", error, "y"), InputError)
+
+
+def test_whoever_catches_an_oserror_looks_at_its_reason():
+    """A handler that makes each of them an InputError would end a job for good over a full or an absent disk."""
+    for path in sorted((Path(__file__).parents[1] / "ldt").rglob("*.py")):
+        for handler in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(handler, ast.ExceptHandler) or handler.type is None:
+                continue
+            caught = {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
+            if caught & {"OSError", "IOError", "EnvironmentError", "Exception", "BaseException"}:
+                made = [n for n in ast.walk(handler) if isinstance(n, ast.Call) and ast.unparse(n.func) == "InputError"]
+                assert not made, f"{path}:{made[0].lineno} is to say it by_reason"
+
+
+FULL = """
+import resource, signal, sys
+import ast
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from ldt.dist import discover
+from ldt.files import write_atomic, write_json
+from ldt.run import owner, outcome
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+where = Path(sys.argv[2])
+if sys.argv[1] == "outcome":
+    outcome.begin(where)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))  # files can't grow, as on a full disk
+if sys.argv[1] == "owner":
+    with owner.owned(where, discover({})):
+        pass
+if sys.argv[1] == "outcome":
+    outcome.write_outcome(where, 0, 7)
+if sys.argv[1] == "json":
+    write_json(where / "x.json", {"a": 1})
+if sys.argv[1] == "atomic":
+    write_atomic(where / "x.json", b"12345")
+"""
+
+
+@pytest.mark.parametrize("what", ["owner", "outcome", "json", "atomic"])
+def test_a_full_disk_fails_and_leaves_nothing_half_written(tmp_path, what):
+    done = subprocess.run([sys.executable, "-c", FULL, what, tmp_path], capture_output=True, text=True)
+    assert "RunError: " in done.stderr, done.stderr
+    left = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert set(left) == ({"outcome.json"} if what == "outcome" else set())
+    assert what != "outcome" or json.loads(left["outcome.json"])["outcome"] == "running"
 
 
 @pytest.mark.parametrize(

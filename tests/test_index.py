@@ -211,10 +211,12 @@ def test_inspect_looks_at_the_held_out_split_too(encoded, tmp_path, capsys, spoi
     assert "damaged: " in printed and f"{tmp_path}/data/validation" in printed and said in printed
 
 
-def test_a_claim_ends_without_removing_another_ones(tmp_path):
+def test_a_claim_ends_without_removing_another_ones(tmp_path, monkeypatch):
     """Whoever was taken for dead must not end the work of the one who took over."""
+    from ldt.run import claims
     from ldt.run.claims import STALE_TIMEOUT_S, Claim
 
+    monkeypatch.setattr(claims, "WATCH_PERIOD_S", 0.0)
     checkpoint = tmp_path / "000000000100"
     checkpoint.mkdir()
     first = Claim.take(checkpoint, "key")

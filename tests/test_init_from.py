@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import forked
+import numpy as np
 import pytest
 from shard_data import write_shards
 
+from ldt.data.latent_spec import pack_statistics
 from ldt.data.shards import open_shards
 from ldt.training.setup import describe_constant
 
@@ -45,3 +47,21 @@ def test_a_channel_that_never_changes_is_said(root):
     assert list(describe_constant(spec)) == []
     (line,) = describe_constant(replace(spec, std_C=[1.0, 3e-9, 1.0, 0.0]))
     assert "never change in channel 1, 3 " in line
+
+
+def test_an_element_that_never_changes_is_said_where_elements_are_whitened(root):
+    """The deviation of its channel may be large: elements differ from each other."""
+    spec = open_shards(root / "data").manifest.spec
+    std_CHW = np.full(spec.latent_shape, 2.0)
+
+    def lines() -> list[str]:
+        by_element = {"mean_CHW": pack_statistics(np.zeros_like(std_CHW)), "std_CHW": pack_statistics(std_CHW)}
+        return list(describe_constant(replace(spec, **by_element)))
+
+    assert lines() == []
+    std_CHW[1, 0, 1] = 3e-9
+    (line,) = lines()
+    assert f"never change in 1 of {std_CHW.size} elements, the first [1, 0, 1] " in line
+    std_CHW[2] = 0.0
+    (line,) = lines()
+    assert "never change in channel 2 " in line

@@ -107,7 +107,7 @@ def latin_names(root):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_shape, "7.npz is (4, 4, 4), the first one is (4, 8, 8)"),
+        (spoil_shape, "7.npz has the shape (4, 4, 4), the first one has (4, 8, 8)"),
         (spoil_key, "7.npz has no `label`"),
         (spoil_label, "not one whole number"),
         (cut, "7.npz can't be read"),
@@ -212,7 +212,7 @@ def test_safetensors_of_lightningdit(vae, tmp_path, capsys):
     np.testing.assert_array_equal(stored(tmp_path / "plain").mean_nCHW, latents)
     lightning_tree(tmp_path / "unflipped", flips=False)
     assert encode(tmp_path / "unflipped", vae, tmp_path / "no", "flips=true") == 2
-    assert "has none of mirrored ones" in capsys.readouterr().err
+    assert "has none of mirrored images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

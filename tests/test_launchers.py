@@ -14,6 +14,7 @@ import pytest
 from shard_data import write_shards
 
 from ldt.checkpoint.checkpoint import resolve
+from ldt.checkpoint.manifest import listed
 from ldt.dist import free_port
 from ldt.log import read_jsonl
 
@@ -21,6 +22,14 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": [BIN / "deepspeed", "--num_accelerators=2", "--master_port={port}", "--module", "ldt"],
     "torchrun": [BIN / "torchrun", "--nproc_per_node=2", "--master_port={port}", "-m", "ldt"],
+    "torchrun, restarting": [
+        BIN / "torchrun",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--master_port={port}",
+        "-m",
+        "ldt",
+    ],  # fmt: skip
     "plain": [sys.executable, "-m", "ldt"],
 }
 SETTINGS = ["seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_batch=8", "log.every_samples=8"]
@@ -38,9 +47,10 @@ def launch(data, tmp_path):
     """Starts a training that does not end by itself, in a session of its own; nothing of it outlives the test."""
     started = []
 
-    def start(launcher, *before, steps=3):
+    def start(launcher, *before, steps=3, settings=()):
         words = [*before, *(str(w).format(port=free_port()) for w in LAUNCHERS[launcher])]
         words += ["train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}", "train.total_samples=8000000"]
+        words += settings
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
         started.append(process)
@@ -116,6 +126,24 @@ def test_an_ended_launcher_is_a_request_to_stop(launch, tmp_path, launcher, who,
     assert not (run_dir / "owner.json").exists()
 
 
+def test_torchrun_starts_a_job_again_whose_rank_was_killed(launch, tmp_path):
+    """After its first checkpoint: the second attempt goes on from there, and repeats what was lost to the digit."""
+    launcher, run_dir = "torchrun, restarting", tmp_path / "run"
+    process = launch(launcher, settings=["checkpoint.every_samples=40"], steps=7)
+    wait_for(lambda: (run_dir / "checkpoints").is_dir() and listed(run_dir / "checkpoints"))
+    os.kill(ranks(run_dir, 1)[0], signal.SIGKILL)
+    wait_for(lambda: any(r["attempt"] == 1 for r in lines(run_dir)))
+    lost = {r["samples_seen"]: r["digest"] for r in read_jsonl(run_dir / "metrics.cut.jsonl")}
+    wait_for(lambda: lines(run_dir)[-1]["samples_seen"] >= max(lost, default=0))
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    kept = lines(run_dir)
+    assert [r["samples_seen"] for r in kept] == list(range(8, 8 * len(kept) + 1, 8)), "each step once"
+    assert all(lost.get(r["samples_seen"], r["digest"]) == r["digest"] for r in kept)
+    begun = next(r["samples_seen"] for r in kept if r["attempt"] == 1)
+    assert begun > 40 and begun % 40 == 8 and outcome(run_dir)["outcome"] == "stopped"
+
+
 @pytest.mark.parametrize("launcher", ["plain", "deepspeed"])
 def test_under_nohup_a_closed_terminal_ends_nothing(launch, tmp_path, launcher):
     process, run_dir = launch(launcher, "nohup"), tmp_path / "run"
@@ -151,14 +179,23 @@ def default_port():
         yield
 
 
-def test_two_jobs_on_one_machine_do_not_collide(data, tmp_path, default_port):
-    command = [BIN / "deepspeed", "--num_accelerators=2", "--module", "ldt", "train", *SETTINGS, f"data.path={data}"]
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [[BIN / "deepspeed", "--num_accelerators=2", "--module", "ldt"]] * 2,
+        [[BIN / "torchrun", "--nproc_per_node=2", "-m", "ldt"], [BIN / "deepspeed", "--num_gpus=2", "--module", "ldt"]],
+    ],
+    ids=["deepspeed twice", "torchrun and deepspeed"],
+)
+def test_two_jobs_on_one_machine_do_not_collide(data, tmp_path, default_port, commands):
+    """Started as the docs say, without a port, while somebody else holds the default one."""
+    settings = ["train", *SETTINGS, f"data.path={data}", "train.total_samples=80"]
     both = [
-        subprocess.Popen([*command, f"run_dir={tmp_path}/{name}", "train.total_samples=400"], stderr=subprocess.PIPE)
-        for name in ("one", "two")
+        subprocess.Popen([*command, *settings, f"run_dir={tmp_path}/{name}"], stderr=subprocess.PIPE)
+        for command, name in zip(commands, ("one", "two"), strict=True)
     ]
     for process in both:
-        _, error = process.communicate(timeout=180)
+        _, error = process.communicate()
         assert process.returncode == 0, error.decode()
     assert lines(tmp_path / "one")[-1]["digest"] == lines(tmp_path / "two")[-1]["digest"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldt.dist import World, all_gather
-from ldt.errors import InputError
+from ldt.errors import InputError, RunError
 from ldt.run import preflight
 from ldt.run.preflight import check_room, check_shared, compare_ranks, differences
 from ldt.training.setup import describe_idle
@@ -72,7 +72,7 @@ def test_a_disk_without_room(tmp_path):
     world = World(0, 1, 0, 1, None)
     check_room(tmp_path, 1000, 5, world)
     too_many = shutil.disk_usage(tmp_path).free // 4
-    with pytest.raises(InputError, match="GB free, but a checkpoint takes .* GB; make room"):
+    with pytest.raises(RunError, match="GB free, but a checkpoint takes .* GB; make room"):
         check_room(tmp_path, too_many, 5, world)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from browser import Browser
+from numpy.typing import NDArray
 from PIL import Image
 from run_data import CLASSES, kept_logger, shared_run
 
@@ -32,16 +33,17 @@ from ldt.dist import World
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
 from ldt.files import write_json
-from ldt.image_files import class_grid, write_picture
+from ldt.image_files import class_grid, write_cells, write_picture
 from ldt.log import append_jsonl
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import flops
 from ldt.reporting.curves import best_score, decimate, evaluation_groups, hours_at, make_charts, restarts, smooth
 from ldt.reporting.history import read_history, running_hours
 from ldt.reporting.html import Markup, script_json, tag
-from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, open_real, split_grid
+from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, newest_cells, open_real
 from ldt.reporting.png import write_plots
 from ldt.run import directory, outcome
+from ldt.run.directory import NEWEST_CELLS
 from ldt.training.config import DataConfig, TrainJob
 
 __all__ = ["kept_logger"]
@@ -74,7 +76,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome.write_outcome(path, outcome.DONE, 2000, "trained to the end")
     (path / "samples").mkdir()
     for samples_seen in (1000, 1500, 2000):
-        write_picture(path / "samples" / f"{samples_seen:012d}.png", a_grid(samples_seen))
+        draw_grid(path, samples_seen)
     scoring = EvaluateConfig(
         images=9, sampler="euler", steps=1, block=9, checkpoint="all", cache_dir=str(root / "cache")
     )
@@ -106,11 +108,16 @@ def write_metrics(path: Path, clock: range, attempt: int, world_size: int, start
     append_jsonl(path / "metrics.jsonl", held_out)
 
 
-def a_grid(seed: int) -> Image.Image:
-    """As the training program draws them: one row a class."""
+def some_samples(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     label_N = np.arange(len(CLASSES) * COLUMNS) % len(CLASSES)
-    image_NHWC = np.random.default_rng(seed).integers(0, 255, (len(label_N), 32, 32, 1), dtype=np.uint8)
-    return class_grid(image_NHWC, label_N)
+    return np.random.default_rng(seed).integers(0, 255, (len(label_N), 32, 32, 1), dtype=np.uint8), label_N
+
+
+def draw_grid(path: Path, samples_seen: int) -> None:
+    """As the training program does: one row a class, and the images of the newest grid beside it."""
+    image_NHWC, label_N = some_samples(samples_seen)
+    write_picture(path / "samples" / f"{samples_seen:012d}.png", class_grid(image_NHWC, label_N))
+    write_cells(path / NEWEST_CELLS, image_NHWC, label_N, samples_seen)
 
 
 @pytest.fixture
@@ -259,14 +266,32 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ pictures and memorisation
 
 
-def test_a_grid_is_taken_apart_again() -> None:
-    rng = np.random.default_rng(0)
-    image_NHWC = rng.integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
-    label_N = np.array([0, 1, 0, 1, 1, 2, 2])
-    rows = split_grid(class_grid(image_NHWC, label_N), 8)
-    assert [len(row) for row in rows] == [2, 3, 2]
+def test_the_images_of_the_newest_grid_stand_in_its_rows(run_dir: Path) -> None:
+    image_NHWC, label_N = some_samples(2000)
+    rows = newest_cells(read_history(run_dir, "run"), 2000)
+    assert [len(row) for row in rows] == [COLUMNS] * 3
     for label, row in enumerate(rows):
         assert np.array_equal(np.stack(row), image_NHWC[label_N == label])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.unlink(), "the images of its sample grids are not kept"),
+        (lambda file: file.write_bytes(file.read_bytes()[:500]), "newest.npz is damaged"),
+        (lambda file: file.write_bytes(b"not a zip"), "newest.npz is damaged"),
+        (lambda file: np.savez(file, images=np.zeros(3), labels=np.zeros(3), samples_seen=2000), "not images"),
+        (lambda file: write_cells(file, *some_samples(1), 1000), "of 1,000 samples seen, the newest grid of 2,000"),
+        (lambda file: write_cells(file, np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64), 2000), "(8, 8, 3)"),
+    ],
+    ids=["an old run", "cut", "garbage", "no images", "another grid", "another size"],
+)
+def test_a_run_without_the_images_of_its_grids_shows_the_grids(run_dir: Path, spoil: Any, reason: str) -> None:
+    spoil(run_dir / NEWEST_CELLS)
+    page = page_of(run_dir)
+    words = words_of(page)
+    assert "Real images and nearest neighbours are left out" in words and reason in words
+    assert [f["samples"] for f in data_of(page)["grids"][0]] == [1000, 1500, 2000]
 
 
 def test_images_that_are_others_now_are_not_searched(run_dir: Path, tmp_path: Path) -> None:
@@ -286,22 +311,19 @@ def test_images_that_are_others_now_are_not_searched(run_dir: Path, tmp_path: Pa
     assert "has 91 images now, of the 90 encoded" in words and "Nearest training images" not in words
 
 
-def test_a_model_that_paints_white_alone_is_no_failure(run_dir: Path) -> None:
-    with Image.open(run_dir / "samples" / "000000002000.png") as grid:
-        white = Image.new("L", grid.size, 255)
-    write_picture(run_dir / "samples" / "000000002000.png", white)
-    assert "the newest sample grid has rows of nothing but white" in words_of(page_of(run_dir))
-    image_NHWC = np.zeros((6, 8, 8, 1), np.uint8)
-    image_NHWC[0] = 255
-    rows = split_grid(class_grid(image_NHWC, np.array([0, 0, 0, 1, 1, 1])), 8)
-    assert [len(row) for row in rows] == [3, 3], "a white image among others is an image"
+def test_white_samples_are_samples(run_dir: Path) -> None:
+    """A diverged model may paint nothing else."""
+    image_NHWC, label_N = some_samples(2000)
+    write_cells(run_dir / NEWEST_CELLS, np.full_like(image_NHWC, 255), label_N, 2000)
+    assert "Nearest training images" in words_of(page_of(run_dir))
 
 
 def test_real_images_stand_in_the_row_of_their_class(run_dir: Path) -> None:
     page_of(run_dir)
     with Image.open(run_dir / "report" / "real.png") as picture:
-        rows = split_grid(picture, 32)
-    assert [len(row) for row in rows] == [COLUMNS] * 3
+        pixels = np.asarray(picture)
+    assert pixels.shape == (3 * 34 + 2, COLUMNS * 34 + 2)
+    rows = [[pixels[y : y + 32, x : x + 32] for x in range(2, 34 * COLUMNS, 34)] for y in range(2, 34 * 3, 34)]
     real = open_real(read_history(run_dir, "run"))
     for label, row in enumerate(rows):
         members = [real.read(i).tobytes() for i in range(len(real.source)) if real.source.label(i) == label]
@@ -454,7 +476,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_values_become_text_not_tags() -> None:
     assert tag("p", HOSTILE).count("<") == 2
     assert "<script>" not in tag("p", "x", title=HOSTILE) and '"\'"' not in tag("p", "x", title=HOSTILE)
-    assert tag("p", Markup("<b>") + "<i>") == "<p>&lt;b&gt;&lt;i&gt;</p>"
+    assert tag("p", Markup("<b>") + "<i>") == "<p><b>&lt;i&gt;</p>"
+    assert tag("p", f"{Markup('<b>')}{HOSTILE}").count("<") == 2, "an f-string is text"
     assert "<" not in script_json({HOSTILE: [HOSTILE]})
     assert json.loads(script_json([HOSTILE, math.inf])) == [HOSTILE, None]
 

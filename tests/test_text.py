@@ -20,6 +20,7 @@ from ldt.data.batch import digest_text
 from ldt.data.shards import Manifest, open_shards
 from ldt.dist import all_gather
 from ldt.errors import InputError
+from ldt.image_files import class_grid, read_cells
 from ldt.models.text_encoder import ByteEncoder, load_text_encoder
 from ldt.training import monitor
 
@@ -251,7 +252,9 @@ def test_a_checkpoint_of_text_is_enough_to_sample_from(run_dir, tmp_path, capsys
     manifest = read_manifest(resolve(run_dir))
     assert manifest["sampling"]["text"]["encoder"] == "bytes"
     assert load_denoiser(run_dir).spec.text_shape == (12, 0, 257)
-    assert (run_dir / "samples" / "000000000080.png").exists()
+    image_NHWC, label_N, samples_seen = read_cells(run_dir / "samples" / "newest.npz")
+    with Image.open(run_dir / "samples" / "000000000080.png") as newest:
+        assert samples_seen == 80 and np.array_equal(np.asarray(newest), np.asarray(class_grid(image_NHWC, label_N)))
     command = ["sample", str(run_dir), "images=4", "block=4", "steps=2", "--quiet"]
     (tmp_path / "prompts.txt").write_text("a coat\n\n")
     assert main([*command, f"prompts=[a red boot,{tmp_path}/prompts.txt]", f"output={tmp_path}/a.png"]) == 0

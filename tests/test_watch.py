@@ -29,7 +29,9 @@ def run_dir(tmp_path_factory, tmp_path):
 @pytest.fixture
 def watcher(run_dir, tmp_path):
     """Starts watchers of the run; none outlives the test."""
-    command = [sys.executable, "-m", "ldt", "evaluate", str(run_dir), "--watch", *FAST]
+    code = "import sys; from ldt import cli; from ldt.run import claims; claims.WATCH_PERIOD_S = 3.0; "
+    command = [sys.executable, "-c", f"{code}sys.exit(cli.main(sys.argv[1:]))", "evaluate", str(run_dir), "--watch"]
+    command += FAST
     command.append(f"evaluate.cache_dir={tmp_path}/cache")
     started = []
 
@@ -130,7 +132,7 @@ def test_what_is_wanted_or_claimed_is_not_deleted(run_dir):
     assert [p.name for p in root.iterdir()] == ["000000002000"]
 
 
-def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path):
+def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path, monkeypatch):
     checkpoint = tmp_path / "000000001000"
     first = Claim.take(checkpoint, "a")
     assert first is not None
@@ -139,8 +141,44 @@ def test_a_claim_is_exclusive_until_its_owner_is_dead(tmp_path):
     assert other is not None, "other work is not affected"
     (file,) = tmp_path.glob("*.claim-a")
     os.utime(file, (time.time() - claims.STALE_TIMEOUT_S - 1,) * 2)
+    assert Claim.take(checkpoint, "a") is None, "it may be that a clock was set"
+    monkeypatch.setattr(claims, "WATCH_PERIOD_S", 0.0)
     assert Claim.take(checkpoint, "a") is not None
     assert not list(tmp_path.glob(".*")), "the dead owner's claim is buried"
+
+
+@pytest.mark.parametrize("hours", [-1, 1, 5])
+def test_a_clock_that_is_set_takes_no_claim_from_the_living(tmp_path, monkeypatch, hours):
+    """Every check of age is off by hours, on the machine that looks or on the one that holds the claim."""
+    checkpoint, now = tmp_path / "000000001000", [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    real = time.time
+    monkeypatch.setattr(claims.time, "time", lambda: real() + 3600 * hours)
+    claim = Claim.take(checkpoint, "a")
+    want(checkpoint, "b")
+    for beat in range(1, 30):
+        now[0] += claims.HEARTBEAT_PERIOD_S
+        for file in tmp_path.iterdir():
+            os.utime(file, (real() + beat,) * 2)
+        assert Claim.take(checkpoint, "a") is None and pinned(checkpoint), "it is touched every minute"
+        assert claims.is_in_doubt(checkpoint, "a"), "which keeps a watcher from leaving"
+    now[0] += claims.WATCH_PERIOD_S
+    assert not pinned(checkpoint) and Claim.take(checkpoint, "a") is not None, "its owner is silent for good"
+    assert claim is not None
+
+
+def test_a_dead_claim_whose_time_looks_fresh_is_taken_over_in_the_end(tmp_path, monkeypatch):
+    """The clock of the file system is ahead: by this machine's it has just been touched."""
+    checkpoint, now = tmp_path / "000000001000", [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims.time, "time", lambda: (tmp_path / "000000001000.claim-a").stat().st_mtime)
+    with (tmp_path / "000000001000.claim-a").open("x"):
+        assert Claim.take(checkpoint, "a") is None and not claims.is_in_doubt(checkpoint, "a")
+    now[0] += claims.STALE_TIMEOUT_S - 1
+    assert Claim.take(checkpoint, "a") is None
+    now[0] += 1
+    monkeypatch.setattr(claims.time, "time", time.perf_counter)
+    assert Claim.take(checkpoint, "a") is not None
 
 
 def test_a_claim_taken_over_meanwhile_is_not_taken_over_again(tmp_path, monkeypatch):
@@ -149,6 +187,7 @@ def test_a_claim_taken_over_meanwhile_is_not_taken_over_again(tmp_path, monkeypa
     Claim.take(checkpoint, "a")
     file = tmp_path / "000000000001.claim-a"
     os.utime(file, (time.time() - claims.STALE_TIMEOUT_S - 1,) * 2)
+    monkeypatch.setattr(claims, "WATCH_PERIOD_S", 0.0)
     look = claims._stale
 
     def slow(path):
@@ -161,7 +200,8 @@ def test_a_claim_taken_over_meanwhile_is_not_taken_over_again(tmp_path, monkeypa
     assert file.read_text() == "other-host 7 7\n"
 
 
-def test_a_stale_wish_pins_nothing(tmp_path):
+def test_a_stale_wish_pins_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "WATCH_PERIOD_S", 0.0)
     checkpoint = tmp_path / "000000001000"
     want(checkpoint, "a")
     assert pinned(checkpoint)

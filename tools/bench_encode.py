@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _forward(encoder: Encoder, count: int, batch: int) -> None:
     """The encoder's network on one batch again and again, until it has seen so many images; results on the CPU."""
     autoencoder = encoder.plan.autoencoder
-    size, channels = encoder.plan.image_size, autoencoder.image_channels
+    size, channels = encoder.plan.input.image_size, autoencoder.image_channels
     pixels = torch.randint(0, 256, (batch, size, size, channels), dtype=torch.uint8)
     for start in range(0, count, batch):
         [m.cpu() for m in autoencoder.encode(pixels[: count - start]) if m is not None]

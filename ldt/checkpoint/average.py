@@ -46,7 +46,7 @@ def reconstruct(checkpoint: Checkpoint, width: float) -> tuple[dict[str, Tensor]
 
 
 def _stored_averages(checkpoint: Checkpoint) -> list[tuple[Checkpoint, str, float]]:
-    """Power averages stored up to the checkpoint, one a time and width: (checkpoint, kind, width), oldest first.
+    """Power averages stored up to the checkpoint, one for each time and width: (checkpoint, kind, width), oldest first.
 
     Those of the checkpoint itself and, where it lies in a run, of the run's other checkpoints and snapshots.
     """

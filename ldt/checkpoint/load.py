@@ -29,7 +29,7 @@ from ldt.config import from_dict
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import natural, parse_json, schema_error, write_atomic
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
@@ -118,7 +118,7 @@ def read_average(checkpoint: Path, weights: str) -> tuple[dict[str, Tensor], dic
 
 
 def read_weights(checkpoint: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """One kind of weights of a checkpoint, whole; what `model.json` says of them; the checkpoint's hash."""
+    """All weights of one kind from a checkpoint, what `model.json` says about them, and the checkpoint's hash."""
     try:
         read = Checkpoint.read(checkpoint).verify()
         manifest = read.manifest
@@ -145,7 +145,7 @@ def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], s
         verify_file(directory / WEIGHTS, facts["file"])
         return load_file(directory / WEIGHTS), facts, facts["file"]["xxh64"]
     except (Damaged, OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"exported model {directory} is damaged: {error}; export it again") from None
+        raise by_reason(f"exported model {directory} is damaged: {error}; export it again", error) from None
 
 
 def save_exported(directory: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint is: a directory `<samples_seen>` with one safetensors file a rank and a manifest that hashes them.
+"""What a checkpoint is: a directory with one safetensors file from each rank and a manifest that hashes them.
 
 A directory without a manifest, or whose bytes differ from the manifest's hashes, is not a checkpoint.
 docs/checkpoints.md is the specification.
@@ -40,9 +40,9 @@ _SCHEMA = {
 class TrainState:
     """The state of a run besides its tensors.
 
-    skipped: first positions of the steps that changed no weights; recent_losses: of the newest steps, oldest first,
-    kept while a loss spike is judged by them; rolled_back: whether bad steps have rolled the run back, which happens
-    once; avoid: first positions of the steps to pass over since then.
+    skipped: the first position of each step that changed no weights. recent_losses: those of the newest steps, oldest
+    first, kept where loss spikes are detected. rolled_back: whether bad steps have rolled the run back, which happens
+    at most once. avoid: the first position of each step that is passed over since then.
     """
 
     samples_seen: int
@@ -55,7 +55,7 @@ class TrainState:
 
     @classmethod
     def read(cls, facts: Any) -> "TrainState":
-        """From parsed JSON; `Damaged` where it says something else."""
+        """Make a state from parsed JSON; raises `Damaged` where the JSON holds anything else."""
         try:
             progress = cls(**facts)
         except TypeError as error:
@@ -79,7 +79,7 @@ class Damaged(Exception):
 
 
 def versions() -> dict[str, str]:
-    """The software that wrote this."""
+    """The versions of the software that writes a checkpoint or a result."""
     return {
         "ldt": __version__,
         "torch": version("torch"),
@@ -132,7 +132,7 @@ def _check(value: Any, shape: Any, name: str) -> None:
 
 
 def _check_ranges(manifest: dict[str, Any]) -> None:
-    """Files lie in the directory, are as large as what they hold, and hold each element of each parameter once."""
+    """Check that files lie in the directory, are large enough, and hold each element of each parameter once."""
     held: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
     for file, entry in manifest["files"].items():
         if Path(file).name != file:
@@ -148,7 +148,7 @@ def _check_ranges(manifest: dict[str, Any]) -> None:
         end = 0
         for start, count in sorted(ranges):
             if start != end:
-                raise Damaged(f"element {min(start, end)} of {name} is held not at all or twice")
+                raise Damaged(f"element {min(start, end)} of {name} is missing or there twice")
             end += count
         if end != math.prod(manifest["parameters"][name]):
             raise Damaged(f"{end} elements of {name} are held, not {math.prod(manifest['parameters'][name])}")

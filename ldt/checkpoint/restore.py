@@ -86,7 +86,7 @@ def restore(checkpoint: Checkpoint, partition: Partition, ema: ShardedEMA) -> No
 
 
 def stored_average(checkpoint: Checkpoint, profile: dict[str, Any]) -> str:
-    """The tensors of a checkpoint that were averaged by a profile: which ones the manifest says, not their name."""
+    """The kind of tensors that were averaged by this profile, as the manifest says; its name does not tell."""
     averages = checkpoint.manifest.get("averages", {})
     for kind, stored in averages.items():
         if stored == profile and kind in checkpoint.manifest["tensors"]:

@@ -1,4 +1,4 @@
-"""Saving behind the training: it stops for a copy to host memory, threads do the rest.
+"""Saving in the background: training pauses only for a copy to host memory, and threads do the rest.
 
 Every rank writes and syncs its file under a temporary name; when all have, rank 0 adds the manifest and renames, which
 commits. How far each rank is travels with the sums that the training step makes anyway (`vote`, `settle`), so no rank
@@ -44,7 +44,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into `root/<samples_seen>`: for each kind one tensor an owned fragment. No retention keeps all."""
+    """What goes into `root/<samples_seen>`: for each kind one tensor per owned fragment. Without retention all stay."""
 
     root: Path
     kinds: dict[str, list[Tensor]]
@@ -99,14 +99,14 @@ class Writer:
         self._save = _Save(samples_seen, contents, self._shared_facts() | facts, future)
 
     def vote(self) -> tuple[int, int]:
-        """How far this rank is, to be summed over ranks: (its part is over, its part has failed)."""
+        """This rank's progress with the save, to be summed over ranks: (its part has ended, its part has failed)."""
         future = self._save.future if self._save else None
         if future is None or not future.done():
             return 0, 0
         return 1, int(future.exception() is not None)
 
     def settle(self, over: int, failed: int) -> None:
-        """Take the next step when every rank can: the same decision on all of them, from the sums of their votes."""
+        """Advance the save once every rank is ready; all ranks decide alike, from the sums of their votes."""
         save = self._save
         if save is None or over < (1 if save.committing else self._world.size):
             return
@@ -134,7 +134,7 @@ class Writer:
             self.settle(*all_reduce_sum(votes).tolist())
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        """The tensor in host memory that is reused from save to save."""
+        """Copy into host memory, which is reused from save to save."""
         host = self._host.get(key)
         if host is None:
             host = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
@@ -168,7 +168,7 @@ class Writer:
         }
 
     def _commit(self, save: _Save) -> None:
-        """On rank 0, when all files are there: manifest, rename, and what is too old goes."""
+        """Once all files are there, rank 0 writes the manifest, renames the directory and deletes what is too old."""
         try:
             for content in save.contents:
                 temporary, final = content.temporary(save.samples_seen), content.final(save.samples_seen)
@@ -228,7 +228,7 @@ def remove_old(root: Path, retention: Retention) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Make a checkpoint vanish at once; its bytes follow. What a symbolic link leads to is not ours and stays."""
+    """Rename a checkpoint away at once, then delete its files. What a symbolic link points to is not ours and stays."""
     if path.is_symlink():
         logger.info("%s was a symbolic link and is removed; what it leads to stays: %s", path, os.readlink(path))
         path.unlink()

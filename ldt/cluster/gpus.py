@@ -1,4 +1,4 @@
-"""Which GPU is this process's, and what CUDA and NCCL are told before they start.
+"""Which GPU belongs to this process, and which settings CUDA and NCCL get before they start.
 
 Launchers show a task all GPUs of its node or its own alone, so a local rank is no ordinal. Two ranks that got the same
 GPU, or nodes of which only some see one, are found when the ranks meet: see `conflict`.
@@ -39,7 +39,7 @@ def device_of(place: Place) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make it the calling thread's: in a new thread CUDA starts with GPU 0 and would take memory on it."""
+    """Select the device for the calling thread: in a new thread CUDA starts with GPU 0 and would take memory on it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -59,7 +59,7 @@ def choose_arithmetic(deterministic: bool = False, tf32: bool = False) -> None:
 
 
 def occupant(device: torch.device, env: Mapping[str, str] = os.environ) -> Occupant:
-    """This rank's."""
+    """What this rank tells the others about its device."""
     if device.type != "cuda":
         return Occupant(socket.gethostname(), device.type)
     visible = env.get("CUDA_VISIBLE_DEVICES", "")

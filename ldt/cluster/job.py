@@ -48,7 +48,7 @@ def is_alive(job_id: str) -> bool | None:
 
 
 def requeue(job: Job, max_restarts: int) -> None:
-    """Put the job back into the queue, once for all its tasks, and wait to be ended by SLURM.
+    """Put the job back into the queue, once for all its tasks, and wait for SLURM to end it.
 
     submitit's own checkpointing asks rank 0 alone, in a signal handler; here all ranks have saved together by now.
     """

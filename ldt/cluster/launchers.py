@@ -15,7 +15,7 @@ DEEPSPEED_PORT = 29500  # unless it is told another one
 
 
 class Place(NamedTuple):
-    """A launcher's word on who this process is."""
+    """Which of the job's processes this one is, according to its launcher."""
 
     rank: int
     size: int
@@ -54,7 +54,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def processes_above(env: Mapping[str, str] = os.environ) -> tuple[int, ...]:
-    """The processes of a launcher that stand above this one; others than before once one of them has ended.
+    """The launcher's processes among this one's ancestors; the list changes once one of them has ended.
 
     torchrun and submitit start ranks themselves. `deepspeed` starts a process that starts them, and is the first to go
     when somebody ends it; its child has no handler for that. SLURM looks after its tasks itself.
@@ -85,7 +85,7 @@ def _is_deepspeed(env: Mapping[str, str]) -> bool:
 
 
 def _slurm_place(env: Mapping[str, str]) -> Place | None:
-    """What SLURM says of a task of srun's; None outside of one (the batch script itself is none)."""
+    """What SLURM says about an srun task; None outside of one (the batch script itself is none)."""
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_ID") == "4294967291":
         return None
     size = integer(env, "SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))

@@ -81,7 +81,7 @@ def run_sweep(jobs: list[EvaluateJob]) -> int:
 
 
 def table(results: list[tuple[Section, Section]]) -> Iterator[str]:
-    """A line for each (settings, result): the settings that differ, the clock and the scores."""
+    """One line for each (settings, result): the settings that differ, the samples seen and the scores."""
     varied = [key for key in results[0][0] if len({str(settings[key]) for settings, _ in results}) > 1]
     scores = list(itertools.takewhile(lambda key: key not in results[0][0], list(results[0][1])[1:]))
     lines = [[*varied, "samples_seen", *scores]]
@@ -102,7 +102,7 @@ def _path(config: EvaluateJob) -> Path:
 
 
 def _output(config: EvaluateConfig, checkpoint: Path) -> Path:
-    """The evaluations.jsonl that scores of a checkpoint go into."""
+    """The evaluations.jsonl into which the scores of a checkpoint are written."""
     return Path(config.output) if config.output else results_of(checkpoint) / "evaluations.jsonl"
 
 

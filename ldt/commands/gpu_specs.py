@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """bf16, tf32: operations a second; memory: bytes, of which `bandwidth` a second; link: bytes a second to the other
-    GPUs of the node, one way."""
+    """bf16, tf32: operations a second; memory: bytes; bandwidth: bytes a second of that memory.
+
+    link: bytes a second to the other GPUs of the node, one way.
+    """
 
     bf16: float
     tf32: float

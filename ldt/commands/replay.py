@@ -11,7 +11,7 @@ from pathlib import Path
 from ldt import log, tracking
 from ldt.config import to_dict
 from ldt.config_fields import choice, required_path_field
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import natural
 
 
@@ -52,6 +52,6 @@ def _start(config: ReplayJob, run_dir: Path, where: Path) -> tracking.Tracker:
         raise
     except Exception as error:
         said = tracking.said_by(error)
-        raise InputError(
-            f"{config.to} can't start in {where} ({said}); correct that and run ldt replay again"
+        raise by_reason(
+            f"{config.to} can't start in {where} ({said}); correct that and run ldt replay again", error
         ) from None

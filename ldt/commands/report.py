@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ldt import log
 from ldt.config_fields import path_field, path_list_field
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import replacing
-from ldt.image_files import write_picture
+from ldt.image_files import MOST_ROWS, write_picture
 from ldt.reporting.curves import make_charts
 from ldt.reporting.history import History, read_history
 from ldt.reporting.page import Frame, Gallery, make_page
@@ -22,19 +22,19 @@ from ldt.reporting.pictures import (
     Neighbours,
     RealImages,
     Unavailable,
+    check_alike,
     choose,
     data_uri,
     nearest,
+    newest_cells,
     open_picture,
     open_real,
     picture_of,
     real_rows,
-    split_grid,
 )
 from ldt.reporting.png import write_plots
 
 logger = log.get_logger(__name__)
-MOST_ROWS = 16  # pictures.class_grid gives each class a row up to here
 
 
 @dataclass
@@ -76,7 +76,7 @@ def run(config: ReportJob) -> int:
         with replacing(output) as temporary:
             temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
     except OSError as error:
-        raise InputError(f"{output} can't be written ({error.strerror}); give another output=") from None
+        raise by_reason(f"{output} can't be written ({error.strerror}); give another output=", error) from None
     for history in runs:
         for note in history.notes:
             logger.info("%s: %s", history.name, note)
@@ -113,13 +113,14 @@ def gallery(history: History, config: ReportJob, directory: Path, prefix: str) -
     real: RealImages | None = None
     real_picture, neighbours, rows = "", None, []
     if pictures and size:
-        last = pictures[-1][1]
+        samples_seen, last = pictures[-1]
         write_picture(directory / f"{prefix}generated.png", last)
         try:
-            cells = split_grid(last, size)
+            cells = newest_cells(history, samples_seen)
             by_class = len(cells) == len(classes) <= MOST_ROWS
             rows = classes if by_class else []
             real = open_real(history)
+            check_alike(cells, real)
             picture = picture_of(real_rows(real, cells, by_class))
             write_picture(directory / f"{prefix}real.png", picture)
             real_picture = data_uri(picture)

@@ -16,7 +16,7 @@ from ldt.cluster.gpus import choose_arithmetic
 from ldt.config import to_dict
 from ldt.config_fields import choice, path_field, required_path_field
 from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, in_block_order, process_group
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import unwritable
 from ldt.image_files import WRITERS
 from ldt.paths import local_path
@@ -136,7 +136,8 @@ def _prompts(wanted: Sequence[str], model: ImageModel) -> list[str]:
         try:
             out += local_path(word, "prompts").read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompts file {word} can't be read ({error}); give a text file, one a line") from None
+            sentence = f"prompts file {word} can't be read ({error}); give a text file, one a line"
+            raise by_reason(sentence, error) from None
     return out
 
 

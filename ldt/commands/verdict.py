@@ -31,7 +31,7 @@ def run(config: VerdictJob) -> int:
 
 
 def meaning(launcher_code: int) -> str:
-    """What a shell's code for a signal says of the end; nothing for other codes."""
+    """How a process ended, where its exit code is a shell's code for a signal; empty for other codes."""
     if launcher_code == 128 + signal.SIGABRT:
         return " (SIGABRT: so NCCL's watchdog ends the other ranks when one is gone or hangs; look for the one that is)"
     if launcher_code == 128 + signal.SIGKILL:

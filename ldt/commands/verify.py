@@ -75,7 +75,7 @@ def run(config: VerifyJob) -> int:
 
 
 def _again(config: VerifyJob, directory: Path) -> TrainJob:
-    """The training of the record, into another directory, with a line a logged step and nothing else."""
+    """The record's training, into another directory, logging every step and making nothing else."""
     keys = {name: getattr(config, name) for name in TrainJob.__dataclass_fields__}
     log = LogConfig(every_samples=config.log.every_samples)
     job = TrainJob(**keys | {"run_dir": str(directory), "log": log, "checkpoint": CheckpointConfig()})
@@ -118,7 +118,7 @@ def hash_file(path: Path) -> str:
 def differences(
     then: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]], batch: int, tolerance: float
 ) -> list[str]:
-    """Where two logs of a run's steps part: the first digest, and the first loss of the first `STEPS` steps."""
+    """Where two logs differ: at the first unequal digest, and at the first unequal loss of the first `STEPS` steps."""
     for seen, line in then.items():
         if seen not in now:
             return [f"at {seen} samples nothing was logged this time"]

@@ -78,7 +78,7 @@ def write_pipeline(loaded: Loaded, directory: Path) -> None:
 
 
 def check(config: ModelConfig, objective: Objective, spec: LatentSpec) -> None:
-    """Refuse what diffusers' DiT has no words for."""
+    """Refuse models that diffusers' DiT cannot express."""
     for key, value in NEEDED.items():
         if getattr(config, key) != value:
             raise InputError(
@@ -131,7 +131,7 @@ def state_dict(ours: Transformer) -> dict[str, Tensor]:
 
 
 def whitened(vae: Any, spec: LatentSpec) -> Any:
-    """The autoencoder with whitened latents: what it decodes is turned back first, what it encodes is whitened."""
+    """The autoencoder for whitened latents: it whitens what it encodes, and undoes that before it decodes."""
     if spec.by_element or type(vae).__name__ != "AutoencoderKL":
         raise InputError(
             "diffusers' DiTPipeline decodes with an AutoencoderKL, whitened by channel, and autoencoder "

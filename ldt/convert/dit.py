@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import sincos_2d
 from ldt.nn.sizes import DIT, dit_of
@@ -44,8 +44,9 @@ def read(path: Path) -> dict[str, Tensor]:
         raise InputError(f"weights={path} does not exist; give DiT's .pt file") from None
     except Exception as error:  # torch raises a dozen types over a damaged file
         reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0][:150]
-        raise InputError(
-            f"weights={path} can't be read as plain tensors ({reason}); save it again as a dictionary of tensors alone"
+        raise by_reason(
+            f"weights={path} can't be read as plain tensors ({reason}); save it again as a dictionary of tensors alone",
+            error,
         ) from None
     if isinstance(content, dict) and isinstance(content.get("ema"), dict):
         content = content["ema"]
@@ -55,7 +56,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def model_config(theirs: dict[str, Tensor], heads: int = 0) -> ModelConfig:
-    """The architecture that the shapes tell; `heads` is the only thing they don't, so it comes from DiT's table."""
+    """The architecture, read off the shapes; only the number of heads is not in them and comes from DiT's table."""
     width, channels, patch, _ = theirs["x_embedder.proj.weight"].shape
     depth = 1 + max(int(m[1]) for name in theirs if (m := re.match(r"blocks\.(\d+)\.", name)))
     known = {(w, d): h for w, d, h in DIT.values()}
@@ -116,7 +117,7 @@ def _class_names(path: str, classes: int) -> list[str]:
     try:
         names = Path(path).read_text().splitlines()
     except OSError as error:
-        raise InputError(f"class_names={path} can't be read ({error.strerror}); give a text file") from None
+        raise by_reason(f"class_names={path} can't be read ({error.strerror}); give a text file", error) from None
     if len(names) != classes:
         raise InputError(f"class_names={path} has {len(names)} lines, the weights know {classes} classes")
     return names

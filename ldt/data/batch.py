@@ -66,7 +66,7 @@ class Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in self.tensors()})
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Those that are there."""
+        """All tensors of the batch; without text there is none for it."""
         return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
@@ -131,7 +131,7 @@ class SampleDraws:
         batch.weight_B.numpy()[:n] = 1.0
 
     def _dropped(self, key_n: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which samples lose their class, and which their text: bool [n] each."""
+        """Which samples lose their class and which lose their text: bool [n] each."""
         both, one = rng.uniform(self.seed, Purpose.CONDITION_DROP, key_n, 2).T
         no_label = no_text = both < self.label_drop
         if self.condition_on == "class_and_text":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.errors import InputError, file_error
+from ldt.errors import InputError, by_reason, file_error
 from ldt.files import MOST_CLASSES, class_names, load_npy, natural, parse_json
 
 REPA_LABELS = "dataset.json"
@@ -37,7 +37,10 @@ class LatentFiles(ABC):
         if self.labels.min() < 0:
             raise InputError(f"{self.name(int(self.labels.argmin()))} has a negative label; labels count from 0")
         if self.labels.max() >= MOST_CLASSES:
-            raise InputError(f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}; mend it")
+            raise InputError(
+                f"{self.name(int(self.labels.argmax()))} has the label {self.labels.max()}, but {MOST_CLASSES:,} "
+                "classes are the most; correct it"
+            )
         self.classes = tuple(class_names(self.where, int(self.labels.max())))
 
     def __len__(self) -> int:
@@ -62,27 +65,26 @@ class LatentFiles(ABC):
         return int(self.labels[i])
 
     def caption(self, i: int) -> str:
-        """These have none."""
+        """Latents have no captions."""
         return ""
 
     def caption_size(self, i: int) -> int:
-        """These have none."""
+        """Latents have no captions."""
         return -1
 
     def remarks(self) -> list[str]:
-        """There is nothing to say of them."""
+        """Nothing to warn of: every file is read and checked."""
         return []
 
-    def flipped(self, i: int) -> NDArray[np.float32]:
-        """`moments` of the mirrored image, where there are such."""
-        raise NotImplementedError
-
-    def checked_moments(self, i: int) -> NDArray[np.float32]:
-        """`moments`, of the same shape as all others."""
+    def views(self, i: int, flips: bool) -> list[NDArray[np.float32]]:
+        """`moments`, of the same shape as all others, and with `flips` those of the mirrored image."""
+        assert not flips or self.flips
         moments = self.moments(i)
         if moments.shape[1:] != self.latent_shape:
-            raise InputError(f"latent {self.name(i)} is {moments.shape[1:]}, the first one is {self.latent_shape}")
-        return moments
+            raise InputError(
+                f"latent {self.name(i)} has the shape {moments.shape[1:]}, the first one has {self.latent_shape}"
+            )
+        return [moments]
 
     @abstractmethod
     def moments(self, i: int) -> NDArray[np.float32]: ...
@@ -92,7 +94,7 @@ class LatentFiles(ABC):
 
 
 class DrawFiles(LatentFiles):
-    """fast-DiT's tree. A draw is a posterior of no width."""
+    """fast-DiT's tree. A draw counts as a posterior of deviation 0."""
 
     def __init__(self, where: Path, features: Path, labels: Path, scale: float) -> None:
         self._labels, self._scale = labels, scale
@@ -150,7 +152,7 @@ class MomentFiles(LatentFiles):
         if not any((np.split(_member(self.files[i], "moments"), 2)[1] < 0).any() for i in some):
             raise InputError(
                 f"the second half of the moments in {self.where} is nowhere below 0, as standard deviations are and "
-                "logarithms of variances are not; say latents_second=std if they are that ([mean, std], as REPA writes)"
+                "logarithms of variances are not; set latents_second=std if they are [mean, std], as REPA writes them"
             )
 
     def _label(self, i: int) -> int:
@@ -219,7 +221,7 @@ def _member(path: Path, key: str) -> NDArray[Any]:
     except OSError as error:
         raise file_error(f"latent {path}", error, "write it again") from None
     except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
-        raise InputError(f"latent {path} can't be read ({error}); write it again") from None
+        raise by_reason(f"latent {path} can't be read ({error}); write it again", error) from None
 
 
 def _number(array: NDArray[Any], path: Path) -> int:

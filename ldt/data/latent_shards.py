@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ldt.data.latent_files import LatentFiles
-from ldt.errors import InputError, file_error
+from ldt.errors import InputError, by_reason, file_error
 
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
 
 
 class SafetensorsFiles(LatentFiles):
-    """A directory of such files. A draw is a posterior of no width."""
+    """A directory of such files. A draw counts as a posterior of deviation 0."""
 
     def __init__(self, where: Path, files: list[Path]) -> None:
         self.where, self.files = where, sorted(files)
@@ -57,8 +57,8 @@ class SafetensorsFiles(LatentFiles):
     def moments(self, i: int) -> NDArray[np.float32]:
         return self._draw(i, LATENTS)
 
-    def flipped(self, i: int) -> NDArray[np.float32]:
-        return self._draw(i, FLIPPED)
+    def views(self, i: int, flips: bool) -> list[NDArray[np.float32]]:
+        return super().views(i, flips) + ([self._draw(i, FLIPPED)] if flips else [])
 
     def _draw(self, i: int, name: str) -> NDArray[np.float32]:
         mean = self._tensor(int(self._file_n[i]), name, int(self._row_n[i])).astype(np.float32)
@@ -68,7 +68,7 @@ class SafetensorsFiles(LatentFiles):
         return int(self.labels[i])
 
     def _shapes(self, k: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a file's tensors, which must go together."""
+        """The shapes of a file's tensors, checked to be consistent."""
         file = self.files[k]
         try:
             with safe_open(file, "pt") as held:
@@ -93,4 +93,4 @@ class SafetensorsFiles(LatentFiles):
                 tensor = self._open[k].get_slice(name)[row]
             return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"latents {self.files[k]} can't be read ({error}); extract them again") from None
+            raise by_reason(f"latents {self.files[k]} can't be read ({error}); extract them again", error) from None

@@ -1,4 +1,4 @@
-"""The latents of other projects at a path: which kind they are."""
+"""Opens the latents of other projects: the layout of the directory tells which kind they are."""
 
 from pathlib import Path
 

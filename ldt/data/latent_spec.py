@@ -49,8 +49,11 @@ class LatentSpec:
     latent_shape: channels, height, width; mean_C, std_C: statistics over all posterior draws, with which latents are
     whitened; mean_CHW, std_CHW: of each element, base64 of float32 [C, H, W], with which they are whitened instead
     where these are not empty; image_size, image_channels: of the images behind them; class_counts: training samples of
-    each class, empty in old checkpoints; text: the encoder of the captions, as `ldt.models.text_encoder.describe` tells
-    it, with some examples [label, caption], empty for data without captions.
+    each class, empty in old checkpoints; text: what `ldt.models.text_encoder.describe` says of the encoder of the
+    captions, with some examples [label, caption], empty for data without captions.
+
+    mean_CHW and std_CHW are a few megabytes in manifests whose checkpoints have gigabytes, and stay there: the hash of
+    the manifest vouches for them, and every reader has them at hand.
     """
 
     latent_shape: tuple[int, int, int]
@@ -85,7 +88,7 @@ class LatentSpec:
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as they stand in manifests: of this class alone where a class extends it."""
+        """The facts as they stand in manifests, without the fields that a subclass adds."""
         facts = {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
         if not self.by_element:
             del facts["mean_CHW"], facts["std_CHW"]
@@ -107,7 +110,7 @@ class LatentSpec:
 
     @property
     def spec(self) -> "LatentSpec":
-        """The facts alone."""
+        """The facts as a `LatentSpec`, without the fields that a subclass adds."""
         return LatentSpec(**{f.name: getattr(self, f.name) for f in fields(LatentSpec)})
 
     @property

@@ -22,7 +22,7 @@ from ldt.cluster.gpus import use_device
 from ldt.data.batch import Batch, Located, SampleDraws, digest
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
-from ldt.data.prefetch import ahead
+from ldt.data.prefetch import prefetch
 from ldt.data.shards import MixedShards, Shards
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
@@ -47,7 +47,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """How `total` samples fall to one of `ranks` ranks: rows [start, stop), in `count` micro-batches of `size` rows."""
+    """One rank's part of `total` samples: rows [start, stop), in `count` micro-batches of `size` rows."""
 
     start: int
     stop: int
@@ -127,7 +127,7 @@ class _Loader:
             buffer.send()
 
         items = zip(jobs, itertools.cycle(self._buffers), strict=False)
-        done = ahead(self._pool, work, items, depth=len(self._buffers) - 1)
+        done = prefetch(self._pool, work, items, depth=len(self._buffers) - 1)
         with contextlib.closing(done):
             while True:
                 started = time.perf_counter()
@@ -150,7 +150,7 @@ class _Loader:
 
 
 class LocationCache:
-    """Where a rank's samples lie, found for several steps at once: much of the cost is a call's, not a sample's."""
+    """Where a rank's samples lie, looked up for several steps at once, because most of the cost is per call."""
 
     def __init__(self, order: Order | MixedOrder, share: RankSlice) -> None:
         self._order, self._slots = order, np.arange(share.start, share.stop)
@@ -203,7 +203,7 @@ class Loader(_Loader):
         return self.share.count
 
     def steps(self, samples_seen: int = 0) -> Iterator[StepInputs]:
-        """Steps from any global index on, at once, wherever that is."""
+        """The steps from a global index on. Starting far into a run takes no longer than at its beginning."""
         for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
             yield StepInputs(first, buffer.batches(), buffer.digest, waited)
 

@@ -76,7 +76,7 @@ class Order:
         return self.locate_slots(batch_n, slot_n)
 
     def locate_slots(self, batch_n: Ints, slot_n: Ints) -> tuple[Ints, Ints]:
-        """The same of the slot_n-th sample of each batch."""
+        """Like `locate`, for the slot_n-th sample of each batch."""
         shard_n, sample_n = np.empty_like(batch_n), np.empty_like(batch_n)
         epoch_n = (self._slots_before(batch_n) + slot_n) // self.samples
         for epoch in np.unique(epoch_n).tolist():

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, function(item)) in order, up to `depth` items ahead of the consumer; errors come in their turn.

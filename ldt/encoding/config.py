@@ -79,7 +79,7 @@ class EncodeJob:
         for name, value in {"output": self.output, "images.path": self.images.path, "latents": self.latents}.items():
             if self.index and value:
                 raise InputError(
-                    f"index={self.index} encodes nothing, and {name}={value} has no part in it; leave one out"
+                    f"{name}={value} cannot be combined with index=, which only indexes existing shards; leave one out"
                 )
         if not 0 < self.latents_scale < math.inf:
             raise InputError(f"latents_scale={self.latents_scale} must be positive, such as 0.18215")

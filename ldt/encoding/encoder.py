@@ -6,34 +6,30 @@ the same files, and running the command again after a stop or a kill goes on wit
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.prefetch import ahead
+from ldt.data.prefetch import prefetch
 from ldt.data.shard_files import HEAD, RECIPE, VALIDATION
 from ldt.data.shards import mds
-from ldt.data.shards.layout import Samples
 from ldt.data.shards.manifest import Manifest, make_table, read_head
-from ldt.data.shards.shard_writer import Sidecar, read_sidecar, shard_name, sidecar_path, write_unit
+from ldt.data.shards.shard_writer import Origin, ShardWriter, Sidecar, read_sidecar, shard_name, sidecar_path
 from ldt.data.shards.statistics import Sums
 from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
+from ldt.encoding.encoded import EncodedBatch, blocks, first_not_finite, pack
 from ldt.encoding.plan import NAMES, Plan, Unit, hash_of
-from ldt.errors import InputError, RunError
+from ldt.errors import InputError, RunError, by_reason
 from ldt.files import parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
 LEFT_OUT = "left_out.jsonl"  # images that could not be read, and why
-
-BLOCK_NUMBERS = 1 << 25  # whose float64 copies are in memory at a time
 
 
 class Encoder:
@@ -55,13 +51,13 @@ class Encoder:
             self._report(complete)
 
     def _is_done(self, unit: Unit) -> bool:
-        """Whether its shard is there, made of the files that are there now."""
+        """Whether the unit's shard is there and was made from the files as they are now."""
         sidecar = self._sidecar(unit)
-        return sidecar is not None and sidecar.source == self.plan.source_of(unit)
+        return sidecar is not None and sidecar.source == self.plan.source_hash(unit)
 
     def _announce(self, undone: int) -> None:
-        """What is going to be encoded: a wrong directory should be seen before hours are spent on it."""
-        units, images = self.plan.units(), self.plan.images
+        """Log what is going to be encoded: a wrong directory should be noticed before hours are spent on it."""
+        units, images = self.plan.units(), self.plan.source
         done = len(units) - undone
         logger.info(
             "%s in %s into %s of %s%s",
@@ -73,17 +69,17 @@ class Encoder:
         )
         if self.plan.text and images.captioned < len(images):
             logger.warning("%s of %s images have a caption", f"{images.captioned:,}", f"{len(images):,}")
-        if self.plan.unreadable:
+        if self.plan.input.unreadable:
             logger.warning(
                 "%s could not be read and are left out: %s",
-                f"{len(self.plan.unreadable):,} images",
+                f"{len(self.plan.input.unreadable):,} images",
                 self.output / LEFT_OUT,
             )
         for remark in images.remarks():
             logger.warning("%s", remark)
 
     def _encode_or_say(self, units: list[Unit]) -> None:
-        """Encode; what ends it is said at once, as the other ranks may take hours to come to the same place."""
+        """Encode, and log a failure at once: the other ranks may need hours until they learn of it."""
         try:
             self._encode(units)
         except (InputError, RunError) as error:
@@ -92,14 +88,14 @@ class Encoder:
             raise
 
     def _claim_output(self) -> bool:
-        """Whether the output is complete already; else make it ours, or refuse what is there."""
+        """Return whether the output is complete already; else take possession of it, or refuse what is there."""
         marker = self.output / RECIPE
         if (self.output / HEAD).exists():
             head = read_head(self.output)
             self._compare(head["recipe"])
-            if "source" in head and head["source"] != self.plan.source():
+            if "source" in head and head["source"] != self.plan.whole_source_hash():
                 raise InputError(
-                    f"output={self.output} was encoded from {self.plan.place}, whose files have other sizes now; "
+                    f"output={self.output} was encoded from {self.plan.input.path}, whose files have other sizes now; "
                     "choose another output, or delete it and encode again"
                 )
             self._clean_up()
@@ -111,14 +107,16 @@ class Encoder:
                 raise InputError(f"{marker} is damaged; remove {self.output} and encode again") from None
             self._compare(recipe)
         elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise InputError(f"output={self.output} has something else in it; choose an empty or a new directory")
+            raise InputError(f"output={self.output} already holds other files; choose an empty or a new directory")
         parts = [self.output] + ([self.output / VALIDATION] if self.plan.split.validation_samples else [])
         try:
             for directory in parts:
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"output={self.output} can't be made ({error.strerror}); choose another place") from None
-        lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in self.plan.unreadable]
+            raise by_reason(
+                f"output={self.output} can't be made ({error.strerror}); choose another place", error
+            ) from None
+        lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in self.plan.input.unreadable]
         if lines:
             write_atomic(self.output / LEFT_OUT, "".join(lines).encode())
         write_atomic(marker, json.dumps(self.plan.recipe(), indent=1).encode())
@@ -145,63 +143,46 @@ class Encoder:
         ]
         total = sum(u.stop - u.start for u in units)
         bar = log.progress(total, "img", "encode", show=self.world.rank == 0)
-        parts: list[tuple[torch.Tensor, ...]] = []
-        labels: list[int] = []
-        captions: list[str] = []
-        texts: list[NDArray[np.generic]] = []
+        encoded: list[EncodedBatch] = []  # of the shard that is being filled
         writing: Future[None] | None = None
         with bar, ThreadPoolExecutor(self.config.threads) as readers, ThreadPoolExecutor(1) as writer:
-            loaded = ahead(readers, self.plan.load, batches, 2 * self.config.threads)
-            for (unit, _, stop), (content, label_n, caption_n) in loaded:
-                parts.append(self.plan.moments(torch.from_numpy(content)))
-                labels += label_n
-                captions += caption_n
-                if self.plan.text:
-                    texts.append(self.plan.text.encode(caption_n))
-                bar.update(len(label_n))
+            for (unit, _, stop), loaded in prefetch(readers, self.plan.load, batches, 2 * self.config.threads):
+                encoded.append(self.plan.encode(loaded))
+                bar.update(len(loaded.labels))
                 if stop == unit.stop:
                     if writing is not None:
                         writing.result()
-                    writing = writer.submit(self._write, unit, parts, labels, captions, texts)
-                    parts, labels, captions, texts = [], [], [], []
+                    writing = writer.submit(self._write, unit, encoded)
+                    encoded = []
             if writing is not None:
                 writing.result()
 
-    def _write(
-        self,
-        unit: Unit,
-        parts: list[tuple[torch.Tensor, ...]],
-        labels: list[int],
-        captions: list[str],
-        texts: list[NDArray[np.generic]],
-    ) -> None:
+    def _write(self, unit: Unit, encoded: list[EncodedBatch]) -> None:
         """Round, check and write one shard; runs in the writer's thread."""
-        layout = self.plan.layout
-        stored = [layout.pack(torch.cat(view)) for view in zip(*parts, strict=True)]
-        sums = []
-        for at_view, packed in enumerate(stored):
-            rows = max(1, min(256, BLOCK_NUMBERS // prod(layout.moments_shape)))
-            for start in range(0, len(packed), rows):  # bounds the memory of float64 copies
-                block = layout.unpack(packed[start : start + rows].view(np.uint8))
-                bad = ~np.isfinite(block).reshape(len(block), -1).all(1)
-                if bad.any():
-                    at = unit.start + start + int(bad.argmax())
-                    name = self.plan.images.name(self.plan.image_numbers(unit, at, at + 1)[0])
-                    given = torch.cat([view[at_view] for view in parts])[start + int(bad.argmax())]
-                    raise InputError(f"the latent of image {name} is not finite{_why(given, layout.dtype)}")
+        plan, format = self.plan, self.config.format
+        samples, sums = pack(encoded, plan.layout), []
+        for number, view in enumerate(samples.views):
+            for start, block in blocks(view, plan.layout):
+                bad = first_not_finite(block)
+                if bad is not None:
+                    given = torch.cat([batch.moments[number] for batch in encoded])[start + bad]
+                    raise InputError(self._not_finite(unit, start + bad, given))
                 sums.append(Sums.of(block, self.config.whitening == "element"))
-        samples = Samples(
-            np.array(labels, np.int64),
-            stored[0],
-            stored[1] if self.config.flips else None,
-            [caption.encode() for caption in captions] if self.plan.text else None,
-            np.concatenate(texts) if texts else None,
+        counts = plan.caption_counts([caption for batch in encoded for caption in batch.captions])
+        writer = ShardWriter(self.output / unit.part, format, plan.layout, len(plan.source.classes))
+        origin = Origin(unit.start, plan.source_hash(unit), counts)
+        writer.write(shard_name(unit.number, format), samples, Sums.total(sums), origin)
+
+    def _not_finite(self, unit: Unit, at: int, given: torch.Tensor) -> str:
+        """Sample `at` of a unit has been stored with infinities or NaN; `given` is what the autoencoder made of it."""
+        start = unit.start + at
+        name = self.plan.source.name(self.plan.image_numbers(unit, start, start + 1)[0])
+        if bool(torch.isfinite(given).all()):
+            return f"the latent of image {name} is not finite in {self.config.dtype}; use dtype=fp32"
+        return (
+            f"the latent of image {name} is not finite as it comes; check the file or the autoencoder that it comes "
+            "from"
         )
-        name, directory = shard_name(unit.number, self.config.format), self.output / unit.part
-        classes = len(self.plan.images.classes)
-        source, counts = self.plan.source_of(unit), self.plan.caption_counts(captions)
-        total, format = Sums.total(sums), self.config.format
-        write_unit(directory, name, samples, total, layout, format, classes, unit.start, source, counts)
 
     def _sidecar(self, unit: Unit) -> Sidecar | None:
         return read_sidecar(self.output / unit.part, shard_name(unit.number, self.config.format))
@@ -235,12 +216,12 @@ class Encoder:
             latent_shape=self.plan.layout.latent_shape,
             dtype=config.dtype,
             flips=config.flips,
-            classes=list(self.plan.images.classes),
+            classes=list(self.plan.source.classes),
             class_counts=np.sum([s.class_counts for s in sidecars], axis=0).tolist(),
             **whitening,
             autoencoder=config.autoencoder,
             autoencoder_hash=self.plan.autoencoder.hash,
-            image_size=self.plan.image_size,
+            image_size=self.plan.input.image_size,
             image_channels=self.plan.autoencoder.image_channels,
             table=make_table([s.row for s in sidecars]),
             recipe=self.plan.recipe(),
@@ -270,20 +251,13 @@ class Encoder:
                     f"{part} captions: {counts['captioned']:,} images have one, {counts['empty']:,} have none or "
                     f"an empty one, {counts['cut']:,} are cut at text.length={self.config.text.length}"
                 )
-        size, classes = self.plan.image_size, len(self.plan.images.classes)
+        size, classes = self.plan.input.image_size, len(self.plan.source.classes)
         example = f"imagenet{size}/ldt_transformer" if size in (256, 512) and classes >= 1000 else "fashion_mnist"
         example = "text/emoji" if self.plan.text else example
         print(
             f"next: ldt inspect {self.output} grid=grid.png; ldt train configs/{example}.yaml data.path={self.output}"
         )
         print(f"latent shards: {self.output}")
-
-
-def _why(given: torch.Tensor, dtype: str) -> str:
-    """Whether a latent was finite before it was rounded."""
-    if bool(torch.isfinite(given).all()):
-        return f" in {dtype}; use dtype=fp32"
-    return " as it comes; check the file or the autoencoder that it comes from"
 
 
 def _short(value: Any) -> str:

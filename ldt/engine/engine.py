@@ -153,7 +153,7 @@ class Engine:
         return StepResult(step_loss, grad_norm, not self._adam.skip, sums)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        """float64, from pinned memory: a copy from any other would wait."""
+        """Copy numbers to the device as float64, from pinned memory, so that the host does not wait."""
         cuda = self.world.device.type == "cuda"
         return torch.tensor(numbers, dtype=torch.float64, pin_memory=cuda).to(self.world.device, non_blocking=True)
 

@@ -36,7 +36,7 @@ class State:
 
 
 def state_bytes(parameters: int, stage: int, precision: str, ranks: int, averages: int) -> State:
-    """Of `parameters` under a ZeRO stage (Rajbhandari et al. 1910.02054, section 5), with DeepSpeed's working buffers.
+    """Memory for `parameters` at a ZeRO stage (Rajbhandari et al. 1910.02054, section 5), DeepSpeed's buffers included.
 
     precision: fp32 or bf16, that of the weights the network computes with; masters, moments and averages are fp32.
     """
@@ -83,7 +83,7 @@ class Activations:
         return self.kept - sum(self.saves)
 
     def of(self, samples: int, recomputed_blocks: int) -> int:
-        """Of a micro-batch, where some blocks keep only what enters them and one at a time is computed again."""
+        """Bytes that a micro-batch keeps, where so many blocks keep only what enters them, and one is recomputed."""
         saved = self.saves[:recomputed_blocks]
         return samples * (self.kept - sum(saved) + max(saved, default=0))
 
@@ -122,10 +122,11 @@ def activations(
     precision: str,
     kind: str = "cpu",
 ) -> Activations:
-    """Of a denoiser in training, eager; compiled code keeps less. kind: cpu or cuda, whose kernels save less.
+    """What a denoiser keeps in training, run eagerly; compiled code keeps less.
 
-    A deep Transformer's from two shallow ones: blocks are alike, with long skips those of each half. What a wide head's
-    blocks save is what is left when all others are recomputed.
+    kind: cpu or cuda, whose kernels save less. What a deep Transformer keeps follows from two shallow ones, for blocks
+    are alike (with long skips those of each half). What a wide head's blocks save is what is left when all others are
+    recomputed.
     """
 
     def saved(depth: int, recomputed: bool, head: int) -> int:
@@ -189,7 +190,7 @@ def training_model(model: nn.Module, precision: str, kind: str) -> nn.Module:
 
 
 def no_text(text: TextShape | None, samples: int) -> torch.Tensor | None:
-    """Empty captions of that shape."""
+    """Captions of that shape without text."""
     if text is None:
         return None
     shape = (samples, text.length) if text.vocabulary else (samples, text.length, text.width)

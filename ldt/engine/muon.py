@@ -1,4 +1,4 @@
-"""Muon: AdamW's place for whole matrices is taken by momentum whose singular values are all brought near one.
+"""Muon: for whole matrices AdamW is replaced by momentum whose singular values are all brought near one.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Nesterov's momentum as there.
 

@@ -32,7 +32,7 @@ class Elementwise:
     backward: int
 
     def of(self, again: float, compiled: bool) -> float:
-        """In a step; again: which part of the forward pass is computed a second time."""
+        """Bytes in a step; again: which part of the forward pass is computed a second time."""
         return ((1 + again) * self.forward + self.backward) * (FUSED if compiled else 1)
 
 
@@ -53,7 +53,7 @@ class _Bytes(TorchDispatchMode):
 def elementwise(
     config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, text: TextShape | None, precision: str
 ) -> Elementwise:
-    """Of a denoiser in training; a deep Transformer's from two shallow ones, as its activations are."""
+    """Elementwise bytes of a denoiser in training; a deep Transformer's follow from two shallow ones."""
 
     def counted(depth: int) -> tuple[int, int]:
         shallow = dataclasses.replace(config, depth=depth, init="dit")

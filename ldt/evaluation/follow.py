@@ -9,7 +9,7 @@ from ldt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, listed
 from ldt.cluster.job import is_alive
 from ldt.dist import World, broadcast
 from ldt.errors import InputError
-from ldt.run.claims import Claim, forget, want
+from ldt.run.claims import Claim, forget, is_in_doubt, want
 from ldt.run.outcome import read_outcome
 
 POLL_PERIOD_S = 5.0
@@ -26,7 +26,7 @@ def follow(run_dir: Path, key: str, world: World, job: str = "") -> Iterator[Pat
         raise InputError(f"{run_dir} is not a run directory to follow; start the training first")
     while True:
         claimed = _next(run_dir, key) if world.rank == 0 else None
-        over = claimed is None and _has_ended(run_dir, job)
+        over = claimed is None and _has_ended(run_dir, job) and not _anything_in_doubt(run_dir, key)
         path, over = broadcast((claimed[0] if claimed else None, over))
         if path is not None:
             with claimed[1] if claimed else contextlib.nullcontext():
@@ -53,6 +53,12 @@ def _next(run_dir: Path, key: str) -> tuple[Path, Claim] | None:
             with claim:  # somebody was faster, or it was deleted before it was wanted
                 forget(path, key)
     return None
+
+
+def _anything_in_doubt(run_dir: Path, key: str) -> bool:
+    """Whether a checkpoint is claimed by somebody who may be dead: then it is ours in a while."""
+    waiting = [p for p in listed(run_dir / "checkpoints") if _waits(run_dir, p, key)]
+    return any(is_in_doubt(path, key) for path in waiting)
 
 
 def _waits(run_dir: Path, path: Path, key: str) -> bool:

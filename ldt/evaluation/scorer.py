@@ -1,4 +1,4 @@
-"""Score checkpoints: images are sampled, a detector looks at them, and their statistics meet those of real images.
+"""Score checkpoints: sample images, extract features, and compare their statistics with those of real images.
 
 One file for each (checkpoint, evaluation) under `evaluations/` beside the run's checkpoints, and `evaluations.jsonl`
 derived from them all. What is there already is not computed again. Statistics are float64 and merged in the order of
@@ -103,7 +103,7 @@ def score_once(
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
-        start = time.time()
+        start = time.perf_counter()
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         model = image_model(loaded, config.precision, world.device, config.compile, guide)
         blocks = make_features(config, model, detector, store, world)
@@ -122,7 +122,7 @@ def score_once(
             "autoencoder_hash": loaded.spec.autoencoder_hash,
             "world_size": world.size,
             "device": _device_name(world.device),
-            "seconds": round(time.time() - start, 3),
+            "seconds": round(time.perf_counter() - start, 3),
             "time": time.time(),
             **versions(),
         }
@@ -141,8 +141,8 @@ def make_features(
 ) -> int:
     """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks.
 
-    The network always sees whole blocks: what a last one has too many is dropped. While it makes the next block, a
-    thread looks at the last one.
+    The network always sees whole blocks; images beyond the number asked for are dropped. While it makes the next block,
+    a thread extracts the features of the previous one.
     """
     blocks = -(-config.images // config.block)
 

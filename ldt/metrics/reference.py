@@ -19,7 +19,7 @@ from ldt.data.images import prepare
 from ldt.data.images.open import open_images
 from ldt.data.images.source import ImageSource
 from ldt.dist import World, barrier, broadcast, in_block_order
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, parse_json, replacing, schema_error
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore
@@ -67,7 +67,7 @@ class Reference:
         try:
             features: NDArray[np.float32] = load_npy(file)
         except (OSError, ValueError) as error:
-            raise InputError(f"{file} is not readable as .npy ({error}); remove it and evaluate again") from None
+            raise by_reason(f"{file} is not readable as .npy ({error}); remove it and evaluate again", error) from None
         if features.ndim != 2 or features.dtype != np.float32:
             raise InputError(f"{file} holds {features.dtype} {features.shape}, no features; remove it")
         return features
@@ -151,7 +151,7 @@ def load(file: Path, detector: Detector) -> Reference:
         }
         count = int(held.get("count", 0))
     except Exception as error:  # numpy and zipfile raise a dozen types over a damaged file
-        raise InputError(f"{file} is not readable as .npz ({error}); remove it or download it again") from None
+        raise by_reason(f"{file} is not readable as .npz ({error}); remove it or download it again", error) from None
     if "features" not in by_name:
         raise InputError(f"{file} holds no reference statistics (mu and sigma); remove it or give another file")
     if made_by and (wrong := schema_error(made_by, {"detector_hash": str, "detector": str, "hash": str}, "made_by")):

@@ -20,8 +20,8 @@ def check(metrics: list[str], detector: Detector) -> None:
             raise InputError(f"evaluate.metrics has {metric}, which is not one of {', '.join(METRICS)}")
         if metric in NEEDS and NEEDS[metric] not in detector.outputs:
             raise InputError(
-                f"evaluate.metrics={metric} needs a detector with {NEEDS[metric]}, which {detector.name} has not; "
-                "use evaluate.detector=inception"
+                f"evaluate.metrics={metric} needs a detector with {NEEDS[metric]}, which {detector.name} does not "
+                "have; use evaluate.detector=inception"
             )
     if not metrics:
         raise InputError(f"evaluate.metrics is empty; choose from {', '.join(METRICS)}")

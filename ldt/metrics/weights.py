@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -20,7 +20,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"detector weights {path} are not a file of tensors ({reason}); download it again") from None
+        raise by_reason(
+            f"detector weights {path} are not a file of tensors ({reason}); download it again", error
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"detector weights {path} hold no state dict; give the weights of the detector alone")
     return state

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.models.autoencoder_kinds import KINDS
 
 EMBEDDED = "embedded:fashion_mnist"
@@ -128,9 +128,10 @@ def _from_pretrained(name: str, path: str) -> Any:
     except Exception as error:  # diffusers and the hub raise a dozen types; all mean that these weights can't be had
         reason = " ".join(str(error).split())[:200]
         looked = "" if Path(path).is_dir() else "; there is no such directory here, so the model hub was asked"
-        raise InputError(
+        raise by_reason(
             f"autoencoder {name} can't be loaded as one of diffusers' from safetensors ({reason}){looked}; "
-            f"give a hub name, a directory saved by diffusers, or {EMBEDDED}"
+            f"give a hub name, a directory saved by diffusers, or {EMBEDDED}",
+            error,
         ) from None
     finally:
         words.set_verbosity(verbosity)

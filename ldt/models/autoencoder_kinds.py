@@ -1,4 +1,4 @@
-"""One adapter for each kind of diffusers' autoencoders, all behind the same few words.
+"""One adapter for each kind of diffusers' autoencoders, all with the same few methods.
 
 An adapter takes and gives images between −1 and 1. Latents are raw, without any scaling factor of the kind's own:
 whitening belongs to the data. Nothing is drawn at random: networks are in evaluation mode, where RAE adds no noise.

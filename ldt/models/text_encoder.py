@@ -16,7 +16,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.nn.text_shape import TextShape
 
 BYTES = "bytes"
@@ -48,7 +48,7 @@ def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu"
 
 
 def describe(encoder: TextEncoder) -> dict[str, Any]:
-    """What a manifest and a checkpoint say of it."""
+    """The encoder as manifests and checkpoints describe it."""
     return {"encoder": encoder.name, "hash": encoder.hash, **encoder.shape._asdict()}
 
 
@@ -83,7 +83,7 @@ class ByteEncoder:
 
 
 class KnownCaptions:
-    """Some captions that were encoded once: the encoder itself, often larger than the denoiser, is needed no more."""
+    """Captions that have been encoded already, so that the encoder, often larger than the denoiser, can be freed."""
 
     def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         self.name, self.hash, self.shape = encoder.name, encoder.hash, encoder.shape
@@ -149,9 +149,10 @@ def _from_pretrained(name: str) -> tuple[Any, Any]:
         return transformers.AutoTokenizer.from_pretrained(name), kind.from_pretrained(name, use_safetensors=True)
     except Exception as error:  # transformers and the hub raise a dozen types; all mean that it can't be had
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise by_reason(
             f"text encoder {name} can't be loaded ({reason}); give a hub name, a directory saved by transformers with "
-            "safetensors and its tokenizer, or text.encoder=bytes"
+            "safetensors and its tokenizer, or text.encoder=bytes",
+            error,
         ) from None
 
 

@@ -140,7 +140,7 @@ def best_score(run: History, score: str) -> float:
 
 
 def _of_most_images(run: History, score: str) -> list[Record]:
-    """The comparable evaluations of most images that hold this score, of those the newest."""
+    """Of the evaluations that hold this score, the group with the most images; among equals the newest group."""
     groups = [[r for r in g if math.isfinite(number(r, score))] for g in evaluation_groups(run).values()]
     return max(filter(None, groups), key=lambda g: (number(g[0], "images"), number(g[-1], "time")), default=[])
 

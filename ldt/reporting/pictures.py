@@ -18,10 +18,10 @@ from ldt.data.images.source import ImageSource
 from ldt.data.shards.manifest import read_head
 from ldt.data.split import Split
 from ldt.errors import InputError
-from ldt.image_files import grid
+from ldt.image_files import class_rows, grid, read_cells
 from ldt.reporting.history import History
+from ldt.run.directory import NEWEST_CELLS
 
-GAP = 2
 WIDEST = 1280
 SMALL = 200_000
 THUMBNAIL = 32
@@ -102,25 +102,17 @@ def choose(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def split_grid(picture: Image.Image, size: int) -> list[list[Pixels]]:
-    """Rows of images uint8 [size, size, C] of a picture made by `pictures.grid`; white cells at a row's end are empty.
-
-    `Unavailable` if the picture is no such grid, or has a row of white ones alone, as a diverged model paints them.
-    """
-    pixels = np.asarray(picture.convert("L" if picture.mode == "L" else "RGB"))
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    step = size + GAP
-    if (pixels.shape[0] - GAP) % step or (pixels.shape[1] - GAP) % step:
-        raise Unavailable(f"the sample grid of {picture.width}×{picture.height} has no images of {size} pixels")
-    rows = []
-    for y in range(GAP, pixels.shape[0], step):
-        cells = [pixels[y : y + size, x : x + size] for x in range(GAP, pixels.shape[1], step)]
-        while cells and (cells[-1] == 255).all():
-            cells.pop()
-        rows.append(cells)
-    if not rows or not all(rows):
-        raise Unavailable("the newest sample grid has rows of nothing but white")
-    return rows
+def newest_cells(run: History, samples_seen: int) -> list[list[Pixels]]:
+    """Rows of images uint8 [size, size, C] of the grid that was drawn then, the newest; `Unavailable` says why not."""
+    try:
+        image_NHWC, label_N, drawn = read_cells(run.path / NEWEST_CELLS)
+    except FileNotFoundError:
+        raise Unavailable(f"the images of its sample grids are not kept ({NEWEST_CELLS} is not there)") from None
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"the images of its newest sample grid can't be read ({error})") from None
+    if drawn != samples_seen:
+        raise Unavailable(f"{NEWEST_CELLS} is of {drawn:,} samples seen, the newest grid of {samples_seen:,}")
+    return [list(row) for row in class_rows(image_NHWC, label_N)]
 
 
 def open_real(run: History) -> RealImages:
@@ -144,6 +136,13 @@ def open_real(run: History) -> RealImages:
     except (InputError, OSError, KeyError, TypeError, ValueError) as error:
         raise Unavailable(f"the images that the data were encoded from are not available here ({error})") from None
     return real
+
+
+def check_alike(cells: list[list[Pixels]], real: RealImages) -> None:
+    """`Unavailable` where samples and real images have other sizes or channels and can't be compared."""
+    there = (real.size, real.size, real.channels)
+    if cells[0][0].shape != there:
+        raise Unavailable(f"samples are {cells[0][0].shape}, and the images of the data as encoded now {there}")
 
 
 def real_rows(real: RealImages, like: list[list[Pixels]], by_class: bool) -> list[list[Pixels]]:

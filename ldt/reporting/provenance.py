@@ -109,7 +109,7 @@ def _git(state: Any) -> str:
 
 
 def _command(command: Any) -> str:
-    """A command line as one would type it, without what a launcher put in."""
+    """A command line as one would type it, without what a launcher added."""
     if not isinstance(command, list) or not command:
         return str(command or "–")
     words = [str(word) for word in command[1:] if not str(word).startswith("--local_rank")]

@@ -68,7 +68,7 @@ def _transformer_shape(model: Record) -> list[str]:
 
 
 def _unet_shape(model: Record) -> list[str]:
-    """Its own: the Transformer's keys are in every config, and mean nothing to it."""
+    """The UNet's shape from its own keys; the Transformer's are in every config too and do not apply."""
     unet = model.get("unet")
     names = {"channels": "channels", "multipliers": "multipliers", "blocks": "blocks a level"}
     return [f"{name} {unet[key]}" for key, name in names.items() if key in unet] if isinstance(unet, dict) else []

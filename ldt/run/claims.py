@@ -4,7 +4,9 @@
     checkpoints/<samples_seen>.claim-<key>     exactly one process is at work on it
 
 `key` names the work. A file counts as long as its owner touches it; after `STALE_TIMEOUT_S` without that, its owner is
-presumed dead. Exclusive creation and rename decide, not locks, which network file systems forget.
+presumed dead. Clocks differ between machines and may be set, so an owner whose file looks old is presumed dead only
+once this process has seen the file unchanged for `WATCH_PERIOD_S`. Exclusive creation and rename decide, not locks,
+which network file systems forget.
 """
 
 import contextlib
@@ -18,6 +20,10 @@ from typing import Self
 
 STALE_TIMEOUT_S = 600.0
 HEARTBEAT_PERIOD_S = 60.0
+WATCH_PERIOD_S = 2 * HEARTBEAT_PERIOD_S
+
+_unchanged: dict[Path, tuple[float, float]] = {}
+"""Files that were looked at: when they were touched by their own clock, and since when this process has seen that."""
 
 
 class Heartbeat:
@@ -54,8 +60,16 @@ def forget(checkpoint: Path, key: str) -> None:
 
 def pinned(checkpoint: Path) -> bool:
     """Whether a live process wants the checkpoint or has claimed it, so that it must not be deleted."""
-    files = (p for p in checkpoint.parent.glob(f"{checkpoint.name}.*-*") if p.is_file())
-    return any(not _stale(p) for p in files)
+    files = [p for p in checkpoint.parent.glob(f"{checkpoint.name}.*-*") if p.is_file()]
+    dead = [_stale(p) for p in files]  # of all of them: what is looked at is also watched
+    return not all(dead)
+
+
+def is_in_doubt(checkpoint: Path, key: str) -> bool:
+    """Whether the owner of the claim looks dead, but has not been watched for long enough to be sure."""
+    file = _beside(checkpoint, "claim", key)
+    touched = _touched(file)
+    return touched is not None and _looks_old(touched) and not _stale(file)
 
 
 class Claim:
@@ -116,7 +130,24 @@ def _read(file: Path) -> str:
 
 
 def _stale(file: Path) -> bool:
-    try:
-        return time.time() - file.stat().st_mtime > STALE_TIMEOUT_S
-    except FileNotFoundError:
+    """Whether the owner of the file is dead, as far as this process can tell by now."""
+    touched = _touched(file)
+    if touched is None:
         return True
+    if file not in _unchanged or _unchanged[file][0] != touched:
+        _unchanged[file] = touched, time.monotonic()
+    watched = time.monotonic() - _unchanged[file][1]
+    return watched >= STALE_TIMEOUT_S or (_looks_old(touched) and watched >= WATCH_PERIOD_S)
+
+
+def _looks_old(touched: float) -> bool:
+    """By this machine's clock; a time far ahead of it is as much no sign of life as one far behind."""
+    return abs(time.time() - touched) > STALE_TIMEOUT_S
+
+
+def _touched(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        _unchanged.pop(file, None)
+        return None

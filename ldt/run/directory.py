@@ -13,13 +13,15 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ldt.errors import NO_ROOM, InputError
+from ldt.errors import NO_ROOM, by_reason
 from ldt.files import replacing
 from ldt.log import read_jsonl
 from ldt.progress import pluralize
 from ldt.run.provenance import environment, git, without_secrets
 
 OWNER = "owner.json"
+SAMPLES = "samples"  # previews: one PNG each
+NEWEST_CELLS = "samples/newest.npz"  # the images of the newest preview
 
 
 def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
@@ -39,7 +41,9 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
     except OSError as error:
         if error.errno in NO_ROOM:  # which passes
             raise
-        raise InputError(f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir") from None
+        raise by_reason(
+            f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir", error
+        ) from None
     return len(attempts) - 1
 
 

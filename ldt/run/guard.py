@@ -1,4 +1,4 @@
-"""The watchdog's watchdog, a process of its own: ends a rank whose interpreter is stuck, so that no thread of it can.
+"""The watchdog's watchdog: a separate process that ends a rank whose interpreter is stuck with all its threads.
 
     python guard.py PID SECONDS      a byte comes on stdin every second or so while the rank's interpreter runs
 
@@ -27,7 +27,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def main(pid: int, seconds: float) -> None:
-    """Wait for the end of stdin, or for so many seconds without a byte, of which the rank must then die."""
+    """Wait for the end of stdin; after so many seconds without a byte, kill the rank."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # meant for the rank
         signal.signal(number, signal.SIG_IGN)
     quiet = 0.0

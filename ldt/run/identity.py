@@ -63,7 +63,7 @@ def check_identity(saved: dict[str, Any], config: dict[str, Any], where: Path, a
 
 
 def _impossible(key: str, old: Any, new: Any, config: dict[str, Any]) -> str:
-    """Why a change of a key can't be carried out in the middle of a run; empty where it can."""
+    """Why the change of a key cannot be made in the middle of a run; empty where it can."""
     untracked = "for an average can't begin there; restore the key (ldt export --ema-width makes others afterwards)"
     kind = config["ema"]["kind"]
     if key == "ema.kind" or (key == "ema.half_life" and kind == "half_life"):

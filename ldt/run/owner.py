@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ldt.cluster.job import this_job
-from ldt.dist import World, broadcast
-from ldt.errors import InputError, RunError
+from ldt.dist import World, on_rank_zero
+from ldt.errors import InputError, RunError, by_reason
 from ldt.files import parse_json
 from ldt.log import get_logger
 from ldt.run.claims import Heartbeat, remove_dead
@@ -41,23 +41,17 @@ class Owner:
         """`RunError` if another job has taken the run directory over."""
         if self._token and _read(self._file).get("token") != self._token:
             raise RunError(
-                f"{self._file.parent} was taken over by another job while this one was thought dead; it writes nothing "
-                "more there"
+                f"{self._file.parent} was taken over by another job while this one was presumed dead; it writes "
+                "nothing more there"
             )
 
 
 @contextmanager
 def owned(run_dir: Path, world: World) -> Iterator[Owner]:
     """Own the run directory for the length of the block, all ranks together; `InputError` if another job does."""
-    file, token, problem, is_new = run_dir / OWNER, "", "", not run_dir.exists()
-    if world.rank == 0:
-        try:
-            token = _take(file)
-        except InputError as error:
-            problem = str(error)
-    problem = broadcast(problem)
-    if problem:
-        raise InputError(problem)
+    file, is_new = run_dir / OWNER, not run_dir.exists()
+    token = on_rank_zero(world, lambda: _take(file))
+    token = token if world.rank == 0 else ""
     owner = Owner(file, token)
     with Heartbeat(file, HEARTBEAT_PERIOD_S) if token else contextlib.nullcontext():
         try:
@@ -85,13 +79,18 @@ def _take(file: Path) -> str:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x") as f:
-                json.dump(me, f)
+                try:
+                    json.dump(me, f)
+                    f.flush()
+                except OSError:
+                    file.unlink()  # else the next start would wait for the owner of an empty file
+                    raise
             return token
         except FileExistsError:
             _bury(file)
         except OSError as error:
-            raise InputError(
-                f"run_dir={file.parent} can't be written ({error.strerror}); choose another run_dir"
+            raise by_reason(
+                f"run_dir={file.parent} can't be written ({error.strerror}); choose another run_dir", error
             ) from None
     raise InputError(f"several jobs want run_dir={file.parent} at once; give each run a directory of its own")
 

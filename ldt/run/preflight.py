@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ldt import __version__, log
-from ldt.dist import World, all_gather, all_reduce_sum, broadcast, together
-from ldt.errors import NO_ROOM, InputError
+from ldt.dist import World, all_gather, all_reduce_sum, broadcast, on_rank_zero, together
+from ldt.errors import NO_ROOM, InputError, RunError, by_reason
 
 logger = log.get_logger(__name__)
 
@@ -32,16 +32,19 @@ APPENDED_TO = ("metrics.jsonl", "metrics.cut.jsonl")
 
 
 def compare_ranks(config_yaml: str, world: World) -> None:
-    """`InputError` on all ranks if one of them runs other software or another config than most (collective)."""
+    """`InputError` on all ranks if one of them runs other software or another config than most (collective).
+
+    `RunError` if they agree but their all-reduce gives a wrong sum.
+    """
     facts = all_gather(about_this_rank(config_yaml, world))
     problems = differences(facts)
-    ones = torch.ones(1, device=world.device)
-    if (total := int(all_reduce_sum(ones))) != world.size:
-        problems.append(
-            f"an all-reduce of ones over {world.size} ranks gave {total}: the network or a device is faulty"
-        )
     if problems:
         raise InputError("; ".join(problems))
+    ones = torch.ones(1, device=world.device)
+    if (total := int(all_reduce_sum(ones))) != world.size:
+        raise RunError(  # on other nodes it may be right
+            f"an all-reduce of ones over {world.size} ranks gave {total}: the network or a device is faulty"
+        )
 
 
 def about_this_rank(config_yaml: str, world: World) -> dict[str, Any]:
@@ -84,8 +87,7 @@ def check_shared(run_dir: Path, world: World, seconds: float = VISIBLE_SECONDS) 
     """`InputError` if a rank doesn't see what rank 0 writes into the run directory (collective)."""
     token = broadcast(uuid.uuid4().hex)
     file = run_dir / f".seen-{token}"
-    if world.rank == 0:
-        file.touch()
+    on_rank_zero(world, file.touch)
     end = time.monotonic() + seconds
     while not (seen := file.exists()) and time.monotonic() < end:
         time.sleep(0.1)
@@ -100,7 +102,7 @@ def check_shared(run_dir: Path, world: World, seconds: float = VISIBLE_SECONDS) 
 
 
 def check_writable(run_dir: Path, world: World) -> None:
-    """`InputError` if a rank may not write where the run will write, which it may find out at its end (collective)."""
+    """`InputError` if a rank may not write where the run will; else it might learn so only at the end (collective)."""
     together(lambda: _try_to_write(run_dir))
 
 
@@ -114,16 +116,16 @@ def _try_to_write(run_dir: Path) -> None:
         except OSError as error:
             if error.errno not in NO_ROOM:  # which passes, and is said elsewhere
                 reason = f"{path} can't be written ({error.strerror})"
-                raise InputError(f"{reason}; mend that or choose another run_dir") from None
+                raise by_reason(f"{reason}; correct that or choose another run_dir", error) from None
 
 
 def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None:
-    """`InputError` if the disk has no room for one more checkpoint of `kinds` float32 numbers a parameter.
+    """`RunError` if the disk has no room for one more checkpoint of `kinds` float32 numbers a parameter.
 
     Collective.
     """
     needed, free = 4 * parameters * kinds, shutil.disk_usage(run_dir).free
     if broadcast(free) < needed:
-        raise InputError(
+        raise RunError(  # there may be room later
             f"run_dir={run_dir} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB; make room"
         )

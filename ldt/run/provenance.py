@@ -44,7 +44,7 @@ def without_secrets(text: str) -> str:
 
 
 def git(*words: str) -> str | None:
-    """What git says of the source tree; None for an installed package, also in somebody's repository."""
+    """The output of git in the source tree; None for an installed package, even inside somebody's repository."""
     here, said = Path(__file__), ""
     for command in (["ls-files", "--error-unmatch", here.name], words):
         try:  # a diff may show text that is no UTF-8

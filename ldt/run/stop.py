@@ -23,7 +23,7 @@ def early_requests() -> list[signal.Signals]:
 
 
 def listen() -> None:
-    """From now on remember requests for the `StopRequests` to come, instead of dying of them; look who launched us."""
+    """Remember requests that arrive before `StopRequests` is active instead of ending, and note who launched us."""
     global _launcher
     _launcher = processes_above()
     for number in early_requests():
@@ -41,7 +41,7 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequests:
-    """While active, catches the signals and watches clock and launcher; `limit_s` of 0 is no limit."""
+    """While active, catches the signals and watches the time limit and the launcher; a `limit_s` of 0 is no limit."""
 
     def __init__(self, limit_s: float = 0.0) -> None:
         self._signal, self._launcher = _early, _launcher or processes_above()

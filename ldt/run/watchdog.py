@@ -42,7 +42,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def at(self, where: str, limits: float = 1.0) -> None:
-        """A sign of progress: what this rank does from now on, for which it may take so many times the limit."""
+        """Note progress: what this rank does from now on, for which it may take `limits` times the usual limit."""
         self._where, self._since, self._allowed = where, self._awake, limits * self._limit
 
     def __enter__(self) -> Self:

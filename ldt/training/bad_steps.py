@@ -45,7 +45,7 @@ class BadSteps:
         return median + self._spike_factor * deviation
 
     def passed(self, loss: float, state: TrainState) -> None:
-        """Note a good step."""
+        """Record a step that changed the weights."""
         self._row.clear()
         if self._spike_factor:
             state.recent_losses.append(loss)
@@ -64,7 +64,7 @@ class BadSteps:
         return "loss spike"
 
     def begin_roll_back(self, state: TrainState, batch: int) -> "RollBack":
-        """What the run returns with; `RunError` if it was rolled back before."""
+        """Describe the roll-back that is to be made; `RunError` if the run was rolled back before."""
         what = f"{len(self._row)} bad steps in a row at positions {self._row[0]} to {self._row[-1] + batch - 1}"
         if state.rolled_back:
             raise RunError(f"{what}, after a roll-back had passed over earlier ones; {REMEDY}")
@@ -81,6 +81,6 @@ class RollBack:
     avoid: tuple[int, ...]
 
     def mark_for_skipping(self, state: TrainState) -> None:
-        """Let the restored state know, so that no restart rolls back again."""
+        """Record the roll-back in the restored state, so that no restart rolls back again."""
         state.rolled_back = True
         state.avoid = sorted({*state.avoid, *self.avoid})

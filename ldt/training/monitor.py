@@ -15,8 +15,9 @@ from ldt.data.latent_spec import LatentSpec
 from ldt.data.loader import ValidationLoader
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum, on_rank_zero
-from ldt.image_files import class_grid, write_picture
+from ldt.image_files import class_grid, write_cells, write_picture
 from ldt.models.text_encoder import KnownCaptions, TextEncoder, reload_text_encoder
+from ldt.run.directory import NEWEST_CELLS, SAMPLES
 from ldt.sampling.config import ImageConfig
 from ldt.sampling.draw import ImageModel, default_labels, examples_of, sample_images
 
@@ -48,7 +49,7 @@ def preview_images(spec: LatentSpec) -> int:
 
 
 def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder | None:
-    """The captions of all previews, encoded by rank 0, which lets go of their encoder then (collective)."""
+    """The captions of all previews, encoded by rank 0, which frees their encoder afterwards (collective)."""
     if not uses_text:
         return None
     examples = examples_of(spec)
@@ -64,15 +65,17 @@ def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder
     return known
 
 
-def draw_preview(model: ImageModel, settings: ImageConfig, world: World, path: Path) -> None:
-    """Write a grid of samples, always of the same noise and labels (collective)."""
+def draw_preview(model: ImageModel, settings: ImageConfig, world: World, run_dir: Path, samples_seen: int) -> None:
+    """Write a grid of samples, always of the same noise and labels, and its images beside it (collective)."""
     images = preview_images(model.spec)
     mine = -(-images // world.size)  # the same number on every rank: ZeRO-3 gathers weights together
     drawn = sample_images(model, range(world.rank * mine, (world.rank + 1) * mine), settings)
     blocks = all_gather(drawn.numpy())
     if world.rank == 0:
-        path.parent.mkdir(exist_ok=True)
-        write_picture(path, class_grid(np.concatenate(blocks)[:images], default_labels(model, range(images), settings)))
+        image_NHWC, label_N = np.concatenate(blocks)[:images], default_labels(model, range(images), settings)
+        (run_dir / SAMPLES).mkdir(exist_ok=True)
+        write_cells(run_dir / NEWEST_CELLS, image_NHWC, label_N, samples_seen)
+        write_picture(run_dir / SAMPLES / f"{samples_seen:012d}.png", class_grid(image_NHWC, label_N))
 
 
 class Meter:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +27,7 @@ TINY_DEVIATION = 1e-6  # of a channel of latents, whose deviation is about 1 to 
 
 
 def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, averages: int, world: World) -> int:
-    """The micro-batch, found if it is to be; where activations have a budget, blocks are set to be recomputed.
+    """The micro-batch, chosen here if it is auto; where activations have a budget, blocks are set to be recomputed.
 
     averages: how many of the weights are kept.
     """
@@ -96,16 +97,23 @@ def describe(
 
 
 def describe_constant(spec: LatentSpec) -> Iterator[str]:
-    """The channels in which all latents are the same up to rounding, which whitening makes as large as the rest."""
-    if constant := [str(c) for c, deviation in enumerate(spec.std_C) if deviation < TINY_DEVIATION]:
+    """Where all latents are the same up to rounding, which whitening makes as large as the rest."""
+    constant_CHW = spec.whitening[1] < TINY_DEVIATION  # [C, 1, 1] unless each element is whitened by itself
+    whole_C, some = constant_CHW.all((1, 2)), ""
+    if whole_C.any():
+        some = f"channel {', '.join(map(str, np.flatnonzero(whole_C)))}"
+    elif constant_CHW.any():
+        first = ", ".join(map(str, np.argwhere(constant_CHW)[0]))
+        some = f"{constant_CHW.sum():,} of {constant_CHW.size:,} elements, the first [{first}]"
+    if some:
         yield (
-            f"the latents never change in channel {', '.join(constant)} (deviation below {TINY_DEVIATION:g}): nothing "
-            "can be learned there but rounding; look at the autoencoder and the images"
+            f"the latents never change in {some} (deviation below {TINY_DEVIATION:g}): nothing can be learned there "
+            "but rounding; look at the autoencoder and the images"
         )
 
 
 def describe_idle(world: World, batch: int, threads: int = 1) -> Iterator[str]:
-    """What of the machine stands idle: GPUs without a process, processes without a sample, cores that none may use."""
+    """What the run leaves idle: GPUs without a process, processes without a sample, cores that no thread may use."""
     cores, fair = len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size
     if cores < min(threads, fair):
         yield (

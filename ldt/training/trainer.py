@@ -60,7 +60,7 @@ def attempt(config: TrainJob, world: World, until: int = 0) -> tuple[int, str, i
     """
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
-        before, trainer = outcome.begin(run_dir) if world.rank == 0 else None, None
+        before, trainer = on_rank_zero(world, lambda: outcome.begin(run_dir)), None
 
         def note_stall(summary: str) -> None:
             outcome.write_outcome(run_dir, FAILED, trainer.state.samples_seen if trainer else None, summary)
@@ -79,7 +79,10 @@ def attempt(config: TrainJob, world: World, until: int = 0) -> tuple[int, str, i
                 raise
             code = WRONG_INPUT if isinstance(error, InputError) else FAILED
             words = str(error) if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {error}"
-            outcome.write_outcome(run_dir, code, message=words)
+            try:
+                outcome.write_outcome(run_dir, code, message=words)
+            except (InputError, RunError) as unwritten:  # on a full disk, say: what has happened comes first
+                logger.error("%s", unwritten)
             raise
         if world.rank == 0:
             outcome.write_outcome(run_dir, code, seen, message)
@@ -320,9 +323,8 @@ class Trainer:
         assert self.autoencoder is not None
         parts = (self.engine.module, self.objective, self.spec, self.autoencoder, self.world.device, self.text)
         model = ImageModel(*parts)
-        path = self.run_dir / "samples" / f"{self.state.samples_seen:012d}.png"
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
-            draw_preview(model, self.config.log.preview, self.world, path)
+            draw_preview(model, self.config.log.preview, self.world, self.run_dir, self.state.samples_seen)
 
     def _log(self, **facts: Any) -> None:
         """Add a line to metrics.jsonl, then to its mirrors."""

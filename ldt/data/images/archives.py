@@ -86,7 +86,7 @@ class ArchiveImages(ListedImages):
         super().__init__(where, table, beside)
 
     def remarks(self) -> list[str]:
-        """Also of names that are in several files: the same images may be in the set twice."""
+        """Also warns of names that are in several files: the same images may be in the set twice."""
         twice = self.names.repeated() if len(self._blobs) > 1 else []
         if not twice:
             return super().remarks()

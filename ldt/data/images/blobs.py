@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ AHEAD = 1 << 22  # bytes read at once while an index is made
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-class Blob:
+class Blob(ABC):
     """A file of `size` bytes; `stamp` changes when its content does, as far as that can be told without reading it."""
 
     name: str
@@ -40,8 +41,9 @@ class Blob:
         """The file from its beginning, read in large pieces; it can be sought in."""
         return io.BufferedReader(_Stream(self), AHEAD)
 
+    @abstractmethod
     def _read(self, offset: int, size: int) -> bytes:
-        raise NotImplementedError
+        """At most `size` bytes from an offset, fewer where the file ends before."""
 
 
 class LocalBlob(Blob):

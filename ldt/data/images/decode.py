@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -18,9 +18,10 @@ def decode(content: bytes, name: str) -> Image.Image:
         deep = _is_deep(image)
         image.load()
     except Exception as error:  # Pillow raises a dozen types over a damaged file
-        raise InputError(
+        raise by_reason(
             f"image {name} is not readable ({_reason(error, content)}); replace it, and the same command goes on, or "
-            "remove it and encode into a new output"
+            "remove it and encode into a new output",
+            error,
         ) from None
     if deep:
         raise InputError(f"image {name} has more than 8 bits a channel; convert it to 8 bits")

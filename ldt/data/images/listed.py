@@ -45,7 +45,7 @@ class ListedImages(ImageSource):
             self._take_directories()
 
     def _take_directories(self) -> None:
-        """A class a directory, in the order of their names."""
+        """Each directory is a class, in the order of their names."""
         self.classes = tuple(sorted(self.table.classes))
         self._number([self.classes.index(c) for c in self.table.classes])
         if SINGLE_CLASS in self.classes and len(self.classes) > 0:
@@ -58,7 +58,7 @@ class ListedImages(ImageSource):
                 )
 
     def _take_values(self) -> None:
-        """Class numbers, or names in their order."""
+        """The labels are class numbers, or class names in alphabetical order."""
         given = self.table.classes
         self.barren = ()
         if all(c.isascii() and c.isdigit() for c in given):
@@ -75,7 +75,7 @@ class ListedImages(ImageSource):
         self._number([self.classes.index(c) for c in given])
 
     def _take_labels_file(self) -> None:
-        """From `dataset.json`: {"labels": [[file, class number], …]}, or null for images of one class."""
+        """Read labels from `dataset.json`: {"labels": [[file, class number], …]}, or null for images of one class."""
         file = f"{self.where}/{LABELS}"
         self.barren = ()
         try:
@@ -92,7 +92,7 @@ class ListedImages(ImageSource):
         self._name_numbers(int(self._labels.max()))
 
     def _number(self, numbers: list[int]) -> None:
-        """Give the classes of the table these numbers."""
+        """Set the labels of all images: `numbers` are those of the table's classes."""
         self._labels = np.array(numbers, np.int32)[self.table.label_n]
 
     def _name_numbers(self, largest: int) -> None:
@@ -138,7 +138,7 @@ class ListedImages(ImageSource):
             raise InputError(f"the caption of {self.name(i)} is not UTF-8 text; write it again") from None
 
     def remarks(self) -> list[str]:
-        """Also of an image that lies deeper than the directory of its class."""
+        """Also warns of an image that lies deeper than the directory of its class."""
         by_directory = self.classes[self.label(0)] == self.names[0].partition("/")[0]
         nested = next((n for n in self.names if n.count("/") > 1), "") if by_directory else ""
         if not nested:
@@ -159,8 +159,8 @@ class ListedImages(ImageSource):
         """The caption of image i, which has one."""
 
     def _labels_file(self) -> bytes:
-        """The content of `dataset.json`, where the table says that there is one."""
-        raise NotImplementedError
+        """The content of `dataset.json`; sources that can't have one are refused as if theirs were empty."""
+        return b""
 
 
 def _label_in(known: dict[str, Any], name: str, file: str) -> int:

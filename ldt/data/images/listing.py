@@ -1,6 +1,6 @@
-"""A list of images as arrays: about 80 bytes an image with its name, so that ten million fit into memory.
+"""A list of images as arrays: about 80 bytes for an image and its name, so that ten million fit into memory.
 
-Nothing here is a Python object an image: names lie one after another in one block of bytes, numbers in arrays.
+No image has a Python object of its own: names lie one after another in one block of bytes, numbers in arrays.
 """
 
 import io
@@ -23,7 +23,7 @@ CHUNK = 1 << 16
 
 
 class Names:
-    """Names in one block of bytes, UTF-8 with what is none of it kept as it is."""
+    """Names in one block of bytes: UTF-8, and bytes that are not UTF-8 as they are."""
 
     def __init__(self, content: bytes | bytearray, end_n: Ints) -> None:
         self.content, self.end_n = content, end_n
@@ -48,7 +48,7 @@ class Names:
         return np.argsort(self._padded(), kind="stable")
 
     def repeated(self) -> list[int]:
-        """The places of names that another one before them is equal to."""
+        """The positions of names that have occurred before."""
         padded = self._padded()
         order = np.argsort(padded, kind="stable")
         return np.sort(order[1:][padded[order][1:] == padded[order][:-1]]).tolist()
@@ -67,7 +67,7 @@ class Names:
         return padded.view(f"S{width}")[:, 0]
 
     def take(self, order: Ints) -> "Names":
-        """These, in another order."""
+        """The names at these positions, in this order."""
         size_n = np.diff(self.end_n, prepend=0)[order]
         start_n = np.concatenate([[0], self.end_n[:-1]])[order] if len(self) else self.end_n
         out = bytearray()
@@ -102,13 +102,13 @@ class Table:
         return len(self.names)
 
     def take(self, order: Ints) -> "Table":
-        """These, in another order, or some of them."""
+        """The images at these positions, in this order."""
         numbers = {name: column[order] for name, column in self.numbers.items()}
         rest = (self.left_out, self.barren, self.facts)
         return Table(self.names.take(order), self.label_n[order], self.classes, numbers, *rest)
 
     def sorted(self) -> "Table":
-        """By name."""
+        """The same images in the order of their names."""
         return self.take(self.names.order())
 
     def to_bytes(self) -> bytes:
@@ -137,7 +137,7 @@ class Table:
 
     @classmethod
     def joined(cls, parts: Sequence["Table"]) -> "Table":
-        """Those of several files, one after another; `part` says which."""
+        """The images of several files, one after another; `part` says which file each comes from."""
         classes: dict[str, int] = {}
         labels = []
         for part in parts:
@@ -175,7 +175,7 @@ class Listing:
         return len(self._ends)
 
     def table(self) -> Table:
-        """What was added, in that order."""
+        """The images that were added, in the order in which they came."""
         numbers = {name: np.array(column, np.int64) for name, column in self._numbers.items()}
         names = Names(bytes(self._names), np.array(self._ends, np.int64))
         return Table(

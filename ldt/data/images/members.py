@@ -55,7 +55,7 @@ class Members:
         self.no_directories = False
 
     def add(self, name: str, offset: int, size: int, stored: int, read: Callable[[], bytes]) -> None:
-        """read: of the member's content, called at once where something in it is asked for."""
+        """Add a member. `read` returns its content and is called right away, if a label or caption may be in it."""
         if is_hidden(name):
             self.left_out["hidden"] += 1
             return

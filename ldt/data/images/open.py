@@ -182,6 +182,6 @@ def _index(blob: Blob, kind: str, fields: Fields, index_dir: str) -> Table:
 
 
 def _in_parallel(action, items):  # type: ignore[no-untyped-def]
-    """The action of each item, in their order; the first error in that order is raised."""
+    """The results of an action on each item, in order; the first error in that order is raised."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(action, items))

@@ -11,7 +11,7 @@ from ldt.data.images.blobs import Blob
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 
 GROUPS_KEPT = 4  # row groups of images that are in memory at a time
 CAPTIONS = ("caption", "text")
@@ -35,7 +35,7 @@ def open_file(blob: Blob) -> Any:
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{blob.name} is not a whole parquet file ({_line(error)}); make it again") from None
+        raise by_reason(f"{blob.name} is not a whole parquet file ({_line(error)}); make it again", error) from None
 
 
 def index_parquet(blob: Blob, fields: Fields) -> Table:
@@ -154,7 +154,7 @@ def _read_group(file: Any, blob: Blob, group: int, column: str) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{blob.name} is damaged in row group {group} ({_line(error)}); make it again") from None
+        raise by_reason(f"{blob.name} is damaged in row group {group} ({_line(error)}); make it again", error) from None
 
 
 def _column(file: Any, blob: Blob, group: int, name: str) -> list[Any]:

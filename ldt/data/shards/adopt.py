@@ -44,7 +44,7 @@ def find_shards(directory: Path) -> tuple[str, list[str]]:
 
 
 def _hint(directory: Path, names: list[str]) -> str:
-    """What there is instead."""
+    """What a directory without shards holds instead, as advice for the message."""
     packed = next((n for n in names if re.search(r"\.(tar|mds)\.\w+$|\.tgz$", n)), "")
     if packed:
         return f", but {packed}; unpack compressed shards first (tar: gunzip, MDS: write them with compression=None)"
@@ -55,7 +55,7 @@ def _hint(directory: Path, names: list[str]) -> str:
 
 
 def read_content(directory: Path, name: str) -> NDArray[np.uint8]:
-    """A whole shard."""
+    """The bytes of a whole shard."""
     try:
         return np.fromfile(directory / name, np.uint8)
     except OSError as error:
@@ -129,7 +129,7 @@ def _check_captions(captions: list[bytes], path: str) -> None:
 
 
 def _check_text(text_nb: NDArray[np.uint8], layout: Layout, path: str) -> None:
-    """A token that the encoder does not have is an error only where it is looked up, on GPUs without a sentence."""
+    """Refuse tokens that the encoder does not have; a GPU would end the run over them without naming them."""
     assert layout.text is not None
     value_nm = np.ascontiguousarray(text_nb).view(layout.text_dtype)
     good = value_nm < layout.text.vocabulary if layout.text.vocabulary else np.isfinite(value_nm)
@@ -143,7 +143,7 @@ def _check_text(text_nb: NDArray[np.uint8], layout: Layout, path: str) -> None:
 
 
 def refuse_duplicates(directory: Path, sidecars: list[Sidecar]) -> None:
-    """The same samples under two names would be trained on twice."""
+    """Refuse shards of equal content: the same samples under two names would be trained on twice."""
     seen: dict[str, str] = {}
     for s in sidecars:
         if s.content in seen:

@@ -77,7 +77,7 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
 
 
 def _text_shape(content: NDArray[np.uint8], members: dict[str, tuple[int, int]], name: str) -> TextShape | None:
-    """Of stored tokens or features, as the first sample has them. Token numbers may be as large as uint16 allows."""
+    """The shape of stored tokens or features, from the first sample. Token numbers may be as large as uint16 allows."""
     if TEXT + NPY not in members:
         return None
     dtype, shape, _ = _header(content, *members[TEXT + NPY], f"shard {name}: .{TEXT}{NPY}")
@@ -152,7 +152,7 @@ class _Unfit(Exception):
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-    """The same for all samples of a shard, so it is kept: parsing takes longer than all the rest."""
+    """Parse a header. Samples of a shard share theirs, so results are kept: parsing takes longer than all the rest."""
     stream = io.BytesIO(header)
     major = np.lib.format.read_magic(stream)[0]
     read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0

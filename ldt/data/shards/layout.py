@@ -106,12 +106,16 @@ class Samples:
     def __len__(self) -> int:
         return len(self.label_n)
 
+    @property
+    def views(self) -> list[NDArray[np.generic]]:
+        """The moments as they are and, where they are there too, mirrored."""
+        return [self.moments_n2CHW] if self.flipped_n2CHW is None else [self.moments_n2CHW, self.flipped_n2CHW]
+
     def content_hash(self) -> int:
         """xxh64 of labels, moments, captions and text in their stored bits: the same whatever format holds them."""
         digest = xxhash.xxh64(np.ascontiguousarray(self.label_n, "<i8").data)
-        for moments in (self.moments_n2CHW, self.flipped_n2CHW):
-            if moments is not None:
-                digest.update(np.ascontiguousarray(moments).data)
+        for moments in self.views:
+            digest.update(np.ascontiguousarray(moments).data)
         for caption in self.captions or []:
             digest.update(len(caption).to_bytes(8, "little") + caption)
         if self.text_n is not None:

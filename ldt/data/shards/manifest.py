@@ -58,7 +58,7 @@ class Manifest(LatentSpec):
 
     @property
     def _version(self) -> int:
-        """The lowest that says all: older programs read what they can."""
+        """The lowest format version that can express this manifest, so that older programs read what they can."""
         if self.by_element or not self.posterior:
             return VERSION
         return 3 if self.captions else 2

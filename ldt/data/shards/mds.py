@@ -87,7 +87,7 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
 
 
 def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
-    """The layout that a shard's own description tells."""
+    """The layout, from the shard's own description of its columns."""
     n = int(content[:4].view("<u4")[0]) if len(content) >= 8 else 0
     if len(content) < 8 + 4 * n or n == 0:
         raise InputError(f"shard {name} is damaged or without samples; remove it")
@@ -108,7 +108,7 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
 
 
 def _text_shape(encoding: str, name: str) -> TextShape | None:
-    """Of stored tokens or features. Token numbers may be as large as uint16 allows."""
+    """The shape of stored tokens or features. Token numbers may be as large as uint16 allows."""
     kind, _, shape = encoding.removeprefix("ndarray:").partition(":")
     sizes = [int(v) for v in shape.split(",") if v.isdigit()]
     if not encoding:

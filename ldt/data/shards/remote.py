@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 import xxhash
 
-from ldt.errors import NO_ROOM, InputError, RunError, file_error
+from ldt.errors import NO_ROOM, InputError, RunError, by_reason, file_error
 from ldt.files import UNFINISHED
 
 ATTEMPTS = 5
@@ -94,7 +94,7 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def persist(action: Callable[[], T], what: str) -> T:
-    """Do it again after a failure, waiting longer each time; told in a sentence when all attempts have failed.
+    """Repeat an action until it succeeds, waiting longer each time; after the last attempt its failure is a sentence.
 
     A network may come back, so its failures are `RunError`s; what credentials or an address forbid stays forbidden.
     """
@@ -105,8 +105,9 @@ def persist(action: Callable[[], T], what: str) -> T:
             raise
         except Exception as error:  # every fsspec back-end has exceptions of its own
             if _is_denied(error):
-                raise InputError(
-                    f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine"
+                raise by_reason(
+                    f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine",
+                    error,
                 ) from error
             if attempt == ATTEMPTS - 1:
                 if isinstance(error, _Damaged):
@@ -223,7 +224,7 @@ class Cache:
 
     @staticmethod
     def _evict(path: str) -> bool:
-        """Whether the file is gone; another user's may have to stay."""
+        """Delete a file; returns whether it is gone. Another user's may have to stay."""
         with contextlib.suppress(PermissionError):
             Path(path).unlink(missing_ok=True)
             return True
@@ -246,18 +247,18 @@ class Cache:
             locks.mkdir(parents=True, exist_ok=True)
             self._share(locks, 0o777)
         except OSError as error:
-            raise InputError(
-                f"data.cache_dir={self.directory} can't be made ({error.strerror}); choose another"
+            raise by_reason(
+                f"data.cache_dir={self.directory} can't be made ({error.strerror}); choose another", error
             ) from None
 
     def _share(self, file: Path | int, most: int = 0o666) -> None:
-        """Let those use it who may use the directory."""
+        """Give a file the permissions of the cache's directory, so that all its users can use it."""
         with contextlib.suppress(PermissionError, FileNotFoundError):  # another user's, who did so
             os.chmod(file, self.directory.stat().st_mode & most)
 
     @contextlib.contextmanager
     def _on_disk(self) -> Iterator[None]:
-        """What is wrong with the cache itself, told apart from what is wrong with the remote."""
+        """Turns errors of the cache's own disk into sentences about the cache, so that the remote is not blamed."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError):

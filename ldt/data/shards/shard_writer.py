@@ -1,7 +1,7 @@
 """A unit of encoding: one output shard, written whole and then vouched for by a sidecar.
 
-A unit is done iff its sidecar is there, undamaged, and the shard beside it has the size it tells. Sidecars live until
-the manifest is written; any process may do any unit, and doing one twice changes nothing.
+A unit is done iff its sidecar is there, undamaged, and the shard beside it has the size that it gives. Sidecars live
+until the manifest is written; any process may do any unit, and doing one twice changes nothing.
 """
 
 import json
@@ -69,36 +69,47 @@ def sidecar_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.json"
 
 
-def write_unit(
-    directory: Path,
-    name: str,
-    samples: Samples,
-    sums: Sums,
-    layout: Layout,
-    format: str,
-    classes: int,
-    first: int,
-    source: str = "",
-    captions: dict[str, int] | None = None,
-) -> None:
-    """Write a shard, then its sidecar. first: the number of its first sample in the data set."""
-    content = PACK[format](samples, layout, first)
-    write_atomic(directory / name, content)
-    sidecar = Sidecar(
-        name=name,
-        bytes=len(content),
-        samples=len(samples),
-        xxh64=f"{xxhash.xxh64_intdigest(content):016x}",
-        content=f"{samples.content_hash():016x}",
-        class_counts=np.bincount(samples.label_n, minlength=classes).tolist(),
-        first_C=sums.first_C.tolist(),
-        second_C=sums.second_C.tolist(),
-        elements=sums.elements,
-        source=source,
-        captions=captions or {},
-    )
-    facts = asdict(sidecar)
-    write_atomic(sidecar_path(directory, name), json.dumps(facts | {HASH: sidecar_hash(facts)}).encode())
+@dataclass(frozen=True)
+class Origin:
+    """Where the samples of a shard come from.
+
+    first: the number of the first of them in the data set; source, captions: as `Sidecar` has them.
+    """
+
+    first: int
+    source: str = ""
+    captions: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shards of one directory. classes: how many the data set has."""
+
+    directory: Path
+    format: str
+    layout: Layout
+    classes: int
+
+    def write(self, name: str, samples: Samples, sums: Sums, origin: Origin) -> None:
+        """Write a shard, then its sidecar. sums: the statistics of its latents."""
+        content = PACK[self.format](samples, self.layout, origin.first)
+        write_atomic(self.directory / name, content)
+        sidecar = Sidecar(
+            name=name,
+            bytes=len(content),
+            samples=len(samples),
+            xxh64=f"{xxhash.xxh64_intdigest(content):016x}",
+            content=f"{samples.content_hash():016x}",
+            class_counts=np.bincount(samples.label_n, minlength=self.classes).tolist(),
+            first_C=sums.first_C.tolist(),
+            second_C=sums.second_C.tolist(),
+            elements=sums.elements,
+            source=origin.source,
+            captions=origin.captions,
+        )
+        facts = asdict(sidecar)
+        signed = json.dumps(facts | {HASH: sidecar_hash(facts)})
+        write_atomic(sidecar_path(self.directory, name), signed.encode())
 
 
 def read_sidecar(directory: Path, name: str) -> Sidecar | None:
@@ -115,5 +126,5 @@ def read_sidecar(directory: Path, name: str) -> Sidecar | None:
 
 
 def sidecar_hash(facts: dict[str, Any]) -> str:
-    """Of what a sidecar says, without the hash itself."""
+    """The hash of a sidecar's content, without the hash itself."""
     return xxhash.xxh64_hexdigest(json.dumps(facts, sort_keys=True).encode())

@@ -35,7 +35,7 @@ class MixedManifest(Manifest):
 
     @property
     def fingerprint(self) -> str:
-        """Readable: whoever finds another one can tell which source it was."""
+        """The sources' names and fingerprints in one text, so that two can be compared source by source."""
         entries = zip(self.fingerprints.items(), self.parts, strict=True)
         return " ".join(f"{name}:{part}:{fingerprint}" for (name, fingerprint), part in entries)
 

@@ -28,7 +28,7 @@ class Sums:
 
     @classmethod
     def of(cls, moments_n2CHW: NDArray[np.float32], by_element: bool = False) -> "Sums":
-        """Of moments with or without a deviation."""
+        """The sums over a block of moments, with or without a deviation."""
         mean = moments_n2CHW[:, 0].astype(np.float64)
         square = mean**2
         if moments_n2CHW.shape[1] > 1:
@@ -40,7 +40,7 @@ class Sums:
 
     @classmethod
     def total(cls, parts: Iterable["Sums"]) -> "Sums":
-        """Added from first to last."""
+        """The total of all parts, added from first to last."""
         parts = list(parts)
         first, second = np.zeros_like(parts[0].first_C), np.zeros_like(parts[0].second_C)
         for part in parts:
@@ -73,5 +73,5 @@ class Sums:
 
 
 def seven_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rounded, so that what follows does not depend on the CPU."""
+    """Values rounded to 7 digits, so that nothing computed from them depends on the kind of CPU."""
     return np.array([float(f"{v:.7g}") for v in values.tolist()])

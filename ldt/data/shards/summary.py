@@ -20,7 +20,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Summary:
-    """facts: what the manifest tells and what was measured, for printing; problems: what is wrong, empty when whole."""
+    """facts: what the manifest says and what was measured, for printing; problems: what is wrong, empty when whole."""
 
     manifest: Manifest
     facts: dict[str, Any]

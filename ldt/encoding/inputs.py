@@ -1,0 +1,140 @@
+"""What is encoded: images, or latents that another project has encoded already. `open_input` decides which."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldt import log
+from ldt.data.images import prepare
+from ldt.data.images.chosen import Chosen
+from ldt.data.images.members import Fields
+from ldt.data.images.open import index_share, open_images
+from ldt.data.images.source import ImageSource
+from ldt.data.latent_files import LatentFiles
+from ldt.data.latent_sources import open_latents
+from ldt.dist import World, all_gather, together
+from ldt.encoding.config import EncodeJob
+from ldt.errors import InputError
+from ldt.models.autoencoder import Autoencoder
+
+
+class Input(ABC):
+    """Numbered items of a source, and how one of them becomes moments.
+
+    path: where the items are; image_size: side in pixels of what the autoencoder sees; latent_shape: (C, H, W);
+    unreadable: names of images that are left out, and why.
+    """
+
+    path: str
+    source: ImageSource | LatentFiles
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    unreadable: list[tuple[str, str]]
+
+    @abstractmethod
+    def content(self, number: int) -> NDArray[Any]:
+        """What is read of one item, in the reading threads: an array of the same shape for every item."""
+
+    @abstractmethod
+    def moments(self, content: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The moments [B, 2 or 1, C, H, W] of a batch of contents and, with flips, those of the mirrored images."""
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """The settings of this input that decide what the shards hold, without those that have their default."""
+
+
+class ImageInput(Input):
+    """Images that go through the autoencoder; a content is uint8 [H, W, C]."""
+
+    def __init__(self, config: EncodeJob, autoencoder: Autoencoder, world: World) -> None:
+        self._config, self._autoencoder = config, autoencoder
+        wanted = config.images
+        self.path, self.image_size, self.unreadable = wanted.path, wanted.size, []
+        fields = Fields(wanted.label, wanted.caption)
+        if world.size > 1:
+            together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
+        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn")
+        autoencoder.check_size(wanted.size, wanted.size)
+        side = wanted.size // autoencoder.downsample
+        self.latent_shape = (autoencoder.latent_channels, side, side)
+        if wanted.on_error == "skip":
+            self._leave_out_unreadable(world)
+
+    def content(self, number: int) -> NDArray[Any]:
+        wanted = self._config.images
+        image = self.source.image(number)
+        try:
+            return prepare(image, wanted.size, self._autoencoder.image_channels, wanted.fit)
+        except InputError as error:
+            raise InputError(f"image {self.source.name(number)}: {error}") from None
+
+    def moments(self, content: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        views = (content, content.flip(2)) if self._config.flips else (content,)
+        encoded = (self._autoencoder.encode(view) for view in views)
+        return tuple(torch.stack([m for m in moments if m is not None], 1).cpu() for moments in encoded)
+
+    def recipe(self) -> dict[str, Any]:
+        wanted = self._config.images
+        chosen = {f"images.{key}": getattr(wanted, key) for key in ("label", "caption", "exif", "on_error")}
+        out = {key: value for key, value in chosen.items() if value not in ("", "ignore", "stop")}
+        return out | ({"unreadable images left out": len(self.unreadable)} if wanted.on_error == "skip" else {})
+
+    def _leave_out_unreadable(self, world: World) -> None:
+        """Look at every image, all ranks together, and go on without those that can't be encoded."""
+        mine: list[tuple[int, str]] = []
+        numbers = range(world.rank, len(self.source), world.size)
+        with log.progress(len(self.source), "img", "look", show=world.rank == 0) as bar:
+            for number in numbers:
+                try:
+                    self.content(number)
+                except InputError as error:
+                    mine.append((number, str(error)))
+                bar.update(world.size)
+        bad = sorted(entry for part in all_gather(mine) for entry in part)
+        self.unreadable = [(self.source.key(number), reason) for number, reason in bad]
+        if bad:
+            self.source = Chosen(self.source, [number for number, _ in bad])
+
+
+class LatentInput(Input):
+    """Moments that stand in files; a content is [views, 2 or 1, C, H, W], where a second view is the mirrored image."""
+
+    def __init__(self, config: EncodeJob, autoencoder: Autoencoder) -> None:
+        self._config, self._posterior = config, autoencoder.posterior
+        self.path, self.unreadable = config.latents, []
+        self.source: LatentFiles = open_latents(config.latents, config.latents_scale, config.latents_second)
+        self.latent_shape = self.source.latent_shape
+        self.image_size = self.latent_shape[1] * autoencoder.downsample
+        if config.flips and not self.source.flips:
+            raise InputError(f"flips=true needs images, and latents={config.latents} has none of mirrored images")
+        if self.latent_shape[0] != autoencoder.latent_channels:
+            raise InputError(
+                f"latents={config.latents} have {self.latent_shape[0]} channels, autoencoder={config.autoencoder} "
+                f"makes {autoencoder.latent_channels}; give the autoencoder that they come from"
+            )
+
+    def content(self, number: int) -> NDArray[Any]:
+        views = self.source.views(number, self._config.flips)
+        if not self._posterior and views[0][1].any():
+            raise InputError(
+                f"latent {self.source.name(number)} has a standard deviation, and autoencoder="
+                f"{self._config.autoencoder} has no posterior; give the autoencoder that it comes from"
+            )
+        return np.stack(views if self._posterior else [view[:1] for view in views])
+
+    def moments(self, content: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return content.unbind(1)
+
+    def recipe(self) -> dict[str, Any]:
+        config = self._config
+        second = {"latents_second": config.latents_second} if config.latents_second != "log_variance" else {}
+        return {"latents": config.latents, "latents_scale": config.latents_scale, **second}
+
+
+def open_input(config: EncodeJob, autoencoder: Autoencoder, world: World) -> Input:
+    """The latents of `latents=`, else the images of `images.path` (collective)."""
+    return LatentInput(config, autoencoder) if config.latents else ImageInput(config, autoencoder, world)
