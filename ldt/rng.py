@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     SAMPLE_STEP = 13
     SOURCE = 14
     SAMPLE_SUBSET = 15
+    MEAN_FLOW = 16
 
 
 def _words(seed: int, purpose: int, key: tuple[int, ...], n: int) -> NDArray[np.uint64]:

@@ -66,6 +66,7 @@ TABLE = {
     "model.unet.blocks": ("1", GOES_ON),
     "model.unet.head_channels": ("16", GOES_ON),
     "model.unet.context": ("64", GOES_ON),
+    "model.interval": ("true", OTHER_MODEL),
     "model.inner_head": ("1", OTHER_MODEL),
     "model.head.depth": ("1", OTHER_MODEL),
     "model.head.width": ("64", GOES_ON),  # plays no part without a head
@@ -81,6 +82,7 @@ TABLE = {
     "objective.condition_drop": ("0.5", GOES_ON),
     "objective.shift_base": ("16", GOES_ON),
     "objective.time_floor": ("0.05", GOES_ON, "objective.prediction=x", "objective.loss=flow"),
+    "objective.mean_flow": ("0.5", "model.interval=true"),
     "train.global_batch": ("6", GOES_ON),
     "train.bad_steps": ("2", GOES_ON),
     "train.spike_factor": ("20", GOES_ON),

@@ -16,6 +16,7 @@ from ldt.config_fields import choice
 from ldt.data.loader import RankSlice
 from ldt.data.shard_files import HEAD
 from ldt.data.shards import Manifest
+from ldt.diffusion import mean_flow
 from ldt.engine import ema, memory, roofline
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
@@ -163,6 +164,8 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     if muon:
         need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
     again = model.activations.share(recomputed)  # of a forward pass more
+    flow = config.objective.mean_flow  # forward passes for its derivative, in which attention counts once more
+    passes, scores = again + mean_flow.FORWARD_PASSES * flow, again + (mean_flow.FORWARD_PASSES + 1) * flow
     rows, attention, averages = share.rows, model.attention, len(ema.profiles(config.ema))
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
     moved = roofline.optimizer_bytes(model.parameters, stage, engine.precision, ranks, averages)
@@ -174,9 +177,9 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
         recomputed=recomputed,
         state=state,
         memory=need,
-        products=(3 + again) * (model.flops - attention) * rows / (PRODUCTS_RATE * peak(config)),
-        attention=(3.5 + again) * attention * rows / (ATTENTION_RATE * peak(config)),  # its backward pass: 2.5 forward
-        between=rows * model.elementwise.of(again, config.engine.compile) / bandwidth(config),
+        products=(3 + passes) * (model.flops - attention) * rows / (PRODUCTS_RATE * peak(config)),
+        attention=(3.5 + scores) * attention * rows / (ATTENTION_RATE * peak(config)),  # its backward pass: 2.5 forward
+        between=rows * model.elementwise.of(passes, config.engine.compile) / bandwidth(config),
         optimizer=moved / bandwidth(config),
         traffic=traffic,
         communication=traffic / network(config, nodes),

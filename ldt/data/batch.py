@@ -27,6 +27,7 @@ class Batch:
     noise_BCHW: standard normal, float32; uniform_B: float32 strictly between 0 and 1, for the timestep;
     label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0. text: token numbers
     int64 [B, M] or features float32 [B, M, F], zero where there is no text; None for a denoiser of classes alone.
+    second_B: float32, for a second time (`objective.mean_flow`), 0 where there is none; None without mean flow.
     """
 
     index_B: torch.Tensor
@@ -36,9 +37,10 @@ class Batch:
     label_B: torch.Tensor
     weight_B: torch.Tensor
     text: torch.Tensor | None = None
+    second_B: torch.Tensor | None = None
 
     @classmethod
-    def padding(cls, rows: int, manifest: Manifest, pin: bool, text: bool = False) -> "Batch":
+    def padding(cls, rows: int, manifest: Manifest, pin: bool, text: bool = False, mean_flow: bool = False) -> "Batch":
         """Rows of padding, to be overwritten."""
         latent_shape, words = manifest.latent_shape, None
         if text and manifest.text_shape:
@@ -52,6 +54,7 @@ class Batch:
             label_B=torch.full((rows,), len(manifest.classes), dtype=torch.int64, pin_memory=pin),
             weight_B=torch.zeros(rows, pin_memory=pin),
             text=words,
+            second_B=torch.zeros(rows, pin_memory=pin) if mean_flow else None,
         )
 
     def __len__(self) -> int:
@@ -84,13 +87,15 @@ class SampleDraws:
 
     label_drop: probability with which the condition is left out, for guidance. Of class and text together as many
     samples again lose only the class, and as many only the text, so that either can be asked for alone.
-    condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored.
+    condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored; mean_flow: the share
+    of samples that have a second time.
     """
 
     seed: int
     label_drop: float = 0.0
     condition_on: str = "class"
     flips: bool = False
+    mean_flow: float = 0.0
 
     @property
     def uses_text(self) -> bool:
@@ -118,9 +123,11 @@ class SampleDraws:
         latent -= mean
         latent /= std
         batch.noise_BCHW.numpy()[:n] = rng.normal(self.seed, Purpose.NOISE, key_n, elements).reshape(shape)
-        # 23 bits and a half: exact in float32, never 0 and never 1
-        step = rng.bits(self.seed, Purpose.TIMESTEP, key_n, 1)[:, 0] >> np.uint64(41)
-        batch.uniform_B.numpy()[:n] = (step + 0.5) * 2.0**-23
+        batch.uniform_B.numpy()[:n] = _inside(rng.bits(self.seed, Purpose.TIMESTEP, key_n, 1)[:, 0])
+        if batch.second_B is not None:
+            has_n = rng.uniform(self.seed, Purpose.MEAN_FLOW, key_n, 1)[:, 0] < self.mean_flow
+            second_n = _inside(rng.bits(self.seed, Purpose.MEAN_FLOW, key_n, 2)[:, 1])
+            batch.second_B.numpy()[:n] = np.where(has_n, second_n, 0)
         no_label, no_text = self._dropped(key_n)
         batch.label_B.numpy()[:n] = np.where(no_label, len(manifest.classes), records.label_n)
         if batch.text is not None and records.text_n is not None:
@@ -139,6 +146,11 @@ class SampleDraws:
         return no_label, no_text
 
 
+def _inside(word_n: NDArray[np.uint64]) -> NDArray[np.floating[Any]]:
+    """Uniform numbers of 23 bits and a half: exact in float32, never 0 and never 1."""
+    return ((word_n >> np.uint64(41)) + 0.5) * 2.0**-23
+
+
 def digest(batch: Batch, ordinal_n: Ints) -> int:
     """Sum over the real rows of an xxh64 of all that the network could see of each, modulo 2⁶⁴, as a signed int64.
 
@@ -148,7 +160,7 @@ def digest(batch: Batch, ordinal_n: Ints) -> int:
     small = np.empty(n, [("ints", "<i8", 3), ("uniform", "<f4")])
     small["ints"] = np.stack([batch.index_B.numpy()[:n], ordinal_n, batch.label_B.numpy()[:n]], axis=1)
     small["uniform"] = batch.uniform_B.numpy()[:n]
-    large = [batch.latent_BCHW, batch.noise_BCHW] + ([] if batch.text is None else [batch.text])
+    large = [batch.latent_BCHW, batch.noise_BCHW] + [x for x in (batch.text, batch.second_B) if x is not None]
     rows = [_rows_of(array) for array in (small, *(tensor.numpy()[:n] for tensor in large))]
     total = 0
     for row in zip(*rows, strict=True):

@@ -69,10 +69,10 @@ class RankSlice:
 class _Buffer:
     """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
 
-    def __init__(self, share: RankSlice, shards: Shards, device: torch.device, text: bool) -> None:
+    def __init__(self, share: RankSlice, shards: Shards, device: torch.device, draws: SampleDraws) -> None:
         self._share, self._device = share, device
         cuda = device.type == "cuda"
-        self.host = Batch.padding(share.rows, shards.manifest, pin=cuda, text=text)
+        self.host = Batch.padding(share.rows, shards.manifest, cuda, draws.uses_text, draws.mean_flow > 0)
         self._stream = torch.cuda.Stream(device) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
         self._on_device = self.host
@@ -115,7 +115,7 @@ class _Loader:
     ) -> None:
         self.share, self.shards, self.draws, self.device = share, shards, draws, torch.device(device)
         self._pool = ThreadPoolExecutor(threads, "ldt-loader", initializer=use_device, initargs=(self.device,))
-        self._buffers = [_Buffer(share, shards, self.device, draws.uses_text) for _ in range(ahead + 1)]
+        self._buffers = [_Buffer(share, shards, self.device, draws) for _ in range(ahead + 1)]
 
     def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:
         """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""

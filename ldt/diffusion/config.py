@@ -18,6 +18,8 @@ class ObjectiveConfig:
     s = √(C·H·W / shift_base), because more numbers a latent survive more noise: t becomes s·t / (1 + (s − 1)·t).
     `time_floor` (0: off; 0.05 in RAEv2, 2605.18324) belongs to x predictions compared as flow: the velocity is
     (x_t − x0) / max(t, time_floor), for both sides of the loss, whose weight 1/t² would be unbounded at the data.
+    `mean_flow` (0: off; 0.25): the share of samples of which the mean velocity over an interval is learned, so that
+    `sampler=mean_flow` needs few steps (improved MeanFlow, Geng et al. 2512.02012).
     """
 
     prediction: str = choice("flow", "eps", "v", "x")
@@ -31,6 +33,7 @@ class ObjectiveConfig:
     shift_base: float = 0.0
     time_floor: float = 0.0
     condition_drop: float = 0.1
+    mean_flow: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_drop <= 1:
@@ -48,12 +51,19 @@ class ObjectiveConfig:
             )
         if not 0 <= self.time_floor < 1:
             raise InputError(f"objective.time_floor={self.time_floor} must be a time below 1, such as 0.05, or 0")
-        needed = {"prediction": "x", "loss": "flow", "schedule": "rectified_flow", "weighting": "constant"}
+        if not 0 <= self.mean_flow <= 1:
+            raise InputError(f"objective.mean_flow={self.mean_flow} must be a share of the samples, such as 0.25, or 0")
+        plain = {"schedule": "rectified_flow", "weighting": "constant"}
+        self._check_needs("time_floor", {"prediction": "x", "loss": "flow", **plain})
+        self._check_needs("mean_flow", {"prediction": "flow", "loss": "same", **plain})
+
+    def _check_needs(self, option: str, needed: dict[str, str]) -> None:
+        """`InputError` if the option is on and the others are not as it needs them."""
         for key, value in needed.items():
-            if self.time_floor and getattr(self, key) != value:
+            if getattr(self, option) and getattr(self, key) != value:
                 raise InputError(
-                    f"objective.time_floor={self.time_floor} needs objective.{key}={value}, not {getattr(self, key)}; "
-                    "change that, or set the floor to 0"
+                    f"objective.{option}={getattr(self, option)} needs objective.{key}={value}, not "
+                    f"{getattr(self, key)}; change that, or set objective.{option}=0"
                 )
 
 
@@ -61,12 +71,14 @@ class ObjectiveConfig:
 class SamplerConfig:
     """The keys of a sampler: how it gets from noise to data.
 
+    `mean_flow` is for models trained with `objective.mean_flow`, which it samples in 1, 2 or 4 steps.
+
     `guidance` and `guidance_inner` of 1 are none: how far to go from no condition and from the inner head
     (`model.inner_head`). Outside (`guidance_low`, `guidance_high`] of t the prediction is used alone.
     `shift` s moves the times to s·t / (1 + (s − 1)·t): above 1 spends more steps where there is more noise.
     """
 
-    sampler: str = choice("heun", "euler", "ddim", "ddpm", "dpmpp_2m", "sde", "dpmpp_2m_sde")
+    sampler: str = choice("heun", "euler", "ddim", "ddpm", "dpmpp_2m", "sde", "dpmpp_2m_sde", "mean_flow")
     steps: int = 25
     guidance: float = 1.0
     guidance_inner: float = 1.0
@@ -83,4 +95,9 @@ class SamplerConfig:
             raise InputError(
                 f"guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be "
                 "two times in increasing order between 0 (data) and 1 (noise)"
+            )
+        if self.sampler == "mean_flow" and self.guidance_inner != 1:
+            raise InputError(
+                f"sampler=mean_flow takes mean velocities, which guidance_inner={self.guidance_inner} has none of; "
+                "leave guidance_inner=1"
             )

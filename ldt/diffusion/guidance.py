@@ -26,6 +26,15 @@ def inner_guided(denoiser: Denoiser, scale: float) -> Denoiser:
     return guided
 
 
+def averaged_to(denoiser: Denoiser, r: float) -> Denoiser:
+    """The denoiser's mean velocity from r to the time it is asked for (`ldt.diffusion.mean_flow`)."""
+
+    def averaged(x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        return denoiser(x_BCHW, t_B, condition, r_B=torch.full_like(t_B, r))  # type: ignore[call-arg]
+
+    return averaged
+
+
 def class_guided(denoiser: Denoiser, null_label: int, scale: float) -> Denoiser:
     """null + scale · (conditional − null) on all channels, by one call of the denoiser on twice the batch.
 

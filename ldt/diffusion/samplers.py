@@ -9,17 +9,24 @@ image. Coefficients are computed in float64; x keeps its dtype.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import SamplerConfig
-from ldt.diffusion.guidance import Guide, class_guided, inner_guided
+from ldt.diffusion.guidance import Guide, averaged_to, class_guided, inner_guided
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
 from ldt.diffusion.schedules import Schedule, shift_time
 
-Predict = Callable[[Tensor, float], Prediction]
+
+class Predict(Protocol):
+    """The network's opinion of (x0, ε) at t; with r, in terms of the mean velocity over [r, t]."""
+
+    def __call__(self, x_BCHW: Tensor, t: float, r: float | None = None, /) -> Prediction: ...
+
+
 Noise = Callable[[int], Tensor]
 Sampler = Callable[[Predict, Schedule, Tensor, Sequence[float], Noise], Tensor]
 
@@ -107,6 +114,13 @@ def dpmpp_2m_sde(predict: Predict, schedule: Schedule, x_BCHW: Tensor, times: Se
     return x_BCHW
 
 
+def mean_flow(predict: Predict, schedule: Schedule, x_BCHW: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
+    """Steps by the mean velocity, x_s = x_t − (t − s)·u(x_t, t, s): each is exact if u is (2505.13447, eq. 12)."""
+    for t, s in pairwise(times):
+        x_BCHW = x_BCHW + (s - t) * _velocity(schedule, predict(x_BCHW, t, s), t)
+    return x_BCHW
+
+
 class _Extrapolation:
     """x0 at the middle of a step in λ = log(α/σ), from this prediction and the one before."""
 
@@ -135,6 +149,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": dpmpp_2m,
     "sde": sde,
     "dpmpp_2m_sde": dpmpp_2m_sde,
+    "mean_flow": mean_flow,
 }
 
 
@@ -170,15 +185,18 @@ def as_predict(
     """The sampler's view of a denoiser under a condition, with guidance where its interval says so.
 
     The inner head's guidance acts on the prediction with and without the condition, then that of the class between
-    the two, then that of the guide on the result.
+    the two, then that of the guide on the result. Of mean velocities that of the class extrapolates just so.
     """
-    guided = denoiser if config.guidance_inner == 1 else inner_guided(denoiser, config.guidance_inner)
-    guided = guided if config.guidance == 1 else class_guided(guided, null_label, config.guidance)
 
-    def predict(x_BCHW: Tensor, t: float) -> Prediction:
+    def guided(net: Denoiser) -> Denoiser:
+        net = net if config.guidance_inner == 1 else inner_guided(net, config.guidance_inner)
+        return net if config.guidance == 1 else class_guided(net, null_label, config.guidance)
+
+    def predict(x_BCHW: Tensor, t: float, r: float | None = None) -> Prediction:
         t_B = x_BCHW.new_full((len(x_BCHW),), t)
         inside = config.guidance_low < t <= config.guidance_high
-        y_BCHW = (guided if inside else denoiser)(x_BCHW, t_B, condition)
+        net = denoiser if r is None else averaged_to(denoiser, r)
+        y_BCHW = (guided(net) if inside else net)(x_BCHW, t_B, condition)
         prediction = objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
         if inside and guide is not None:
             return guide.extrapolate(prediction, x_BCHW, t_B, condition)

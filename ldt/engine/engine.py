@@ -103,6 +103,7 @@ class Engine:
                 config=_deepspeed_config(config, micro_batches, parameter_count(denoiser), world.device),
             )
         self.module: nn.Module = self.deepspeed
+        self.bare: nn.Module = self.deepspeed.module  # for passes without gradients of one rank alone; not at stage 3
         self.partition = Partition(self.deepspeed, config.zero_stage)
         if matrices:
             self._adam.muon = Muon(self.partition, matrices, world)

@@ -69,6 +69,28 @@ def find_flash(hopper: bool) -> tuple[str, str]:
     return "", problem
 
 
+_differentiable = False
+"""Whether all kernels but the reference give way to torch's plain one."""
+
+
+def forward_differentiable(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The denoiser with attention by products and a softmax, for derivatives in forward mode.
+
+    The fused kernels have none, and neither have compiled blocks, which run eagerly here.
+    """
+
+    def plain(*arguments: Any, **options: Any) -> Tensor:
+        global _differentiable
+        before, _differentiable = _differentiable, True
+        try:
+            with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+                return denoiser(*arguments, **options)
+        finally:
+            _differentiable = before
+
+    return plain
+
+
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The kernel that `name` means for tensors of this device and dtype: flash2 or flash3 for flash."""
     suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
@@ -77,6 +99,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
             f"model.attention={name} runs on CUDA in half precision, not on {device.type} in {dtype}; "
             "use engine.precision=bf16 on a GPU, or model.attention=auto"
         )
+    if _differentiable and name != "reference":
+        return "sdpa"
     if name not in ("auto", "flash"):
         return name
     if not suits:

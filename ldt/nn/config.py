@@ -66,14 +66,15 @@ class HeadConfig:
 class ModelConfig:
     """Width, depth, heads and patch size as in DiT's tables; the rest are the block's options.
 
-    `condition_on`: what it is told besides the time. `time`: the network's clock, 1000·t or the step k = 1000·t − 1 of
-    a schedule of 1000 steps; `time_frequencies`: of its sinusoids, 10⁴^(−i/128) or, as in diffusers, 10⁴^(−i/127);
-    `time_embedding`: through a perceptron, or the bare sinusoids. `learned_sigma`: as many output channels again,
-    which nothing here trains or uses: for weights from elsewhere. `activation_checkpointing`: keep only what enters
-    each block and compute the rest again in the backward pass. `value_residual`: every block's values are mixed with
-    the first one's (Zhou et al. 2410.17897). `inner_head`: after how many blocks a second output
-    is read and trained, for `guidance_inner` (0: none). `head`: wide blocks at the end. `unet` belongs to name=unet,
-    which ignores the Transformer's keys.
+    `condition_on`: what it is told besides the time. `time`: the network's clock, 1000·t, the step k = 1000·t − 1 of a
+    schedule of 1000 steps, or t itself (unit), of which derivatives are smooth; `time_frequencies`: of its sinusoids,
+    10⁴^(−i/128) or, as in diffusers, 10⁴^(−i/127); `time_embedding`: through a perceptron, or the bare sinusoids.
+    `learned_sigma`: as many output channels again, which nothing here trains or uses: for weights from elsewhere.
+    `activation_checkpointing`: keep only what enters each block and compute the rest again in the backward pass.
+    `value_residual`: every block's values are mixed with the first one's (Zhou et al. 2410.17897). `interval`: it is
+    also told over which time back from t a velocity is averaged, for `objective.mean_flow`. `inner_head`: after how
+    many blocks a second output is read and trained, for `guidance_inner` (0: none). `head`: wide blocks at the end.
+    `unet` belongs to name=unet, which ignores the Transformer's keys.
     """
 
     name: str = choice("transformer", "unet")
@@ -91,7 +92,7 @@ class ModelConfig:
     mlp: str = choice("swiglu", "gelu", "gelu_erf")
     mlp_ratio: float = 4.0
     value_residual: bool = False
-    time: str = choice("continuous", "steps")
+    time: str = choice("continuous", "steps", "unit")
     time_frequencies: str = choice("dit", "diffusers")
     time_embedding: str = choice("mlp", "sinusoids")
     output_convolution: bool = False
@@ -99,6 +100,7 @@ class ModelConfig:
     init: str = choice("dit", "uvit")
     attention: str = choice("auto", "sdpa", "cudnn", "flash", "reference")
     activation_checkpointing: bool = False
+    interval: bool = False
     inner_head: int = 0
     head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)
@@ -123,6 +125,11 @@ class ModelConfig:
             raise InputError(
                 f"model.inner_head={self.inner_head} must be 0 (none) or the number of a transformer's block below "
                 f"model.depth={self.depth}"
+            )
+        if self.interval and (self.name != "transformer" or self.time == "steps" or self.inner_head):
+            raise InputError(
+                "model.interval=true needs model.name=transformer, model.time=unit (or continuous) and "
+                "model.inner_head=0"
             )
         if self.head.depth:
             self._check_head()

@@ -14,8 +14,15 @@ FREQUENCIES = 256
 
 
 def network_time(t_B: Tensor, clock: str) -> Tensor:
-    """What a network sees of t in [0, 1]: 1000·t, or the step k of a discrete schedule (float32 [B])."""
-    return STEPS * t_B.float() if clock == "continuous" else step_of_time(t_B.float())
+    """What a network sees of t in [0, 1]: 1000·t, t, or the step k of a discrete schedule (at least float32, [B])."""
+    if clock == "steps":
+        return step_of_time(t_B.float())
+    t_B = _at_least_float32(t_B)
+    return t_B if clock == "unit" else STEPS * t_B
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sinusoids(time_B: Tensor, width: int, spacing: str = "dit") -> Tensor:
@@ -105,6 +112,7 @@ class AxialRotary(nn.Module):
         self.register_buffer("sin_NE", torch.cat([angle.sin()] * 2, dim=-1).float(), persistent=False)
 
     def forward(self, x_BKNE: Tensor) -> Tensor:
-        first, second = x_BKNE.float().chunk(2, dim=-1)
+        wide_BKNE = _at_least_float32(x_BKNE)
+        first, second = wide_BKNE.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
-        return (x_BKNE.float() * self.cos_NE + turned * self.sin_NE).to(x_BKNE.dtype)
+        return (wide_BKNE * self.cos_NE + turned * self.sin_NE).to(x_BKNE.dtype)

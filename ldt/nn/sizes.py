@@ -108,8 +108,7 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
     if config.inner_head:
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
-    if config.time_embedding == "mlp":
-        total += 256 * D + D * D
+    total += ((config.time_embedding == "mlp") + config.interval) * (256 * D + D * D)
     if config.long_skips:
         total += config.depth // 2 * N * 2 * D * D
     if config.output_convolution:

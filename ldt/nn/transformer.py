@@ -66,6 +66,7 @@ class Transformer(nn.Module):
                 self.modulation = Modulation(config.width, 2 * config.width)
             self.unpatchify = nn.Linear(config.width, output * config.patch**2)
         self.convolution = nn.Conv2d(output, output, 3, padding=1) if config.output_convolution else None
+        self.interval = TimeEmbedding(config.width, config.time, config.time_frequencies) if config.interval else None
         if config.init == "dit":
             self._init_as_dit()
         else:
@@ -81,6 +82,9 @@ class Transformer(nn.Module):
         if isinstance(self.time, TimeEmbedding):
             for layer in (self.time.up, self.time.down):
                 nn.init.normal_(layer.weight, std=0.02)
+        if self.interval is not None:
+            nn.init.normal_(self.interval.up.weight, std=0.02)
+            nn.init.zeros_(self.interval.down.weight)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         for module in self.modules():
@@ -102,14 +106,19 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(position, std=0.02)
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, inner: bool = False
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, inner: bool = False, r_B: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with `inner`, also that of the inner head."""
+        """The prediction; with `inner`, also that of the inner head.
+
+        r_B: the velocity is to be the mean over [r, t]; without it that at t.
+        """
         p = self.config.patch
         patch_BNP = rearrange(x_BCHW, "b c (r p) (k q) -> b (r k) (c p q)", p=p, q=p)
         patch_BNP = patch_BNP.to(self.patchify.weight.dtype)
         h_BND = self.patchify(patch_BNP)
         time_BD = self.time(t_B)
+        if self.interval is not None:
+            time_BD = time_BD + self.interval(torch.zeros_like(t_B) if r_B is None else t_B - r_B)
         modulation_B1D = padding = None
         if self.config.conditioning == "in_context":
             before_BMD, mask_BM = self._tokens(time_BD, condition)

@@ -11,6 +11,7 @@ import yaml
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import Damaged, listed
 from ldt.config import from_dict
+from ldt.diffusion.mean_flow import FORWARD_PASSES
 from ldt.errors import InputError
 from ldt.files import parse_json, real
 from ldt.nn.config import ModelConfig
@@ -53,7 +54,10 @@ class History:
         return [i for i, line in enumerate(self.lines) if "validation_loss" in line]
 
     def training_flops(self) -> float:
-        """Floating-point operations that one training sample costs, three forward passes; NaN without a checkpoint."""
+        """Floating-point operations that one training sample costs; NaN without a checkpoint.
+
+        Three forward passes, and those of the mean flow's derivative.
+        """
         if self.checkpoint is None:
             return math.nan
         try:
@@ -61,7 +65,8 @@ class History:
             model = from_dict(ModelConfig, self.checkpoint.config["model"])
         except InputError:
             return math.nan
-        return 3.0 * flops(model, spec.latent_shape, spec.text_shape)
+        share = self.checkpoint.config["objective"].get("mean_flow", 0.0)
+        return (3.0 + FORWARD_PASSES * share) * flops(model, spec.latent_shape, spec.text_shape)
 
     @property
     def samples_seen(self) -> int:

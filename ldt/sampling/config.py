@@ -59,5 +59,9 @@ class DrawConfig(ImageConfig):
                 f"guide={self.guide or 'nothing'} and guide_scale={self.guide_scale} belong together: give a guide "
                 "and a scale other than 1, such as 1.5"
             )
+        if self.guide and self.sampler == "mean_flow":
+            raise InputError(
+                f"sampler=mean_flow takes mean velocities, which guide={self.guide} may not know; leave one of them out"
+            )
         if self.block < 1:
             raise InputError(f"block={self.block} must be at least 1; it is how many images the network makes at once")

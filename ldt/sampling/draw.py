@@ -76,6 +76,11 @@ def load_guide(config: DrawConfig, loaded: Loaded, device: torch.device) -> Guid
             f"guidance_inner={config.guidance_inner} needs a model with an inner head, and {loaded.path} has none; "
             "train with model.inner_head, or leave guidance_inner=1"
         )
+    if config.sampler == "mean_flow" and not loaded.config["model"].get("interval"):
+        raise InputError(
+            f"sampler=mean_flow needs a model of mean velocities, and {loaded.path} was trained without "
+            "objective.mean_flow; use another sampler"
+        )
     if not config.guide:
         return None
     other = load_denoiser(config.guide, config.guide_weights, device)

@@ -132,8 +132,24 @@ class TrainJob:
             raise InputError(
                 f"data.path={path} and data.sources ({', '.join(sources)}) are both given; leave one of them out"
             )
+        self._check_mean_flow()
         for name, source in sources.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise InputError(f"data.sources has the name {name!r}; use letters, digits, - and _")
             if not 0 < source.weight < math.inf:
                 raise InputError(f"data.sources.{name}.weight={source.weight} must be a number above 0")
+
+    def _check_mean_flow(self) -> None:
+        """Its key in the model, and an engine that has the whole weights at hand."""
+        share = self.objective.mean_flow
+        if share and not self.model.interval:
+            raise InputError(
+                f"objective.mean_flow={share} needs a model that is told of intervals; set model.interval=true"
+            )
+        if share and self.engine.zero_stage == 3:
+            raise InputError(
+                f"objective.mean_flow={share} needs the whole weights on every rank for its derivative; use "
+                "engine.zero_stage=0, 1 or 2"
+            )
+        if self.log.preview.sampler == "mean_flow" and not self.model.interval:
+            raise InputError("log.preview.sampler=mean_flow needs model.interval=true and objective.mean_flow above 0")

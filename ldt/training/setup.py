@@ -59,7 +59,9 @@ def make_loaders(
     data, on = config.data, config.model.condition_on
     order = make_order(shards, config.seed, config.train.global_batch, data.streams, data.window)
     share = RankSlice.of(config.train.global_batch, world.rank, world.size, micro_batch)
-    draws = SampleDraws(config.seed, config.objective.condition_drop, on, shards.manifest.flips)
+    draws = SampleDraws(
+        config.seed, config.objective.condition_drop, on, shards.manifest.flips, config.objective.mean_flow
+    )
     loader = Loader(shards, order, share, draws, world.device, data.threads)
     if not config.log.validation_every_samples:
         return loader, None

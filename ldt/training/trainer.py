@@ -23,6 +23,7 @@ from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
 from ldt.config import to_dict, to_yaml
 from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
+from ldt.diffusion import mean_flow
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, on_rank_zero
@@ -30,7 +31,7 @@ from ldt.engine.ema import ShardedEMA, profiles
 from ldt.engine.engine import Engine, StepResult, learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
-from ldt.nn.attention import choose_kernel
+from ldt.nn.attention import choose_kernel, forward_differentiable
 from ldt.nn.build import build, parameter_count
 from ldt.progress import ProgressLine
 from ldt.run import directory, outcome
@@ -121,6 +122,7 @@ class Trainer:
         self.loader, self.validation = make_loaders(config, self.shards, micro_batch, world)
         watchdog.at("starting the engine", START_LIMITS)
         self.engine = Engine(denoiser, config.engine, config.optimizer, world, self.loader.micro_batches)
+        self.bare = forward_differentiable(self.engine.bare)
         self.ema = ShardedEMA(config.ema, self._masters())
         self.writer = Writer(self.engine.partition, world, owner.check)
         self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
@@ -232,6 +234,9 @@ class Trainer:
     def _loss_B(self, denoiser: Denoiser, batch: Batch, inner: bool = False) -> Tensor:
         t_B = self.objective.timesteps(batch.uniform_B)
         condition = Condition(label_B=batch.label_B, text=batch.text)
+        if batch.second_B is not None:
+            parts = (batch.latent_BCHW, batch.noise_BCHW, batch.uniform_B, batch.second_B, condition)
+            return mean_flow.loss(self.objective, denoiser, self.bare, *parts)
         return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
 
     # ------------------------------------------------------------------------------------ start, return, and the state

@@ -1,0 +1,90 @@
+"""Improved MeanFlow (2512.02012): the network predicts the velocity's average over an interval, and few steps sample.
+
+On the rectified flow dx/dt = v the average u(x_t, t, r) = (x_t − x_r) / (t − r) takes a sample from t to r in one step.
+At r = t it is v itself, so a model of u can still be sampled step by step. Differentiating (t − r)·u along the flow
+gives v = u + (t − r)·du/dt, which is what is trained:
+
+    V = u(x_t, t, r) + (t − r)·stop_gradient(u̇),   u̇ = ∂u/∂x·u(x_t, t, t) + ∂u/∂t,   loss = ‖V − (ε − x0)‖²
+
+u̇ is one derivative in forward mode, without gradients, of the bare network: no hook of the training engine is crossed,
+which is why ZeRO stage 3, whose hooks gather the weights, can't have it. It is computed for those samples alone whose
+interval is not empty; the others are plain flow matching.
+"""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.objectives import Denoiser, Objective
+
+SOFTENING = 0.01
+"""The paper's c in the weight 1 / (‖V − v‖² + c), the norm over all numbers of a latent."""
+
+FORWARD_PASSES = 3.0
+"""What u̇ costs a sample: u at r = t, u, and its derivative."""
+
+
+def interval(objective: Objective, uniform_B: Tensor, second_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(t, r) with r ≤ t: two times of the objective in order, or one twice where `second_B` is 0."""
+    first_B = objective.timesteps(uniform_B)
+    other_B = torch.where(second_B > 0, objective.timesteps(second_B), first_B)
+    return torch.maximum(first_B, other_B), torch.minimum(first_B, other_B)
+
+
+def slope(denoiser: Callable[..., Tensor], x_BCHW: Tensor, t_B: Tensor, r_B: Tensor, condition: Condition) -> Tensor:
+    """u̇, the derivative of u(x_t, t, r) by t along the network's own flow, at a fixed r: [B, C, H, W].
+
+    denoiser: with attention that can be differentiated in forward mode (`forward_differentiable`).
+    """
+    _prepare_torch()
+    with torch.no_grad():
+        v_BCHW = denoiser(x_BCHW, t_B, condition).to(x_BCHW.dtype)
+        slope_BCHW: Tensor = torch.func.jvp(
+            lambda x_BCHW, t_B: denoiser(x_BCHW, t_B, condition, r_B=r_B),
+            (x_BCHW, t_B),
+            (v_BCHW, torch.ones_like(t_B)),
+        )[1]
+    return slope_BCHW
+
+
+@functools.cache
+def _prepare_torch() -> None:
+    """Import what torch needs for forward mode, which complains about a part of torch that it uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def loss(
+    objective: Objective,
+    denoiser: Denoiser,
+    bare: Callable[..., Tensor],
+    x0_BCHW: Tensor,
+    eps_BCHW: Tensor,
+    uniform_B: Tensor,
+    second_B: Tensor,
+    condition: Condition,
+) -> Tensor:
+    """The mean squared error of V of each sample in float32, with the gradient of its weighted error: [B].
+
+    bare: the network without its wrapper, for `slope`. The weighted errors are all nearly 1 and would say
+    nothing in a log, which is why the value is not theirs.
+    """
+    t_B, r_B = interval(objective, uniform_B, second_B)
+    t_B111 = t_B[:, None, None, None]
+    xt_BCHW = objective.schedule.alpha(t_B111) * x0_BCHW + objective.schedule.sigma(t_B111) * eps_BCHW
+    u_BCHW = denoiser(xt_BCHW, t_B, condition, r_B=r_B).float()  # type: ignore[call-arg]
+    rows = (r_B < t_B).nonzero()[:, 0]
+    if len(rows):
+        told = Condition(condition.label_B[rows], None if condition.text is None else condition.text[rows])
+        slope_bCHW = slope(bare, xt_BCHW[rows], t_B[rows], r_B[rows], told)
+        change_bCHW = (t_B - r_B)[rows, None, None, None] * slope_bCHW
+        u_BCHW = u_BCHW.index_add(0, rows, change_bCHW.float())
+    square_BCHW = (u_BCHW - (eps_BCHW - x0_BCHW)).square()
+    weighted_B = square_BCHW.sum((1, 2, 3)) / (square_BCHW.detach().sum((1, 2, 3)) + SOFTENING)
+    return square_BCHW.detach().mean((1, 2, 3)) + (weighted_B - weighted_B.detach())
