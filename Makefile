@@ -50,7 +50,7 @@ check: lint
 	pytest -q $(CHECKED:%=tests/test_%.py)
 
 test: lint .venv/peers .venv/text
-	pytest
+	pytest -n 2 --dist loadgroup
 
 # apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
 .venv/peers: .venv/ready tests/requirements-peers.txt
