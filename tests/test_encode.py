@@ -278,7 +278,7 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         ({"validation_fraction": 0.9}, "validation_fraction=0.9"),
         ({"format": "zip"}, "format=zip"),
         ({"dtype": "fp8"}, "dtype=fp8"),
-        ({"output": taken}, "something else"),
+        ({"output": taken}, "already holds other files"),
         ({"output": taken / "thesis.tex" / "x"}, "thesis.tex"),
     ]:
         out = settings.get("output", tmp_path / "out")

@@ -10,6 +10,7 @@ run of one process has at this step, and with its loss to 5 digits over the firs
 import argparse
 import contextlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -33,7 +34,8 @@ from ldt.log import progress, read_jsonl
 BATCH, SHARDS = 8, [40, 23, 30]
 EXACT_STEPS, DIGITS = 50, 1e-5
 STEPS_A_ROUND = 12
-SAVE_STEPS, PATIENCE, STALL = 3, 120.0, 4.0
+SLOW = float(os.environ.get("CHAOS_SLOW", "1"))  # how many times slower than an idle machine this one is
+SAVE_STEPS, PATIENCE, STALL = 3, 120.0 * SLOW, 4.0 * SLOW
 CACHE = "cache"
 FILE_LIMIT = 60_000  # bytes a file on a "full" disk: enough for logs, not for a share of the weights
 SETTINGS = [
@@ -71,10 +73,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=len(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
         try:
-            faults = [list(FAULTS)[i % len(FAULTS)] for i in range(arguments.rounds)]
+            faults = [arguments.faults[i % len(arguments.faults)] for i in range(arguments.rounds)]
             rounds = campaign(Path(directory), faults, arguments.seed)
         except Failed as error:
             print(f"broken: {error}")
