@@ -17,7 +17,7 @@ from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.commands.evaluate import EvaluateJob, evaluate
 from ldt.commands.sample import SampleJob, draw
 from ldt.config import from_dict
-from ldt.dist import discover, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, discover, process_group
 from ldt.errors import InputError
 from ldt.paths import local_path
 from ldt.sampling.draw import image_model, load_guide
@@ -114,6 +114,6 @@ class Model:
         """
         keys = {"images": images, "precision": self._precision} | settings
         config = from_dict(EvaluateJob, {"run": str(self.path), "evaluate": keys}, "the arguments")
-        with process_group() as world:
+        with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
             results = evaluate(config, world)
         return results[0] if results else {}

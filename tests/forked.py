@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unprivileged import drop_overrides
+from capabilities import drop_overrides
 
 from ldt.dist import free_port
 

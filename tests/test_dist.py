@@ -1,14 +1,17 @@
 """Who a process is under each launcher, where the ranks meet, and what is said when they don't."""
 
+import ast
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import forked
 import pytest
 from ranks import start_ranks
 
+import ldt
 from ldt.cluster.launchers import first_node, master, place
 from ldt.dist import discover, free_port, process_group
 from ldt.errors import InputError
@@ -108,6 +111,14 @@ except InputError as error:
 
 def outputs(processes):
     return [p.communicate(timeout=60)[0].strip() for p in processes]
+
+
+def test_ranks_with_hours_of_work_of_their_own_wait_for_each_other():
+    """gloo gives up after half an hour, which one rank's part of an evaluation or an encoding may take."""
+    for path in (Path(ldt.__file__).parent).rglob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        for call in (c for c in calls if ast.unparse(c.func) == "process_group"):
+            assert "SLOWEST_RANK_TIMEOUT" in ast.unparse(call), f"{path}:{call.lineno}"
 
 
 def test_ranks_meet():

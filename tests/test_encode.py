@@ -23,6 +23,7 @@ from ldt.data.shards import open_shards, open_validation
 from ldt.data.shards.manifest import head_hash
 from ldt.data.split import Split
 from ldt.dist import free_port
+from ldt.encoding.plan import Plan
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 
@@ -278,7 +279,7 @@ def test_mistakes_leave_nothing_under_a_final_name(encode, images, tmp_path, cap
         ({"validation_fraction": 0.9}, "validation_fraction=0.9"),
         ({"format": "zip"}, "format=zip"),
         ({"dtype": "fp8"}, "dtype=fp8"),
-        ({"output": taken}, "something else"),
+        ({"output": taken}, "already holds other files"),
         ({"output": taken / "thesis.tex" / "x"}, "thesis.tex"),
     ]:
         out = settings.get("output", tmp_path / "out")
@@ -404,6 +405,25 @@ def test_replaced_images_are_encoded_again_and_a_complete_output_is_told(encode,
     capsys.readouterr()
     assert encode(out, **{"images.path": root}) == 2
     assert "whose files have other sizes now; choose another output" in capsys.readouterr().err
+
+
+def test_an_image_that_changes_after_it_was_read_is_encoded_again(tmp_path, monkeypatch, encode):
+    """Its shard was vouched for by its size at the time of writing: a restart took the old content for the new."""
+    images, read = small_set(tmp_path / "images"), Plan.load
+
+    def load(self, batch):
+        loaded = read(self, batch)
+        if 0 in self.image_numbers(*batch):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(images / "ant" / "00.png")
+        return loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "load", load)
+        patch.setattr(UNFINISHED_END, stop)
+        assert encode(tmp_path / "out", **{"images.path": images}) == 130
+    assert encode(tmp_path / "out", **{"images.path": images}) == 0
+    assert encode(tmp_path / "new", **{"images.path": images}) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "new")
 
 
 def test_settings_that_are_left_out_are_compared_too(encode, tmp_path, capsys):

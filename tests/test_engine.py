@@ -12,7 +12,8 @@ from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather
 from ldt.engine.config import EMAConfig, EngineConfig, OptimizerConfig
 from ldt.engine.ema import ShardedEMA
-from ldt.engine.engine import Engine, learning_rate
+from ldt.engine.engine import Engine
+from ldt.engine.learning_rate import learning_rate
 from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig

@@ -19,6 +19,7 @@ from ldt.commands import encode, evaluate, export, inspect, report, sample, stat
 from ldt.data.images import open_images
 from ldt.data.shards import open_shards
 from ldt.errors import InputError
+from ldt.run import directory
 
 
 def outcome(*arguments):
@@ -97,11 +98,38 @@ def test_what_may_not_be_read_is_named(data, forbidden, command, named):
 )
 def test_where_may_not_be_written_is_named(data, command):
     (data / "shut").mkdir()
-    for directory in (data / "shut", data / "tar"):
-        directory.chmod(0o555)
+    for path in (data / "shut", data / "tar"):
+        path.chmod(0o555)
     arguments = [a.format(data) for a in command] + ([f"autoencoder={data}/vae"] if command[0] == "encode" else [])
     code, said = as_nobody(lambda: outcome(*arguments, *(ENCODE if "images" in command[1] else [])))
     assert code == 2 and ("shut" in said or f"{data}/tar" in said) and "ermission" in said, said
+
+
+def test_two_users_share_a_run_directory(data):
+    """One goes on where the other stopped: every file is replaced, none is opened in place, and a refusal is whole."""
+    run_dir = data / "run"
+    run_dir.mkdir()
+    run_dir.chmod(0o777)
+    before = os.umask(0o077)
+    try:
+        assert directory.prepare(run_dir, "seed: 1\n", 1) == 0
+    finally:
+        os.umask(before)
+    for path in run_dir.iterdir():
+        path.chmod(0o644)
+    assert as_nobody(lambda: directory.prepare(run_dir, "seed: 2\n", 1)) == 1
+    assert (run_dir / "config.yaml").read_text() == "seed: 2\n" and (run_dir / "source.diff").exists()
+
+    def refused() -> str:
+        try:
+            directory.prepare(run_dir, "seed: 3\n", 1)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    run_dir.chmod(0o555)
+    assert "can't be written (Permission denied)" in as_nobody(refused)
+    assert (run_dir / "config.yaml").read_text() == "seed: 2\n"
 
 
 def test_two_users_share_a_cache(data):

@@ -15,7 +15,7 @@ from ldt.checkpoint.tensors import Reader
 from ldt.config import load, to_dict
 from ldt.dist import World, broadcast
 from ldt.engine.config import OptimizerConfig
-from ldt.engine.engine import learning_rate
+from ldt.engine.learning_rate import learning_rate
 from ldt.errors import InputError
 from ldt.log import read_jsonl
 from ldt.run.identity import identity

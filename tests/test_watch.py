@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_data import shared_run
 
-from ldt.checkpoint.writer import Retention, remove_old
+from ldt.checkpoint.retention import Retention, remove_old
 from ldt.evaluation import follow
 from ldt.log import read_jsonl
 from ldt.run import claims

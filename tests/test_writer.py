@@ -14,8 +14,9 @@ from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import TrainState, listed, read_manifest
 from ldt.checkpoint.restore import verify_together
+from ldt.checkpoint.retention import Retention, remove_leftovers, remove_old
 from ldt.checkpoint.tensors import Reader
-from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers, remove_old
+from ldt.checkpoint.writer import Content, Writer
 from ldt.data.latent_spec import LatentSpec
 from ldt.dist import World, all_gather, all_reduce_sum
 from ldt.engine.config import EngineConfig, OptimizerConfig
@@ -178,7 +179,7 @@ KEEP_ONE = """
 import sys
 from pathlib import Path
 from ldt import log
-from ldt.checkpoint.writer import Retention, remove_leftovers, remove_old
+from ldt.checkpoint.retention import Retention, remove_leftovers, remove_old
 log.configure(0)
 remove_old(Path(sys.argv[1]), Retention(1))
 remove_leftovers(Path(sys.argv[1]))

@@ -1,6 +1,5 @@
 """Real permissions: the superuser of a test machine may read everything, so what others meet is tried as `nobody`."""
 
-import ctypes
 import json
 import os
 import pwd
@@ -12,20 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-OVERRIDES = (1, 2, 3)
-"""Numbers of the capabilities dac_override, dac_read_search and fowner: to pass over permission bits."""
-
-
-def drop_overrides() -> None:
-    """From here on, permission bits apply to this process, though it is root's."""
-    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their upper halves
-    mask = ~sum(1 << n for n in OVERRIDES) & 0xFFFFFFFF
-    for call in (libc.capget, libc.capset):
-        sets[:3] = [word & mask for word in sets[:3]]
-        if call(header, sets):
-            raise OSError(ctypes.get_errno(), "capabilities can't be changed")
 
 
 def as_nobody(action: Callable[[], Any]) -> Any:

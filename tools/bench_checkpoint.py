@@ -18,7 +18,8 @@ import torch
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import TrainState, listed
 from ldt.checkpoint.restore import restore, verify_together
-from ldt.checkpoint.writer import Content, Retention, Writer
+from ldt.checkpoint.retention import Retention
+from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition

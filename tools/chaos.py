@@ -10,8 +10,10 @@ run of one process has at this step, and with its loss to 5 digits over the firs
 import argparse
 import contextlib
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from capabilities import drop_overrides
 from ranks import start_ranks
 from shard_data import write_shards
 
@@ -31,7 +34,9 @@ from ldt.log import progress, read_jsonl
 BATCH, SHARDS = 8, [40, 23, 30]
 EXACT_STEPS, DIGITS = 50, 1e-5
 STEPS_A_ROUND = 12
-SAVE_STEPS, PATIENCE, STALL = 3, 120.0, 4.0
+SLOW = float(os.environ.get("CHAOS_SLOW", "1"))  # how many times slower than an idle machine this one is
+SAVE_STEPS, PATIENCE, STALL = 3, 120.0 * SLOW, 4.0 * SLOW
+CACHE = "cache"
 FILE_LIMIT = 60_000  # bytes a file on a "full" disk: enough for logs, not for a share of the weights
 SETTINGS = [
     "seed=11",
@@ -68,10 +73,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=len(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
         try:
-            faults = [list(FAULTS)[i % len(FAULTS)] for i in range(arguments.rounds)]
+            faults = [arguments.faults[i % len(arguments.faults)] for i in range(arguments.rounds)]
             rounds = campaign(Path(directory), faults, arguments.seed)
         except Failed as error:
             print(f"broken: {error}")
@@ -104,7 +110,7 @@ def one_round(root: Path, fault: str, chance: random.Random, total: int) -> Roun
     ranks = chance.choice([2, 3]) if fault in ("kill_one", "stop_one") else chance.choice([1, 2, 3])
     out = Round(fault, ranks, chance.choice([0, 1, 2, 3]), checkpointed(run_dir))
     full = chance.randrange(ranks) if fault == "disk_full" else -1
-    processes = start(root, "disturbed", ranks, out.stage, total, full)
+    processes = start(root, "disturbed", ranks, out.stage, total, full, cached=fault in CACHED)
     try:
         FAULTS.get(fault, leave_alone)(processes, run_dir, before, chance)
         out.codes = finish(processes)
@@ -125,24 +131,26 @@ def one_round(root: Path, fault: str, chance: random.Random, total: int) -> Roun
     return out
 
 
-def start(root: Path, name: str, ranks: int, stage: int, total: int, full: int = -1) -> Ranks:
-    """The run on so many ranks; rank `full` has no room for large files."""
-    arguments = [*SETTINGS, f"run_dir={root / name}", f"data.path={root / 'data'}", f"train.total_samples={total}"]
+def start(root: Path, name: str, ranks: int, stage: int, total: int, full: int = -1, cached: bool = False) -> Ranks:
+    """The run on so many ranks; rank `full` has no room for large files. cached: the data are read as remote ones."""
+    data = [f"data.path=file://{root / 'data'}", f"data.cache_dir={root / CACHE}"]
+    data = data if cached else [f"data.path={root / 'data'}"]
+    arguments = [*SETTINGS, f"run_dir={root / name}", *data, f"train.total_samples={total}"]
     processes = start_ranks(
         ranks, "-m", "ldt", "train", *arguments, f"engine.zero_stage={stage}", "--quiet", stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, preexec_fn=drop_overrides,
     )  # fmt: skip
     if full >= 0:
         resource.prlimit(processes[full].pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
     return processes
 
 
-def finish(processes: Ranks) -> list[int]:
+def finish(processes: Ranks, patience: float = PATIENCE) -> list[int]:
     """Exit codes; ranks that outlive a killed one for too long are a broken promise."""
     try:
-        return [p.wait(timeout=PATIENCE) for p in processes]
+        return [p.wait(timeout=patience) for p in processes]
     except subprocess.TimeoutExpired:
-        raise Failed(f"processes hung for {PATIENCE:g} s: {[p.poll() for p in processes]}") from None
+        raise Failed(f"processes hung for {patience:g} s: {[p.poll() for p in processes]}") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -250,6 +258,64 @@ def move_checkpoints(processes: Ranks, run_dir: Path, before: int, chance: rando
         p.kill()
 
 
+def lose_cache(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """Somebody cleans the cache's directory up, again and again, while shards are downloaded and read."""
+    goal = before + chance.randint(3, 8) * BATCH
+
+    def cleaned() -> bool:
+        shutil.rmtree(run_dir.parent / CACHE, ignore_errors=True)
+        time.sleep(chance.uniform(0, 0.3))
+        return position(run_dir) >= goal
+
+    wait_for(processes, cleaned)
+    end_of_data_fault(processes, run_dir, chance)
+
+
+def spoil_cache(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """The disk under the cache has damaged the copies of all shards since the last start."""
+    for path in (run_dir.parent / CACHE).glob("*"):
+        if path.is_file():
+            content = bytearray(path.read_bytes())
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+    wait_for_steps(processes, run_dir, before, chance.randint(1, 8))
+    end_of_data_fault(processes, run_dir, chance)
+
+
+def close_checkpoints(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """Nobody may write into checkpoints/ for a while: saves fail, training goes on, and saves again afterwards."""
+    wait_for_steps(processes, run_dir, before, 1)
+    directory = run_dir / "checkpoints"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o500)
+    wait_for_steps(processes, run_dir, before, 2 * SAVE_STEPS)
+    directory.chmod(0o755)
+    end_of_data_fault(processes, run_dir, chance)
+
+
+def close_data(processes: Ranks, run_dir: Path, before: int, chance: random.Random) -> None:
+    """Nobody may read the shards from some moment on, before or after they were opened."""
+    shards, goal = run_dir.parent / "data", before + chance.randint(1, 8) * BATCH
+    time.sleep(chance.uniform(0, 8))
+    shards.chmod(0)
+    try:
+        wait_for(processes, lambda: position(run_dir) >= goal)
+        if all(p.poll() is None for p in processes):
+            chance.choice(processes).send_signal(signal.SIGTERM)
+        finish(processes)
+    finally:
+        shards.chmod(0o755)
+
+
+def end_of_data_fault(processes: Ranks, run_dir: Path, chance: random.Random) -> None:
+    """What data or disks do that come back must end nothing with code 2, which is final."""
+    if all(p.poll() is None for p in processes):
+        chance.choice(processes).send_signal(signal.SIGTERM)
+    codes = finish(processes)
+    if set(codes) - {0, 75}:
+        raise Failed(f"a fault that passes ended with {codes}")
+
+
 FAULTS: dict[str, Callable[[Ranks, Path, int, random.Random], None]] = {
     f.__name__: f
     for f in (
@@ -264,8 +330,14 @@ FAULTS: dict[str, Callable[[Ranks, Path, int, random.Random], None]] = {
         hang_up,
         pause,
         move_checkpoints,
+        lose_cache,
+        spoil_cache,
+        close_checkpoints,
+        close_data,
     )
 }
+CACHED = ("lose_cache", "spoil_cache")
+"""Faults of rounds whose data are read through a cache."""
 
 
 def wait_for_steps(processes: Ranks, run_dir: Path, before: int, steps: int) -> None:
@@ -273,12 +345,12 @@ def wait_for_steps(processes: Ranks, run_dir: Path, before: int, steps: int) -> 
     wait_for(processes, lambda: position(run_dir) >= before + steps * BATCH)
 
 
-def wait_for(processes: Ranks, condition: Callable[[], bool]) -> None:
+def wait_for(processes: Ranks, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Until it holds, or a process has ended."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not condition() and all(p.poll() is None for p in processes):
         if time.monotonic() > end:
-            raise Failed(f"no progress for {PATIENCE:g} s")
+            raise Failed(f"no progress for {patience:g} s")
         time.sleep(0.002)
 
 

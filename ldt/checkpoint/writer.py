@@ -8,7 +8,6 @@ and the run goes on.
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +20,8 @@ import xxhash
 from torch import Tensor
 
 from ldt import rng
-from ldt.checkpoint.manifest import FORMAT, MANIFEST, MANIFEST_HASH, VERSION, listed, versions
+from ldt.checkpoint.manifest import FORMAT, MANIFEST, MANIFEST_HASH, VERSION, versions
+from ldt.checkpoint.retention import Retention, delete, remove, remove_old
 from ldt.checkpoint.tensors import write_safetensors
 from ldt.cluster.gpus import use_device
 from ldt.dist import World, all_reduce_sum
@@ -29,17 +29,8 @@ from ldt.engine.partition import Partition
 from ldt.errors import RunError
 from ldt.files import sync_directory, write_synced
 from ldt.log import get_logger
-from ldt.run.claims import pinned
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Keep the newest `last` and each first one at or after a multiple of `every` samples (0: none of these)."""
-
-    last: int
-    every: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,7 @@ class Writer:
                 sync_directory(temporary)
                 self._check()
                 if os.path.lexists(final):  # a resumed run comes by here again
-                    _delete(final)
+                    delete(final)
                 temporary.rename(final)
                 sync_directory(content.root)
                 if content.retention is not None:
@@ -202,54 +193,7 @@ class Writer:
         self._pool.shutdown(wait=True)  # a failed save may still have to be cleared away
 
 
-def remove_leftovers(root: Path) -> None:
-    """Delete what killed writers left under `root`; only for the owner of the run directory."""
-    for leftover in (*root.glob(".*.tmp"), *root.glob(".*.deleted")):
-        _remove(leftover)
-
-
-def remove_old(root: Path, retention: Retention) -> None:
-    """Delete the checkpoints that the rule doesn't keep and that nobody has claimed or waits for.
-
-    Each is renamed first, so that none is ever seen half deleted.
-    """
-    periods: set[int] = set()
-    for path in listed(root)[: -retention.last or None]:
-        if retention.every:
-            period = int(path.name) // retention.every
-            if period > 0 and period not in periods:
-                periods.add(period)
-                continue
-        if not pinned(path):
-            try:
-                _delete(path)
-            except OSError as error:
-                logger.warning("%s is too old to keep but could not be deleted (%s)", path, error)
-
-
-def _delete(path: Path) -> None:
-    """Rename a checkpoint away at once, then delete its files. What a symbolic link points to is not ours and stays."""
-    if path.is_symlink():
-        logger.info("%s was a symbolic link and is removed; what it leads to stays: %s", path, os.readlink(path))
-        path.unlink()
-        return
-    doomed = path.with_name(f".{path.name}.deleted")
-    path.rename(doomed)
-    _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    """Delete a directory or a symbolic link; one that can't be deleted is reported and left, the run goes on."""
-    try:
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    except OSError as error:
-        logger.warning("%s could not be deleted (%s); remove it by hand", path, error)
-
-
 def _remove_temporary(save: _Save) -> None:
     for content in save.contents:
         if (temporary := content.temporary(save.samples_seen)).exists():
-            _remove(temporary)
+            remove(temporary)

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ldt.config_fields import path_field, required_path_field
-from ldt.dist import broadcast, process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, broadcast, process_group
 from ldt.errors import InputError
 from ldt.files import parse_json
 from ldt.log import read_jsonl
@@ -62,7 +62,7 @@ def run(config: VerifyJob) -> int:
             "first one's samples_seen"
         )
     problems = changed_files(record)
-    with process_group() as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         with _directory(config.output, world.rank) as directory:
             attempt(_again(config, directory), world, until=max(then))
             now = {line["samples_seen"]: line for line in read_jsonl(directory / "metrics.jsonl") if "digest" in line}

@@ -18,13 +18,14 @@ BLOCK_NUMBERS = 1 << 25  # whose float64 copies are in memory at a time
 class EncodedBatch:
     """moments: a tensor [B, 2 or 1, C, H, W] for each view, the second of which is the mirrored image.
 
-    text: what the text encoder made of the captions; None, and no captions, without one.
+    text: what the text encoder made of the captions; None, and no captions, without one. files: as `Loaded` has them.
     """
 
     moments: tuple[torch.Tensor, ...]
     labels: list[int]
     captions: list[str]
     text: NDArray[np.generic] | None
+    files: list[str]
 
 
 def pack(batches: Sequence[EncodedBatch], layout: Layout) -> Samples:

@@ -170,7 +170,8 @@ class Encoder:
                 sums.append(Sums.of(block, self.config.whitening == "element"))
         counts = plan.caption_counts([caption for batch in encoded for caption in batch.captions])
         writer = ShardWriter(self.output / unit.part, format, plan.layout, len(plan.source.classes))
-        origin = Origin(unit.start, plan.source_hash(unit), counts)
+        source = hash_of(line for batch in encoded for line in batch.files)
+        origin = Origin(unit.start, source, counts)
         writer.write(shard_name(unit.number, format), samples, Sums.total(sums), origin)
 
     def _not_finite(self, unit: Unit, at: int, given: torch.Tensor) -> str:

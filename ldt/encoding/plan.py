@@ -38,11 +38,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Loaded:
-    """One batch of a unit as it was read: contents of its items [B, …], their labels, and with text their captions."""
+    """One batch of a unit as it was read: contents of its items [B, …], their labels, and with text their captions.
+
+    files: names and sizes of the files just before they were read.
+    """
 
     content: NDArray[Any]
     labels: list[int]
     captions: list[str]
+    files: list[str]
 
 
 class Plan:
@@ -100,11 +104,12 @@ class Plan:
 
     def source_hash(self, unit: Unit) -> str:
         """The files that a unit is made of, by their names and sizes as they are now, as a hash."""
+        return hash_of(self._files(self.image_numbers(unit, unit.start, unit.stop)))
+
+    def _files(self, numbers: list[int]) -> list[str]:
+        """A line for each image: the names and sizes of its files as they are now."""
         source, text = self.source, self.text is not None
-        return hash_of(
-            f"{source.key(i)} {source.size(i)} {source.caption_size(i) if text else ''}"
-            for i in self.image_numbers(unit, unit.start, unit.stop)
-        )
+        return [f"{source.key(i)} {source.size(i)} {source.caption_size(i) if text else ''}" for i in numbers]
 
     def whole_source_hash(self) -> str:
         """All files that are encoded, by their names and sizes as they are now, as a hash."""
@@ -134,15 +139,16 @@ class Plan:
     def load(self, batch: tuple[Unit, int, int]) -> Loaded:
         """Samples [start, stop) of a unit."""
         numbers = self.image_numbers(*batch)
+        files = self._files(numbers)  # before they are read: one that changes meanwhile is then seen to have changed
         captions = [self.source.caption(i) for i in numbers] if self.text else []
         content = np.stack([self.input.content(i) for i in numbers])
-        return Loaded(content, [self.source.label(i) for i in numbers], captions)
+        return Loaded(content, [self.source.label(i) for i in numbers], captions, files)
 
     def encode(self, loaded: Loaded) -> EncodedBatch:
         """A batch through the autoencoder and the text encoder."""
         moments = self.input.moments(torch.from_numpy(loaded.content))
         text = self.text.encode(loaded.captions) if self.text else None
-        return EncodedBatch(moments, loaded.labels, loaded.captions, text)
+        return EncodedBatch(moments, loaded.labels, loaded.captions, text, loaded.files)
 
     def examples(self) -> list[tuple[int, str]]:
         """Labels and beginnings of captions of some training images, evenly spaced; previews and samples use them."""

@@ -11,7 +11,7 @@ from ldt.config import from_dict, to_dict
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.dist import World
 from ldt.engine.ema import ShardedEMA
-from ldt.engine.engine import learning_rate
+from ldt.engine.learning_rate import learning_rate
 from ldt.engine.partition import Partition
 from ldt.errors import InputError
 from ldt.progress import pluralize

@@ -19,7 +19,8 @@ from torch import Tensor
 from ldt import log, tracking
 from ldt.checkpoint.manifest import TrainState
 from ldt.checkpoint.restore import newest_whole
-from ldt.checkpoint.writer import Content, Retention, Writer, remove_leftovers
+from ldt.checkpoint.retention import Retention, remove_leftovers
+from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict, to_yaml
 from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
@@ -28,7 +29,8 @@ from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, on_rank_zero
 from ldt.engine.ema import ShardedEMA, profiles
-from ldt.engine.engine import Engine, StepResult, learning_rate
+from ldt.engine.engine import Engine, StepResult
+from ldt.engine.learning_rate import learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.nn.attention import choose_kernel, forward_differentiable

@@ -1,0 +1,8 @@
+"""A short campaign of faults against real encodings, and that a wrong set of images would be seen."""
+
+from chaos_encode import campaign
+
+
+def test_encodings_survive_changed_images_and_permissions(tmp_path):
+    rounds = campaign(tmp_path, ["exchange_images", "close_images"], seed=2)
+    assert {r.fault for r in rounds} == {"exchange_images", "close_images"}
