@@ -64,7 +64,11 @@ COMMANDS = {
         options=("to", "ema_width", "format"),
     ),
     "import": Command(
-        "import_dit", "ImportJob", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
+        "import_model",
+        "ImportJob",
+        "WEIGHTS.pt to=DIR autoencoder=NAME",
+        "others' public weights as a model",
+        "weights",
     ),
     "plan": Command(
         "plan", "PlanJob", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a future run"
