@@ -1,4 +1,4 @@
-"""U-ViT's weights (2209.12152), as its `imagenet256_uvit_huge.pth`: eps at step n of 1000 on a scaled-linear schedule.
+"""U-ViT's weights (2209.12152), such as its ImageNet models: eps at step n of 1000 on a scaled-linear schedule.
 
 Its sequence begins with the class and the time, ours with the time and the class, so two rows of its positions change
 places; attention does not care for order.
