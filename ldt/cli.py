@@ -64,10 +64,24 @@ COMMANDS = {
         options=("to", "ema_width", "format"),
     ),
     "import": Command(
-        "import_dit", "ImportJob", "WEIGHTS.pt to=DIR autoencoder=NAME", "DiT's public weights as a model", "weights"
+        "import_model",
+        "ImportJob",
+        "WEIGHTS.pt to=DIR autoencoder=NAME",
+        "others' public weights as a model",
+        "weights",
     ),
     "plan": Command(
         "plan", "PlanJob", "CONFIG nodes=N gpus=8 device=h100", "memory, traffic, step time and cost of a future run"
+    ),
+    "bench data": Command(
+        "bench_data",
+        "BenchDataJob",
+        "RUN|DIR [key=value ...]",
+        "each stage of loading alone, and the bottleneck",
+        "path",
+    ),
+    "bench encode": Command(
+        "bench_encode", "BenchEncodeJob", "CONFIG [key=value ...]", "how fast each stage of encoding is"
     ),
     "replay": Command(
         "replay", "ReplayJob", "RUN [to=wandb|tensorboard]", "send a run's log to a tracker afterwards", "run"
@@ -121,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return DONE
-    name, rest = arguments[0], arguments[1:]
+    parts = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:parts]), arguments[parts:]
     if name == "train":
         stop.listen()  # a request that comes while torch is being imported counts too
     try:

@@ -61,9 +61,7 @@ def words_of(command: str) -> list[str]:
     """Its words without comment, optional parts and ellipses, placeholders filled in."""
     command = re.sub(r"\s{2,}\S.*$", "", re.sub(r"\[[^\]]*\.\.\.\]", "", command))  # text after two spaces explains
     words = [w for w in shlex.split(command, comments=True) if w not in ("…", "...")]
-    stands_for = STANDS_FOR | (
-        {"CONFIG": "configs/encode/fashion_mnist.yaml"} if words[:2] == ["ldt", "encode"] else {}
-    )
+    stands_for = STANDS_FOR | ({"CONFIG": "configs/encode/fashion_mnist.yaml"} if "encode" in words[1:3] else {})
     return [stands_for.get(word, word) for word in words]
 
 
@@ -139,8 +137,9 @@ def test_a_command_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyP
 def dry_run(words: list[str]) -> None:
     if words[:1] == ["COMMAND"] or set(words) & {"--help", "--version"}:
         words = ["train", "--help"]
-    assert words and words[0] in COMMANDS, words
-    if len(words) > 1:  # `ldt train` alone is only a name
+    parts = 2 if " ".join(words[:2]) in COMMANDS else 1
+    assert words and " ".join(words[:parts]) in COMMANDS, words
+    if len(words) > parts:  # `ldt train` alone is only a name
         assert main([*words, "--dry-run"]) == 0, words
 
 

@@ -12,7 +12,8 @@ from run_data import make_autoencoder, randomised
 from ldt.checkpoint.load import Loaded, load_denoiser
 from ldt.cli import main
 from ldt.convert.diffusers_dit import write_pipeline
-from ldt.convert.dit import convert, model_config, read
+from ldt.convert.dit import convert, model_config
+from ldt.convert.weights import read
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
@@ -146,7 +147,7 @@ def test_other_files_are_refused(theirs, tmp_path, capsys):
             convert(w, model_config(w, *settings))
         return str(error.value)
 
-    assert "holds no DiT" in refused({"a": torch.zeros(1)})
+    assert "are no DiT's: there is no x_embedder.proj.weight" in refused({"a": torch.zeros(1)})
     assert "is none of the published ones; give its heads=" in refused(theirs)
     assert "extra.weight is not part of a DiT" in refused(theirs | {"extra.weight": torch.zeros(1)}, HEADS)
     assert "not the fixed sine-cosine grid" in refused(theirs | {"pos_embed": torch.ones(1, 16, WIDTH)}, HEADS)
@@ -157,6 +158,7 @@ def test_other_files_are_refused(theirs, tmp_path, capsys):
     torch.save(theirs, tmp_path / "x.pt")
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     command = ["import", str(tmp_path / "x.pt"), f"to={tmp_path}/m", f"autoencoder={tmp_path}/vae", f"heads={HEADS}"]
+    command.append("kind=dit")
     assert main([*command, f"class_names={tmp_path}/names.txt"]) == 2
     assert "has 2 lines, the weights know 7 classes" in capsys.readouterr().err
 

@@ -154,6 +154,7 @@ HOST_ONLY = {
     "data.images.open": ["ThreadPoolExecutor"],
     "data.loader": ["ldt-download"],
     "data.shards.remote": ["ldt-remote"],
+    "data.stages": ["threads"],
     "dist": ["Timer"],
     "encoding.encoder": ["self.config.threads", "1"],  # they read images and write shards; the network is the caller's
     "reporting.pictures": ["THREADS"],

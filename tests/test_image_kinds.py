@@ -20,7 +20,7 @@ from run_data import make_autoencoder
 
 from ldt.cli import main
 from ldt.data.images import Fields, open_images, prepare
-from ldt.data.images.open import INDEXERS, index_share
+from ldt.data.images.open import INDEXERS, index_share, open_encoded
 from ldt.data.shards import Manifest
 from ldt.errors import InputError
 
@@ -176,6 +176,19 @@ def test_the_same_images_in_every_kind(samples, tmp_path, kind):
             assert source.content(i) == image and source.image(i).size[0] == 8
         assert not source.remarks()
         assert len({source.key(i) for i in range(COUNT)}) == COUNT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_classes_of_every_kind(samples, tmp_path, kind):
+    path = str(KINDS[kind](tmp_path / "set", samples))
+    source = open_images(path, classes=["cat", "ant"])
+    wanted = [s for s in samples if not s[0].startswith("bee")]
+    assert source.classes == ("cat", "ant") and len(source) == source.captioned == len(wanted)
+    assert [source.label(i) for i in range(len(source))] == [0 if s[0].startswith("cat") else 1 for s in wanted]
+    assert [source.caption(i) for i in range(len(source))] == [s[3] for s in wanted]
+    for classes, said in ((["cat", "dog"], "has no class dog; it has ant, bee, cat"), (["cat", "cat"], "class twice")):
+        with pytest.raises(InputError, match=said):
+            open_images(path, classes=classes)
 
 
 @pytest.mark.parametrize("kind", ["web tars", "zip", "parquet", "mds"])
@@ -386,6 +399,13 @@ def test_unreadable_images_stop_or_are_left_out(samples, tmp_path, vae, capsys, 
     assert encode(directory(tmp_path / "good", without), tmp_path / "anew", vae) == 0
     assert Manifest.load(tmp_path / "skipped").fingerprint == Manifest.load(tmp_path / "anew").fingerprint
     assert Manifest.load(tmp_path / "skipped").recipe["unreadable images left out"] == 2
+
+
+def test_some_classes_are_encoded_and_compared_with(samples, tmp_path, vae):
+    assert encode(directory(tmp_path / "set", samples), tmp_path / "out", vae, "images.classes=[cat,ant]") == 0
+    head = Manifest.load(tmp_path / "out")
+    real = open_encoded(head.recipe)
+    assert head.classes == ["cat", "ant"] == list(real.classes) and len(real) == head.recipe["number of images"]
 
 
 def test_exif_turns_images_where_asked(tmp_path):

@@ -14,8 +14,8 @@ from ldt.paths import usable_path
 from ldt.submit import SubmitJob
 
 NOT_PATHS = {
-    "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "label", "latent",
-    "metrics", "micro_batch", "model", "name", "prompts", "slurm", "watch_job",
+    "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "init_fresh",
+    "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "slurm", "watch_job",
 }  # fmt: skip
 REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
 
@@ -39,6 +39,7 @@ JOBS["submit"] = SubmitJob
 PATHS = [(n, k, f) for n, job in JOBS.items() for k, f in string_keys(job) if "path" in f.metadata]
 ENOUGH = {
     "encode": ["images.path=x", "images.size=8", "autoencoder=x", "output=x"],
+    "bench encode": ["images.path=x", "images.size=8", "autoencoder=x", "output=x"],
     "train": ["run_dir=x", "data.path=x"],
     "verdict": ["run_dir=x", "data.path=x", "launcher_code=0"],
     "plan": ["run_dir=x", "data.path=x"],
@@ -51,7 +52,11 @@ ENOUGH = {
 def setting(job, key, value):
     """Arguments of a job that are enough, and this one."""
     key = key.replace("NAME", "some")
-    wanted = [a for a in ENOUGH.get(job, ["run=x"] if job != "inspect" else ["path=x"]) if not a.startswith(f"{key}=")]
+    wanted = [
+        a
+        for a in ENOUGH.get(job, ["path=x"] if job in ("inspect", "bench data") else ["run=x"])
+        if not a.startswith(f"{key}=")
+    ]
     if key.startswith("data.sources") or key in ("index", "latents"):
         wanted = [
             a for a in wanted if not a.startswith(("data.path", "images.path", "output" if key == "index" else "-"))

@@ -42,6 +42,7 @@ VARIANTS = [
     dataclasses.replace(dit("S/2"), width=32, depth=2, heads=2, learned_sigma=False),
     dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2),
     ModelConfig(width=32, depth=3, heads=2, value_residual=True),
+    ModelConfig(width=32, depth=2, heads=2, positions="rope_sincos", rope_base=10_000.0, time="unit", norm_eps=1e-5),
     ModelConfig(width=32, depth=2, heads=2, value_residual=True, head=HeadConfig(2, 48, 2)),
     ModelConfig(width=32, depth=2, heads=2, conditioning="adaln_zero", positions="sincos", head=HeadConfig(1, 48, 3)),
     dataclasses.replace(uvit("S/2"), width=32, depth=3, heads=2, head=HeadConfig(1, 48, 2)),

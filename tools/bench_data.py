@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldt import rng as rng_of_ldt
-from ldt.data.batch import Batch, SampleDraws, digest
-from ldt.data.loader import LocationCache, RankSlice
+from ldt.data.batch import SampleDraws
+from ldt.data.loader import RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
+from ldt.data.stages import loader_stages, rate
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -73,29 +73,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
-    """What a loader thread spends on a sample, in microseconds: one thread, one part at a time."""
-    shape = shards.manifest.latent_shape
-    elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
+    """What a loader thread spends on a sample, in microseconds: one thread, one stage at a time."""
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
-    locations, steps = LocationCache(order, RankSlice.of(batch, 0, 1, 0)), itertools.count()
-    first, draws = locations.of(0), SampleDraws(0, 0.1)
-    draws.fill(rows, shards, first)
-    parts: dict[str, Callable[[], Any]] = {
-        "locate": lambda: locations.of(batch * next(steps)),
-        "read": lambda: shards.read(first.shard_n, first.sample_n),
-        "one normal draw": lambda: rng_of_ldt.normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, elements),
-        "digest": lambda: digest(rows, first.sample_n),
-        "all of fill": lambda: draws.fill(rows, shards, first),
-    }
-    return {f"us/sample: {name}": 1e6 / _rate(action, batch, 0.7) for name, action in parts.items()}
+    stages = loader_stages(shards, order, RankSlice.of(batch, 0, 1, 0), SampleDraws(0, 0.1))
+    return {f"us/sample: {name}": 1e6 / rate(make, batch, 1, 0.7) for name, make in stages.items()}
 
 
-def _rate(action: Callable[[], Any], samples: int, seconds: float = 1.5) -> float:
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        action()
-        done += samples
-    return done / (time.perf_counter() - start)
+def _rate(action: Callable[[], Any], samples: int) -> float:
+    return rate(lambda: action, samples, 1, 1.5)
 
 
 def _memmap(path: Path, samples: int, row: int) -> float:

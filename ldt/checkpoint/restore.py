@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ldt import rng
-from ldt.checkpoint.checkpoint import Checkpoint, resolve
-from ldt.checkpoint.load import read_exported, read_weights
-from ldt.checkpoint.manifest import MODEL, Damaged, listed, read_manifest, verify_file
+from ldt.checkpoint.checkpoint import Checkpoint
+from ldt.checkpoint.manifest import Damaged, listed, read_manifest, verify_file
 from ldt.checkpoint.tensors import Reader
 from ldt.dist import World, all_gather, broadcast
 from ldt.engine.ema import ShardedEMA
@@ -96,26 +95,6 @@ def stored_average(checkpoint: Checkpoint, profile: dict[str, Any]) -> str:
         f"checkpoint {checkpoint.path} holds no average like {profile}, but {there}; use the ema keys it was trained "
         "with, or start a new run with train.init_from"
     )
-
-
-def start_from(path: Path, partition: Partition, ema: ShardedEMA) -> dict[str, Any]:
-    """Weights and averages ← the averaged weights of another run, a checkpoint or an exported model (collective).
-
-    The optimizer starts anew. Returns the config that the weights were trained with.
-    """
-    if (path / MODEL).exists():
-        weights, facts, _ = read_exported(path)
-    else:
-        path = resolve(path)
-        weights, facts, _ = read_weights(path, "ema")
-    advice = "set model.* as there, give data of as many channels and classes, or leave train.init_from out"
-    _check_shapes(path, {name: list(tensor.shape) for name, tensor in weights.items()}, partition, advice)
-    for f in partition.load_targets():
-        f.master.copy_(weights[f.name].flatten()[f.start : f.start + f.count])
-    ema.reset()
-    partition.sync_model_weights()
-    config: dict[str, Any] = facts["config"]
-    return config
 
 
 def _check_draws(path: Path, saved: int) -> None:

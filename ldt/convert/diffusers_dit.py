@@ -31,6 +31,7 @@ NEEDED = {
     "conditioning": "adaln_zero",
     "positions": "sincos",
     "norm": "layer",
+    "norm_eps": 1e-6,
     "mlp": "gelu",
     "qk_norm": False,
     "value_residual": False,

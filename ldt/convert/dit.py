@@ -1,22 +1,22 @@
-"""DiT's public weights (`DiT-XL-2-256x256.pt` and others of that layout) as a model of ours: `ldt import`.
+"""DiT's layout: `DiT-XL-2-256x256.pt`, and the same names in SiT's and REPA's files.
 
-The file is read as tensors only. What comes out is an exported model as `ldt export` writes it, learned sigma included:
-the model keeps those channels to itself. DiT's latents are an autoencoder's times 0.18215, which here is the whitening.
+SiT has DiT's network, but is told the time itself, from noise at 0 to data at 1, and predicts data minus noise. Both
+are turned round in the first and last layer, exactly. REPA's is told our time and predicts our velocity; its projectors
+serve its training alone.
 """
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldt.errors import InputError, by_reason
+from ldt.convert.weights import Converted, channels_first, rename
+from ldt.diffusion.config import ObjectiveConfig
+from ldt.errors import InputError
 from ldt.nn.config import ModelConfig
-from ldt.nn.embedding import sincos_2d
+from ldt.nn.embedding import FREQUENCIES, sincos_2d
 from ldt.nn.sizes import DIT, dit_of
-
-SCALE = 0.18215
 
 NAMES = {
     "x_embedder.proj.weight": "patchify.weight",
@@ -29,6 +29,8 @@ NAMES = {
 }
 BLOCK_NAMES = {
     "attn.qkv.": "attention.qkv.",
+    "attn.q_norm.": "attention.q_norm.",
+    "attn.k_norm.": "attention.k_norm.",
     "attn.proj.": "attention.out.",
     "mlp.fc1.": "mlp.up.",
     "mlp.fc2.": "mlp.down.",
@@ -36,36 +38,45 @@ BLOCK_NAMES = {
 }
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a DiT file, of the average where it is a training checkpoint."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"weights={path} does not exist; give DiT's .pt file") from None
-    except Exception as error:  # torch raises a dozen types over a damaged file
-        reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0][:150]
-        raise by_reason(
-            f"weights={path} can't be read as plain tensors ({reason}); save it again as a dictionary of tensors alone",
-            error,
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("ema"), dict):
-        content = content["ema"]
-    if not isinstance(content, dict) or "x_embedder.proj.weight" not in content:
-        raise InputError(f"weights={path} holds no DiT: there is no x_embedder.proj.weight in it")
-    return content
+def from_dit(theirs: dict[str, Tensor], heads: int = 0) -> Converted:
+    model = model_config(theirs, heads)
+    objective = ObjectiveConfig(prediction="eps", schedule="ddpm", timesteps="uniform")
+    return Converted(model, objective, convert(theirs, model), grid_rows(theirs))
+
+
+def from_sit(theirs: dict[str, Tensor], heads: int = 0) -> Converted:
+    model = replace(model_config(theirs, heads), time="unit")
+    tensors = turned_round(convert(theirs, model))
+    return Converted(model, ObjectiveConfig(timesteps="uniform"), tensors, grid_rows(theirs))
+
+
+def from_repa(theirs: dict[str, Tensor], heads: int = 0) -> Converted:
+    left_out = [name for name in theirs if name.startswith("projectors.")]
+    theirs = {name: tensor for name, tensor in theirs.items() if name not in left_out}
+    model = replace(model_config(theirs, heads), time="unit")
+    return Converted(model, ObjectiveConfig(timesteps="uniform"), convert(theirs, model), grid_rows(theirs), left_out)
 
 
 def model_config(theirs: dict[str, Tensor], heads: int = 0) -> ModelConfig:
-    """The architecture, read off the shapes; only the number of heads is not in them and comes from DiT's table."""
+    """The architecture that the shapes tell; `heads` is the only thing they don't, so it comes from DiT's table."""
+    for needed in ("x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight", "pos_embed"):
+        if needed not in theirs:
+            raise InputError(f"the weights are no DiT's: there is no {needed} in them")
     width, channels, patch, _ = theirs["x_embedder.proj.weight"].shape
     depth = 1 + max(int(m[1]) for name in theirs if (m := re.match(r"blocks\.(\d+)\.", name)))
     known = {(w, d): h for w, d, h in DIT.values()}
     heads = heads or known.get((width, depth), 0)
     if not heads:
         raise InputError(f"a DiT of width {width} and depth {depth} is none of the published ones; give its heads=")
+    if "blocks.0.attn.q_norm.bias" in theirs:
+        raise InputError(
+            "these weights normalise queries and keys by a LayerNorm, which ldt has not (model.qk_norm is an RMSNorm); "
+            "only models trained without qk-norm can be imported"
+        )
     return replace(
         dit_of(width, depth, heads, patch),
         mlp_ratio=theirs["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qk_norm="blocks.0.attn.q_norm.weight" in theirs,
         learned_sigma=theirs["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
     )
 
@@ -77,25 +88,29 @@ def convert(theirs: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
         if name == "pos_embed":
             _check_positions(tensor, model.width, grid_rows(theirs))
             continue
-        ours = _renamed(name)
+        block = re.match(r"blocks\.\d+\.", name)
+        ours = rename(name, block[0], BLOCK_NAMES) if block else rename(name, "", NAMES)
         if ours is None:
             raise InputError(f"{name} is not part of a DiT")
         if ours == "patchify.weight":
             tensor = tensor.flatten(1)
         elif ours.startswith("unpatchify."):
-            p = model.patch
-            tensor = tensor.unflatten(0, (p, p, -1)).movedim(2, 0).flatten(0, 2)
+            tensor = channels_first(tensor, model.patch)
         out[ours] = tensor.float().contiguous()
     return out
 
 
-def _renamed(name: str) -> str | None:
-    block = re.match(r"blocks\.\d+\.", name)
-    prefix = block[0] if block else ""
-    for theirs, ours in (BLOCK_NAMES if block else NAMES).items():
-        if name.removeprefix(prefix).startswith(theirs):
-            return prefix + ours + name.removeprefix(prefix + theirs)
-    return None
+def turned_round(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network that is told t where it was told 1 − t, and predicts noise minus data where it did the opposite.
+
+    A·cos((1 − t)f) + B·sin((1 − t)f) is (A·cos f + B·sin f)·cos(tf) + (A·sin f − B·cos f)·sin(tf).
+    """
+    half = FREQUENCIES // 2
+    f = 10_000 ** -(torch.arange(half, dtype=torch.float64) / half)
+    a, b = tensors["time.up.weight"].double().chunk(2, dim=1)
+    up = torch.cat([a * f.cos() + b * f.sin(), a * f.sin() - b * f.cos()], dim=1).float()
+    last = {name: -tensor for name, tensor in tensors.items() if name.startswith("unpatchify.")}
+    return tensors | last | {"time.up.weight": up}
 
 
 def grid_rows(theirs: dict[str, Tensor]) -> int:
@@ -109,15 +124,3 @@ def _check_positions(tensor_1ND: Tensor, width: int, rows: int) -> None:
         tensor_1ND[0].float(), sincos_2d(width, rows, rows), atol=1e-4
     ):
         raise InputError("pos_embed is not the fixed sine-cosine grid of DiT; this file is of another model")
-
-
-def _class_names(path: str, classes: int) -> list[str]:
-    if not path:
-        return [str(i) for i in range(classes)]
-    try:
-        names = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise by_reason(f"class_names={path} can't be read ({error.strerror}); give a text file", error) from None
-    if len(names) != classes:
-        raise InputError(f"class_names={path} has {len(names)} lines, the weights know {classes} classes")
-    return names

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt import rng
-from ldt.data.shards import Manifest, Shards
+from ldt.data.shards import Manifest, Records, Shards
 from ldt.rng import Purpose
 
 Ints = NDArray[np.int64]
@@ -103,14 +103,24 @@ class SampleDraws:
         return self.condition_on != "class"
 
     def fill(self, batch: Batch, shards: Shards, samples: Located) -> None:
-        """Write the samples into the first rows of a CPU batch.
+        """Write the samples into the first rows of a CPU batch."""
+        records = self.read(shards, samples, text=batch.text is not None)
+        self.draw(batch, shards.manifest, records, samples.key_n)
+
+    def read(self, shards: Shards, samples: Located, text: bool) -> Records:
+        """What is stored of the samples, of the mirrored image for those that are drawn so."""
+        flip_n = None
+        if self.flips:
+            flip_n = rng.bits(self.seed, Purpose.FLIP, samples.key_n, 1)[:, 0] >> np.uint64(63) == 1
+        return shards.read(samples.shard_n, samples.sample_n, flip_n, text=text)
+
+    def draw(self, batch: Batch, manifest: Manifest, records: Records, key_n: Ints) -> None:
+        """Write what was read, and everything random about it, into the first rows of a CPU batch.
 
         latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same
         bits. Without a posterior std is 0 and nothing is drawn.
         """
-        manifest, n, key_n = shards.manifest, len(samples.key_n), samples.key_n
-        flip_n = rng.bits(self.seed, Purpose.FLIP, key_n, 1)[:, 0] >> np.uint64(63) == 1 if self.flips else None
-        records = shards.read(samples.shard_n, samples.sample_n, flip_n, text=batch.text is not None)
+        n = len(key_n)
         latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
         elements = int(np.prod(manifest.latent_shape))
         if manifest.posterior:

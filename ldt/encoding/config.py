@@ -1,7 +1,7 @@
 """The keys of `ldt encode`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ldt.config_fields import check_seed, choice, path_field, required_path_field, section
@@ -15,8 +15,9 @@ class ImagesConfig:
 
     `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
     `label`, `caption`: the ending of a member, the key of a .json, or the column that they come from; empty for what is
-    usual. `exif`: ignore, or turn images as cameras say. `on_error`: stop at an unreadable image, or skip it; then all
-    are looked at first. `index_dir`: where the indexes of files are kept.
+    usual. `classes`: encode only images of these, in this order; empty for all. `exif`: ignore, or turn images as
+    cameras say. `on_error`: stop at an unreadable image, or skip it; then all are looked at first. `index_dir`: where
+    the indexes of files are kept.
     """
 
     path: str = path_field(remote=True)
@@ -24,6 +25,7 @@ class ImagesConfig:
     fit: str = choice("crop", "pad")
     label: str = ""
     caption: str = ""
+    classes: list[str] = field(default_factory=list)
     exif: str = choice("ignore", "turn")
     on_error: str = choice("stop", "skip")
     index_dir: str = path_field("~/.cache/ldt/images")

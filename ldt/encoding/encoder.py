@@ -152,12 +152,12 @@ class Encoder:
                 if stop == unit.stop:
                     if writing is not None:
                         writing.result()
-                    writing = writer.submit(self._write, unit, encoded)
+                    writing = writer.submit(self.write_shard, unit, encoded)
                     encoded = []
             if writing is not None:
                 writing.result()
 
-    def _write(self, unit: Unit, encoded: list[EncodedBatch]) -> None:
+    def write_shard(self, unit: Unit, encoded: list[EncodedBatch]) -> None:
         """Round, check and write one shard; runs in the writer's thread."""
         plan, format = self.plan, self.config.format
         samples, sums = pack(encoded, plan.layout), []

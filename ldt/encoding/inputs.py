@@ -57,7 +57,8 @@ class ImageInput(Input):
         fields = Fields(wanted.label, wanted.caption)
         if world.size > 1:
             together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
-        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn")
+        turn = wanted.exif == "turn"
+        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, turn, wanted.classes)
         autoencoder.check_size(wanted.size, wanted.size)
         side = wanted.size // autoencoder.downsample
         self.latent_shape = (autoencoder.latent_channels, side, side)
@@ -79,8 +80,8 @@ class ImageInput(Input):
 
     def recipe(self) -> dict[str, Any]:
         wanted = self._config.images
-        chosen = {f"images.{key}": getattr(wanted, key) for key in ("label", "caption", "exif", "on_error")}
-        out = {key: value for key, value in chosen.items() if value not in ("", "ignore", "stop")}
+        chosen = {f"images.{key}": getattr(wanted, key) for key in ("label", "caption", "exif", "on_error", "classes")}
+        out = {key: value for key, value in chosen.items() if value and value not in ("ignore", "stop")}
         return out | ({"unreadable images left out": len(self.unreadable)} if wanted.on_error == "skip" else {})
 
     def _leave_out_unreadable(self, world: World) -> None:
@@ -97,7 +98,8 @@ class ImageInput(Input):
         bad = sorted(entry for part in all_gather(mine) for entry in part)
         self.unreadable = [(self.source.key(number), reason) for number, reason in bad]
         if bad:
-            self.source = Chosen(self.source, [number for number, _ in bad])
+            kept = np.delete(np.arange(len(self.source)), [number for number, _ in bad])
+            self.source = Chosen(self.source, kept)
 
 
 class LatentInput(Input):

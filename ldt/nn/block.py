@@ -126,15 +126,15 @@ def make_mlp(config: ModelConfig) -> nn.Module:
 
 def make_norm(config: ModelConfig, width: int, affine: bool) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+        return nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
 
 
 def make_position(config: ModelConfig, rows: int, columns: int, tokens: int) -> nn.Parameter | None:
     """Positions added to the tokens: learned for all of them, or fixed sine-cosine for the image's."""
     if config.positions == "learned":
         return nn.Parameter(torch.randn(tokens, config.width) * 0.02)
-    if config.positions == "sincos":
+    if config.adds_sincos:
         prefix = torch.zeros(tokens - rows * columns, config.width)
         return nn.Parameter(torch.cat([prefix, sincos_2d(config.width, rows, columns)]), requires_grad=False)
     return None

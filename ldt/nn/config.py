@@ -69,10 +69,11 @@ class ModelConfig:
     `condition_on`: what it is told besides the time. `time`: the network's clock, 1000·t, the step k = 1000·t − 1 of a
     schedule of 1000 steps, or t itself (unit), of which derivatives are smooth; `time_frequencies`: of its sinusoids,
     10⁴^(−i/128) or, as in diffusers, 10⁴^(−i/127); `time_embedding`: through a perceptron, or the bare sinusoids.
-    `learned_sigma`: as many output channels again, which nothing here trains or uses: for weights from elsewhere.
-    `activation_checkpointing`: keep only what enters each block and compute the rest again in the backward pass.
-    `value_residual`: every block's values are mixed with the first one's (Zhou et al. 2410.17897). `interval`: it is
-    also told over which time back from t a velocity is averaged, for `objective.mean_flow`. `inner_head`: after how
+    `rope_base`: of the frequencies of rotary positions, alone (`rope`) or beside fixed ones that are added
+    (`rope_sincos`). `learned_sigma`: as many output channels again, which nothing here trains or uses: for weights from
+    elsewhere. `activation_checkpointing`: keep only what enters each block and compute the rest again in the backward
+    pass. `value_residual`: every block's values are mixed with the first one's (Zhou et al. 2410.17897). `interval`: it
+    is also told over which time back from t a velocity is averaged, for `objective.mean_flow`. `inner_head`: after how
     many blocks a second output is read and trained, for `guidance_inner` (0: none). `head`: wide blocks at the end.
     `unet` belongs to name=unet, which ignores the Transformer's keys.
     """
@@ -85,8 +86,10 @@ class ModelConfig:
     condition_on: str = choice("class", "text", "class_and_text")
     conditioning: str = choice("in_context", "adaln_zero")
     long_skips: bool = False
-    positions: str = choice("rope", "learned", "sincos")
+    positions: str = choice("rope", "learned", "sincos", "rope_sincos")
+    rope_base: float = 100.0
     norm: str = choice("rms", "layer")
+    norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = True
     mlp: str = choice("swiglu", "gelu", "gelu_erf")
@@ -114,13 +117,16 @@ class ModelConfig:
                 raise InputError(f"model.{key}={getattr(self, key)} must be at most {most}")
         if self.width % self.heads:
             raise InputError(f"model.heads={self.heads} does not divide model.width={self.width}")
-        if self.positions == "rope" and self.width // self.heads % 4:
+        for key in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"model.{key}={getattr(self, key)} must be a positive number")
+        if self.turns and self.width // self.heads % 4:
             raise InputError(
-                f"model.positions=rope needs a head size divisible by 4, not {self.width // self.heads}; "
+                f"model.positions={self.positions} needs a head size divisible by 4, not {self.width // self.heads}; "
                 "change model.width or model.heads"
             )
-        if self.positions == "sincos" and self.width % 4:
-            raise InputError(f"model.positions=sincos needs model.width divisible by 4, not {self.width}")
+        if self.adds_sincos and self.width % 4:
+            raise InputError(f"model.positions={self.positions} needs model.width divisible by 4, not {self.width}")
         if not 0 <= self.inner_head < self.depth or (self.inner_head and self.name != "transformer"):
             raise InputError(
                 f"model.inner_head={self.inner_head} must be 0 (none) or the number of a transformer's block below "
@@ -149,13 +155,23 @@ class ModelConfig:
             raise InputError(
                 f"model.head.depth={self.head.depth} is the transformer's; with model.name=unet leave it 0"
             )
-        if self.positions == "rope" and width // heads % 4:
+        if self.turns and width // heads % 4:
             raise InputError(
-                f"model.positions=rope needs a head size divisible by 4, not {width // heads} in the wide head; change "
-                "model.head.width or model.head.heads"
+                f"model.positions={self.positions} needs a head size divisible by 4, not {width // heads} in the wide "
+                "head; change model.head.width or model.head.heads"
             )
-        if self.positions == "sincos" and width % 4:
-            raise InputError(f"model.positions=sincos needs model.head.width divisible by 4, not {width}")
+        if self.adds_sincos and width % 4:
+            raise InputError(f"model.positions={self.positions} needs model.head.width divisible by 4, not {width}")
+
+    @property
+    def turns(self) -> bool:
+        """Whether positions are rotary, on top of others or alone."""
+        return self.positions in ("rope", "rope_sincos")
+
+    @property
+    def adds_sincos(self) -> bool:
+        """Whether fixed sine-cosine positions are added to the tokens."""
+        return self.positions in ("sincos", "rope_sincos")
 
     @property
     def uses_class(self) -> bool:

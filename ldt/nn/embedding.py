@@ -101,9 +101,9 @@ class AxialRotary(nn.Module):
     cos_NE: Tensor
     sin_NE: Tensor
 
-    def __init__(self, head_dim: int, rows: int, columns: int, prefix: int) -> None:
+    def __init__(self, head_dim: int, rows: int, columns: int, prefix: int, base: float = 100.0) -> None:
         super().__init__()
-        frequency = 100 ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+        frequency = base ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
         y = torch.arange(rows, dtype=torch.float64)[:, None, None].expand(rows, columns, 1) * frequency
         x = torch.arange(columns, dtype=torch.float64)[None, :, None].expand(rows, columns, 1) * frequency
         angle = rearrange(torch.cat([y, x], dim=-1), "r c e -> (r c) e")

@@ -48,7 +48,8 @@ class Transformer(nn.Module):
         self.text = TextEmbedding(text, config.width) if text else None
         self.position = make_position(config, self.rows, self.columns, tokens)
         head_dim = config.width // config.heads
-        rotary = AxialRotary(head_dim, self.rows, self.columns, self.prefix) if config.positions == "rope" else None
+        grid = (self.rows, self.columns, self.prefix)
+        rotary = AxialRotary(head_dim, *grid, config.rope_base) if config.turns else None
         # the first so many blocks, and after them the wide head's
         self.checkpointed = config.depth + config.head.depth if config.activation_checkpointing else 0
         half = config.depth // 2

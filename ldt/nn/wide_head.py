@@ -29,7 +29,7 @@ class WideHead(nn.Module):
         self.patchify = nn.Linear(channels * config.patch**2, wide.width)
         self.project = nn.Linear(config.width, wide.width)
         self.position = make_position(wide, rows, columns, rows * columns)
-        rotary = AxialRotary(wide.width // wide.heads, rows, columns, 0) if wide.positions == "rope" else None
+        rotary = AxialRotary(wide.width // wide.heads, rows, columns, 0, wide.rope_base) if wide.turns else None
         self.blocks = nn.ModuleList(Block(wide, rotary, first=i == 0, skip=False) for i in range(wide.depth))
         self.norm = make_norm(wide, wide.width, affine=False)
         self.modulation = Modulation(wide.width, 2 * wide.width)

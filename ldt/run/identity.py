@@ -18,7 +18,7 @@ PLACEMENT = (
     "model.activation_checkpointing",
     "train.micro_batch",
     "train.total_samples",
-    "train.init_from",
+    "train.init_",
     "train.time_limit_minutes",
     "train.accept_changes",
     "engine.",

@@ -45,14 +45,18 @@ class TrainConfig:
 
     A step whose loss or gradient is not finite is skipped, with `spike_factor` also one whose loss lies that many
     robust standard deviations above the recent median; `bad_steps` of them in a row roll the run back once.
-    `time_limit_minutes`: stop with a checkpoint then, to be started again. `accept_changes`: keys of the config that
-    may differ from the run's checkpoint though they define it.
+    `init_from`: a run, checkpoint, exported or imported model whose weights the run starts with (docs/own_data.md,
+    "Fine-tuning"); `init_fresh`: parameters or modules that are not taken from it; `init_resize`: learned positions and
+    the class table, taken as far as they fit. `time_limit_minutes`: stop with a checkpoint then, to be started again.
+    `accept_changes`: keys of the config that may differ from the run's checkpoint though they define it.
     """
 
     global_batch: int = 256
     total_samples: int = 1_000_000
     micro_batch: int | str = 0
     init_from: str = path_field()
+    init_fresh: list[str] = field(default_factory=list)
+    init_resize: list[str] = field(default_factory=list)
     bad_steps: int = 3
     spike_factor: float = 0.0
     time_limit_minutes: float = 0.0
@@ -70,6 +74,9 @@ class TrainConfig:
             )
         if self.bad_steps < 1:
             raise InputError(f"train.bad_steps={self.bad_steps} must be at least 1")
+        for key in ("init_fresh", "init_resize"):
+            if getattr(self, key) and not self.init_from:
+                raise InputError(f"train.{key}={getattr(self, key)} belongs to train.init_from, which is not set")
         if self.spike_factor < 0:
             raise InputError(f"train.spike_factor={self.spike_factor} must be positive, such as 20, or 0 for off")
         if self.time_limit_minutes < 0:

@@ -6,9 +6,9 @@ from pathlib import Path
 from ldt import log
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import TrainState
-from ldt.checkpoint.restore import newest_whole, restore, set_aside, start_from
+from ldt.checkpoint.restore import newest_whole, restore, set_aside
 from ldt.config import from_dict, to_dict
-from ldt.diffusion.config import ObjectiveConfig
+from ldt.data.latent_spec import LatentSpec
 from ldt.dist import World
 from ldt.engine.ema import ShardedEMA
 from ldt.engine.learning_rate import learning_rate
@@ -18,6 +18,7 @@ from ldt.progress import pluralize
 from ldt.run.identity import check_identity, differences
 from ldt.training.config import TrainJob
 from ldt.training.data import other_data
+from ldt.training.init_from import start_from
 
 logger = log.get_logger(__name__)
 
@@ -26,7 +27,7 @@ ORDER = ("seed", "data.streams", "data.window", "data.sources", "train.global_ba
 
 
 def resume(
-    config: TrainJob, fingerprint: str, partition: Partition, ema: ShardedEMA, world: World
+    config: TrainJob, fingerprint: str, spec: LatentSpec, partition: Partition, ema: ShardedEMA, world: World
 ) -> tuple[TrainState, list[Path]]:
     """The state to go on from, with the engine and the averages filled to match; and which checkpoints are damaged.
 
@@ -36,9 +37,7 @@ def resume(
     found, damaged = newest_whole(Path(config.run_dir) / "checkpoints", world)
     if found is None:
         if config.train.init_from:
-            given = start_from(Path(config.train.init_from), partition, ema)
-            for line in describe_other_objective(from_dict(ObjectiveConfig, given["objective"]), config):
-                logger.warning("%s", line)
+            start_from(Path(config.train.init_from), config, spec, partition, ema)
         return TrainState(samples_seen=0, data_fingerprint=fingerprint), damaged
     state = _continue(Checkpoint.read(found), config, fingerprint, partition, ema)
     logger.info("resuming at %s samples from %s", f"{state.samples_seen:,}", found)
@@ -85,16 +84,6 @@ def describe_changes(saved: TrainJob, config: TrainJob, samples_seen: int) -> It
     now_lr = learning_rate(config.optimizer, next_sample, config.train.total_samples)
     if abs(now_lr - before_lr) > 0.01 * max(now_lr, before_lr):
         yield f"the learning rate goes from {before_lr:.3g} to {now_lr:.3g} here{_way_to_keep(config, before_lr)}"
-
-
-def describe_other_objective(given: ObjectiveConfig, config: TrainJob) -> Iterator[str]:
-    """A line for each key in which the weights that a run starts from were trained for something else."""
-    before, now = to_dict(given), to_dict(config.objective)
-    for key in (k for k in now if before[k] != now[k]):
-        yield (
-            f"the weights of train.init_from were trained with objective.{key}={before[key]}, and go on here with "
-            f"{now[key]}"
-        )
 
 
 def _way_to_keep(config: TrainJob, rate: float) -> str:

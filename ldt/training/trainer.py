@@ -246,7 +246,7 @@ class Trainer:
     def _restore(self) -> tuple[TrainState, list[Path]]:
         self.watchdog.at("reading the checkpoint", START_LIMITS)
         fingerprint = self.shards.manifest.fingerprint
-        return resume(self.config, fingerprint, self.engine.partition, self.ema, self.world)
+        return resume(self.config, fingerprint, self.spec, self.engine.partition, self.ema, self.world)
 
     def _accept(self, damaged: list[Path]) -> int:
         """Write down that this attempt goes on with the run; returns its number. On rank 0, after all checks."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import xxhash
 from ldt import log
 from ldt.data.images import archives, blobs, mds_images, parquet
 from ldt.data.images.blobs import Blob
+from ldt.data.images.chosen import of_classes
 from ldt.data.images.embedded import EMBEDDED, FashionMNIST
 from ldt.data.images.folder import ImageFolder
 from ldt.data.images.listing import Table
@@ -39,15 +40,16 @@ def open_images(
     fields: Fields = USUAL,
     index_dir: str = "",
     turn: bool = False,
+    classes: Sequence[str] = (),
 ) -> ImageSource:
     """The images at a path (docs/own_data.md lists what it may be).
 
     fields: where labels and captions come from. index_dir: where the indexes of files are kept, empty for nowhere.
-    turn: turn images as their EXIF says.
+    turn: turn images as their EXIF says. classes: only images of these, in this order; empty for all.
     """
     source = _open(path, fields, index_dir)
     source.turn = turn
-    return source
+    return of_classes(source, classes) if classes else source
 
 
 def index_share(path: str, fields: Fields, index_dir: str, rank: int, ranks: int) -> None:
@@ -66,7 +68,8 @@ def open_encoded(recipe: dict[str, Any]) -> ImageSource:
             "be read"
         )
     fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
-    return open_images(recipe["images.path"], fields, turn=recipe.get("images.exif") == "turn")
+    turn, classes = recipe.get("images.exif") == "turn", recipe.get("images.classes", ())
+    return open_images(recipe["images.path"], fields, turn=turn, classes=classes)
 
 
 def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
