@@ -13,7 +13,7 @@ import torch
 
 from ldt.commands.gpu_specs import DEVICES
 from ldt.config_fields import choice
-from ldt.data.loader import RankSlice
+from ldt.data.buffer import RankSlice
 from ldt.data.shard_files import HEAD
 from ldt.data.shards import Manifest
 from ldt.diffusion import mean_flow

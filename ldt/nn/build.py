@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -37,6 +38,26 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(config, latent_shape, classes, text if config.uses_text else None)
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+    """Refuse buckets of latents, by name, that a denoiser can't be trained on together."""
+    if config.name == "unet" and len(shapes) > 1:
+        raise InputError(
+            "model.name=unet is made for one latent shape, and the data have several; use model.name=transformer, or "
+            "give the directory of one bucket as data.path"
+        )
+    if config.positions == "learned" and len(shapes) > 1:
+        raise InputError(
+            "model.positions=learned is made for one latent shape, and the data have several; use "
+            "model.positions=rope or sincos, or give the directory of one bucket as data.path"
+        )
+    for name, (_, height, width) in shapes.items():
+        if height % config.patch or width % config.patch:
+            raise InputError(
+                f"model.patch={config.patch} does not divide the latent size {height}x{width} of bucket {name}; use "
+                "another patch, or encode with other images.buckets"
+            )
 
 
 def parameter_count(model: nn.Module) -> int:
