@@ -92,8 +92,8 @@ def describe(
     size = si_format(parameters)
     yield f"model: {kind}, {size} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = pluralize(len(spec.classes), "class", "classes"), "×".join(map(str, spec.latent_shape))
-    up_to = f"{len(spec.buckets)} buckets of up to " if spec.buckets else ""
-    yield f"data: {shards.manifest.samples:,} samples in {classes}, {up_to}latents {shape} of {spec.image_size} pixels"
+    latents = f"{len(spec.buckets)} buckets of latents up to" if spec.buckets else "latents"
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, {latents} {shape} of {spec.image_size} pixels"
     yield from describe_constant(spec)
     yield from describe_data(shards, config.train.global_batch)
     if spec.text and not config.model.uses_text:
