@@ -171,7 +171,7 @@ def test_buckets_that_do_not_go_together_are_refused_by_name(tmp_path, how, word
     ("settings", "words"),
     [
         (["train.global_batch=16"], "bucket 12x4 of .* has 11 images, and a global batch is of one bucket; lower"),
-        (["model.patch=4"], "model.patch=4 does not divide the latent size 6x2 of bucket 12x4"),
+        (["model.patch=4"], "model.patch=4 does not divide the latent size 6x2 of 12x4"),
         (["model.positions=learned"], "model.positions=learned is made for one latent shape"),
         (["model.name=unet"], "model.name=unet is made for one latent shape"),
     ],

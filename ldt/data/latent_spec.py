@@ -105,6 +105,11 @@ class LatentSpec:
         return facts
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.image_size, self.image_size * self.latent_shape[2] // self.latent_shape[1]
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """The latent shape of each bucket by name; of data without buckets the only one, under no name."""
         if not self.buckets:

@@ -42,21 +42,22 @@ def build(
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, int, int]]) -> None:
     """Refuse buckets of latents, by name, that a denoiser can't be trained on together."""
+    several = ", ".join(filter(None, shapes))
     if config.name == "unet" and len(shapes) > 1:
         raise InputError(
-            "model.name=unet is made for one latent shape, and the data have several; use model.name=transformer, or "
-            "give the directory of one bucket as data.path"
+            f"model.name=unet is made for one latent shape, not for several ({several}); use model.name=transformer, "
+            "or the data of one bucket"
         )
     if config.positions == "learned" and len(shapes) > 1:
         raise InputError(
-            "model.positions=learned is made for one latent shape, and the data have several; use "
-            "model.positions=rope or sincos, or give the directory of one bucket as data.path"
+            f"model.positions=learned is made for one latent shape, not for several ({several}); use "
+            "model.positions=rope or sincos, or the data of one bucket"
         )
     for name, (_, height, width) in shapes.items():
         if height % config.patch or width % config.patch:
             raise InputError(
-                f"model.patch={config.patch} does not divide the latent size {height}x{width} of bucket {name}; use "
-                "another patch, or encode with other images.buckets"
+                f"model.patch={config.patch} does not divide the latent size {height}x{width} of {name or 'the data'}; "
+                "choose another patch, or other sizes"
             )
 
 
