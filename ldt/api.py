@@ -20,7 +20,7 @@ from ldt.config import from_dict
 from ldt.dist import SLOWEST_RANK_TIMEOUT, discover, process_group
 from ldt.errors import InputError
 from ldt.paths import local_path
-from ldt.sampling.draw import image_model, load_guide
+from ldt.sampling.draw import image_model, load_guide, resized
 
 __all__ = ["Model", "load"]
 
@@ -86,6 +86,7 @@ class Model:
         keys = {"run": str(self.path), "images": images, "classes": list(classes), "prompts": list(prompts)}
         config = from_dict(SampleJob, keys | {"precision": self._precision} | settings, "the arguments")
         model = replace(self._images, guide=load_guide(config, self._loaded, self._images.device))
+        model = resized(model, self._loaded.config, config.size)
         blocks, _ = draw(model, self._loaded.config, config)
         return np.concatenate(list(blocks))
 

@@ -13,7 +13,8 @@ from ldt.cli import main
 from ldt.commands.bench_data import describe
 from ldt.commands.bench_encode import describe as describe_encoding
 from ldt.data.batch import Batch, SampleDraws, digest
-from ldt.data.loader import RankSlice, make_order
+from ldt.data.buffer import RankSlice
+from ldt.data.loader import make_order
 from ldt.data.shards import open_shards
 from ldt.data.stages import WHOLE, loader_stages, rate, table
 

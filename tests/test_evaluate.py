@@ -329,10 +329,13 @@ def test_data_from_a_remote_know_their_images_too(
     assert found.hash == expected.hash
 
 
-def test_images_that_are_not_square_are_not_compared_with_squares(
+def test_images_that_are_not_square_are_compared_with_images_of_their_shape(
     run_dir: Path, settings: Callable[..., EvaluateConfig]
 ) -> None:
     loaded, detector = load_denoiser(run_dir), make_detector("efficientnet_lite0", ALONE.device)
     wide = dataclasses.replace(loaded, spec=dataclasses.replace(loaded.spec, latent_shape=(4, 8, 16)))
-    with pytest.raises(InputError, match=r"not square \(latents of 4×8×16\).*give an .npz of statistics"):
-        open_reference(settings(), wide, detector, ALONE)
+    assert wide.spec.image_shape == (32, 64)
+    square, other = (open_reference(settings(), one, detector, ALONE) for one in (loaded, wide))
+    assert square.images == other.images and square.hash != other.hash
+    by_size = open_reference(settings(size="32x64"), loaded, detector, ALONE)
+    assert by_size.hash == other.hash

@@ -7,7 +7,7 @@ with one process at stage 0 on the whole batch: identical digests, the same fp32
 from pathlib import Path
 
 import pytest
-from shard_data import write_shards
+from shard_data import write_bucket_shards, write_shards
 
 from ldt.config import load
 from ldt.dist import World, broadcast
@@ -46,6 +46,8 @@ def data(tmp_path_factory):
     for format in ("tar", "mds"):
         write_shards(root / format, [40, 17, 23], format, flips=True)
         write_shards(root / format / "validation", [11], format, flips=True)
+    counts, held_out = {"8x8": [20, 13], "8x16": [17], "12x4": [11]}, {"8x8": [7], "8x16": [4]}
+    write_bucket_shards(root / "buckets", counts, held_out, flips=True)
     return root
 
 
@@ -80,7 +82,49 @@ def test_the_run_is_the_same(pool, data, reference, tmp_path, ranks, stage, micr
         f"engine.zero_stage={stage}",
         f"train.micro_batch={micro_batch}",
     ]
+    assert_the_same(pool(ranks).run(train_case, settings=placement), reference, ranks)
+
+
+@pytest.fixture(scope="module")
+def bucket_reference(pool, data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "buckets"
+    return pool(1).run(train_case, settings=[f"run_dir={run_dir}", f"data.path={data}/buckets", "engine.zero_stage=0"])
+
+
+BUCKET_CASES = [
+    # ranks, stage, micro-batch of the largest latents (0: all), threads
+    (1, 1, 2, 3),
+    (1, 3, 3, 1),
+    (2, 0, 1, 3),
+    (2, 2, 2, 1),
+    (3, 1, 1, 1),
+    (3, 2, 0, 3),
+    (3, 3, 1, 3),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "micro_batch", "threads"), BUCKET_CASES)
+def test_a_run_on_buckets_is_the_same(pool, data, bucket_reference, tmp_path, ranks, stage, micro_batch, threads):
+    placement = [
+        f"run_dir={tmp_path}",
+        f"data.path={data}/buckets",
+        f"data.threads={threads}",
+        f"engine.zero_stage={stage}",
+        f"train.micro_batch={micro_batch}",
+    ]
     records = pool(ranks).run(train_case, settings=placement)
+    assert_the_same(records, bucket_reference, ranks)
+    buckets = [r["bucket"] for r in _training(records)]
+    assert buckets == [r["bucket"] for r in _training(bucket_reference)] and len(set(buckets)) == 3
+    for ours, theirs in zip(_validations(records), _validations(bucket_reference), strict=True):
+        assert set(ours["validation_loss_by_bucket"]) == {"8x8", "8x16"}
+        for name, loss in ours["validation_loss_by_bucket"].items():
+            assert loss == pytest.approx(theirs["validation_loss_by_bucket"][name], rel=1e-5)
+        mean = sum(n * ours["validation_loss_by_bucket"][name] for name, n in (("8x8", 7), ("8x16", 4))) / 11
+        assert ours["validation_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def assert_the_same(records, reference, ranks):
     ours, theirs = _training(records), _training(reference)
     assert [r["samples_seen"] for r in ours] == [BATCH * (i + 1) for i in range(STEPS)]
     assert [r["digest"] for r in ours] == [r["digest"] for r in theirs]
@@ -89,8 +133,8 @@ def test_the_run_is_the_same(pool, data, reference, tmp_path, ranks, stage, micr
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    validation = [(r["validation_loss"], r["validation_loss_by_time"]) for r in records if "validation_loss" in r]
-    expected = [(r["validation_loss"], r["validation_loss_by_time"]) for r in reference if "validation_loss" in r]
+    validation = [(r["validation_loss"], r["validation_loss_by_time"]) for r in _validations(records)]
+    expected = [(r["validation_loss"], r["validation_loss_by_time"]) for r in _validations(reference)]
     assert len(validation) == 2
     for (a, bins_a), (b, bins_b) in zip(validation, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -122,3 +166,7 @@ def test_digests_tell_runs_apart(pool, data, reference, tmp_path):
 
 def _training(records):
     return [r for r in records if "loss" in r]
+
+
+def _validations(records):
+    return [r for r in records if "validation_loss" in r]

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from shard_data import make_loader, write_shards
+from shard_data import make_loader, write_bucket_shards, write_shards
 
-from ldt.data.shards import MixedShards, open_shards
+from ldt.data.shards import BucketShards, MixedShards, open_shards
 
 COUNTS = [7, 12, 1, 10]  # epochs end within batches of 8
 SETTINGS = {"batch": 8, "seed": 5, "streams": 3, "window": 6}
@@ -25,6 +25,8 @@ def preloaded():
 
 
 def open_data(path: Path):
+    if path.name == "buckets":
+        return BucketShards(path, {name: open_shards(path / name) for name in ("8x16", "8x8")})
     if path.name != "mixed":
         return open_shards(path)
     return MixedShards({name: open_shards(path / name) for name in ("tar", "mds")}, {"tar": 0.45, "mds": 0.55})
@@ -57,12 +59,14 @@ def steps_of(log: Path) -> dict[int, list]:
     return dict(json.loads(line) for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["tar", "mds", "mixed"])
+@pytest.mark.parametrize("kind", ["tar", "mds", "mixed", "buckets"])
 def test_a_killed_rank_loses_and_repeats_nothing(tmp_path, kind):
     data = tmp_path / kind
     if kind == "mixed":
         write_shards(data / "tar", COUNTS, "tar")
         write_shards(data / "mds", COUNTS[::-1], "mds")
+    elif kind == "buckets":
+        write_bucket_shards(data, {"8x16": COUNTS, "8x8": [9, 5]})
     else:
         write_shards(data, COUNTS, kind)
     (tmp_path / "whole").mkdir()

@@ -10,7 +10,7 @@ from shard_data import make_loader, make_validation_loader, write_shards
 
 from ldt import rng
 from ldt.data.batch import digest_text
-from ldt.data.loader import RankSlice
+from ldt.data.buffer import RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import open_shards
 from ldt.errors import InputError

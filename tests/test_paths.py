@@ -14,8 +14,9 @@ from ldt.paths import usable_path
 from ldt.submit import SubmitJob
 
 NOT_PATHS = {
-    "accept_changes", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "init_fresh",
-    "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "slurm", "watch_job",
+    "accept_changes", "buckets", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "init_fresh",
+    "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "size", "slurm",
+    "watch_job",
 }  # fmt: skip
 REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
 

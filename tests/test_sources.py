@@ -228,8 +228,9 @@ def reads_case(world, path):
     Manifest.load = classmethod(lambda cls, directory: read.append(directory) or real(directory))
     try:
         config = load(TrainJob, None, settings(path + "/..", "x")).data
-        assert open_data(config, world).manifest.samples == 45
-        assert open_held_out(config, world).manifest.samples == 7
+        data = open_data(config, world)
+        assert data.manifest.samples == 45
+        assert open_held_out(config, data, world).manifest.samples == 7
     finally:
         Manifest.load = real
     return all_gather(len(read))

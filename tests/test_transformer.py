@@ -10,7 +10,7 @@ from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import HeadConfig, ModelConfig
-from ldt.nn.embedding import AxialRotary, network_time, sincos_2d, sinusoids
+from ldt.nn.embedding import AxialRotary, network_time, rotate, sincos_2d, sinusoids
 from ldt.nn.sizes import dit, uvit
 from ldt.nn.text_shape import TextShape
 
@@ -124,11 +124,12 @@ def test_the_named_kernel_is_the_one_that_runs():
 
 
 def test_rotary_scores_depend_on_the_offset_only_and_prefix_does_not_turn():
-    rotary = AxialRotary(8, 5, 5, prefix=2)
+    rotation = AxialRotary(8, 5, 5, prefix=2).at(5, 5)
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(8, generator=g), torch.randn(8, generator=g)
     everywhere = (27, 8)
-    scores = rotary(q.expand(1, 1, *everywhere)) @ rotary(k.expand(1, 1, *everywhere)).transpose(-1, -2)
+    q_BKNE, k_BKNE = (rotate(x.expand(1, 1, *everywhere), rotation) for x in (q, k))
+    scores = q_BKNE @ k_BKNE.transpose(-1, -2)
     grid = scores[0, 0, 2:, 2:].view(5, 5, 5, 5)
     torch.testing.assert_close(grid[0, 0, 2, 1], grid[2, 3, 4, 4], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores[0, 0, 0, 1], q @ k)
@@ -304,3 +305,32 @@ def test_learned_sigma_is_the_models_own_affair():
 def test_bare_sinusoids_need_a_token():
     with pytest.raises(InputError, match="model.time_embedding=sinusoids is a token of its own"):
         ModelConfig(conditioning="adaln_zero", time_embedding="sinusoids")
+
+
+@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("positions", ["rope", "sincos"])
+@pytest.mark.parametrize("conditioning", ["in_context", "adaln_zero"])
+def test_another_grid_is_as_in_a_model_made_for_it(positions, conditioning, head):
+    config = ModelConfig(
+        width=32, depth=2, heads=2, positions=positions, conditioning=conditioning, inner_head=1,
+        head=HeadConfig(depth=head, width=32, heads=2),
+    )  # fmt: skip
+    model, made_for_it = awake(config), build(config, (SHAPE[0], 4, 10), CLASSES, seed=0)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    made_for_it.load_state_dict(weights, strict=False)
+    generator = torch.Generator().manual_seed(0)
+    _, t, condition = inputs(2)
+    for _ in range(2):  # the second time from what was kept
+        x = torch.randn(2, SHAPE[0], 4, 10, generator=generator)
+        for a, b in zip(model(x, t, condition, inner=True), made_for_it(x, t, condition, inner=True), strict=True):
+            assert a.shape == x.shape and torch.equal(a, b) and a.any()
+    turned = model(x.transpose(2, 3), t, condition)
+    assert not torch.allclose(turned.transpose(2, 3), model(x, t, condition), atol=1e-3)  # rows are not columns
+
+
+def test_other_sizes_that_a_model_does_not_take_are_refused():
+    _, t, condition = inputs(2)
+    with pytest.raises(InputError, match=r"learned knows the grid of 4x4 tokens alone, not 2x5"):
+        awake(ModelConfig(width=32, depth=1, heads=2, positions="learned"))(torch.zeros(2, 4, 4, 10), t, condition)
+    with pytest.raises(InputError, match=r"model.patch=2 does not divide the latent size 4x9"):
+        awake(ModelConfig(width=32, depth=1, heads=2))(torch.zeros(2, 4, 4, 9), t, condition)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ldt.data.batch import SampleDraws
-from ldt.data.loader import RankSlice
+from ldt.data.buffer import RankSlice
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
 from ldt.data.stages import loader_stages, rate

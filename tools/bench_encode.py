@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with process_group() as world, tempfile.TemporaryDirectory() as directory:
         _write_images(Path(directory) / "images", count, arguments.size)
         for turn in range(arguments.turns + 1):
-            images = ImagesConfig(f"{directory}/images", arguments.size, "crop")
+            images = ImagesConfig(f"{directory}/images", arguments.size, fit="crop")
             config = EncodeJob(
                 images=images,
                 autoencoder=arguments.autoencoder,
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _forward(encoder: Encoder, count: int, batch: int) -> None:
     """The encoder's network on one batch again and again, until it has seen so many images; results on the CPU."""
     autoencoder = encoder.plan.autoencoder
-    size, channels = encoder.plan.input.image_size, autoencoder.image_channels
-    pixels = torch.randint(0, 256, (batch, size, size, channels), dtype=torch.uint8)
+    height, width = encoder.plan.input.size
+    pixels = torch.randint(0, 256, (batch, height, width, autoencoder.image_channels), dtype=torch.uint8)
     for start in range(0, count, batch):
         [m.cpu() for m in autoencoder.encode(pixels[: count - start]) if m is not None]
 

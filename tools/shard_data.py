@@ -10,9 +10,11 @@ import torch
 import xxhash
 
 from ldt.data.batch import SampleDraws
+from ldt.data.buffer import RankSlice
 from ldt.data.latent_spec import pack_statistics
-from ldt.data.loader import Loader, RankSlice, ValidationLoader, make_order
+from ldt.data.loader import AnyShards, Loader, ValidationLoader, make_order, views_of
 from ldt.data.shards import mds, tar
+from ldt.data.shards.buckets import write_buckets
 from ldt.data.shards.layout import Layout, Samples
 from ldt.data.shards.manifest import Manifest, make_table
 from ldt.data.shards.sources import Shards
@@ -87,13 +89,36 @@ def write_shards(
     return written
 
 
+SHAPES = {"8x8": (4, 4, 4), "8x16": (4, 4, 8), "12x4": (4, 6, 2)}
+
+
+def write_bucket_shards(
+    directory: Path,
+    counts: dict[str, list[int]],
+    held_out: dict[str, list[int]] | None = None,
+    shapes: dict[str, tuple[int, int, int]] = SHAPES,
+    **how: Any,
+) -> None:
+    """Buckets of shards of the given sizes, and their list. how: further arguments of `write_shards`."""
+    manifests = {}
+    for i, (name, of_bucket) in enumerate(counts.items()):
+        write_shards(directory / name, of_bucket, latent_shape=shapes[name], seed=100 * i, **how)
+        if held_out and name in held_out:
+            where = directory / name / "validation"
+            write_shards(where, held_out[name], latent_shape=shapes[name], seed=100 * i + 50, **how)
+        manifests[name] = Manifest.load(directory / name)
+    write_buckets(directory, manifests, {})
+
+
 def make_loader(
-    shards: Shards, *, batch: int, seed: int, streams: int = 8, window: int = 1 << 16, rank: int = 0, ranks: int = 1,
+    shards: AnyShards, *, batch: int, seed: int, streams: int = 8, window: int = 1 << 16, rank: int = 0, ranks: int = 1,
     micro_batch: int = 0, label_drop: float = 0.0, condition_on: str = "class", **how: Any,
 ) -> Loader:  # fmt: skip
     """A training loader of one rank. how: device, threads and ahead of `Loader`."""
-    order, share = make_order(shards, seed, batch, streams, window), RankSlice.of(batch, rank, ranks, micro_batch)
-    return Loader(shards, order, share, SampleDraws(seed, label_drop, condition_on, shards.manifest.flips), **how)
+    order = make_order(shards, seed, batch, streams, window)
+    shapes = [view.manifest.latent_shape for view in views_of(shards).values()]
+    shares = RankSlice.by_bucket(batch, rank, ranks, micro_batch, shapes)
+    return Loader(shards, order, shares, SampleDraws(seed, label_drop, condition_on, shards.manifest.flips), **how)
 
 
 def make_validation_loader(

@@ -8,7 +8,10 @@ from ldt.checkpoint.checkpoint import saved_config
 from ldt.config import from_dict
 from ldt.config_fields import required_path_field
 from ldt.data.batch import SampleDraws
-from ldt.data.loader import RankSlice, make_order
+from ldt.data.bucket_order import BucketOrder
+from ldt.data.buffer import RankSlice
+from ldt.data.loader import make_order
+from ldt.data.shards import BucketShards
 from ldt.data.stages import WHOLE, loader_stages, rate, table
 from ldt.dist import process_group
 from ldt.errors import InputError
@@ -47,8 +50,14 @@ def run(config: BenchDataJob) -> int:
     job = job_of(config.path)
     with process_group() as world:
         shards = open_data(job.data, world)
+    if isinstance(shards, BucketShards):
+        raise InputError(
+            f"path={config.path} is on buckets, which are measured one by one; give the directory of one, such as "
+            f"{shards.path}/{shards.names[0]}"
+        )
     batch = config.batch or job.train.global_batch
     order = make_order(shards, job.seed, batch, job.data.streams, job.data.window)
+    assert not isinstance(order, BucketOrder)
     draws = SampleDraws(job.seed, job.objective.condition_drop, job.model.condition_on, shards.manifest.flips)
     stages = loader_stages(shards, order, RankSlice.of(batch, 0, 1, 0), draws)
     rates = {

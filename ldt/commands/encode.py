@@ -7,6 +7,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 from ldt import log
 from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
+from ldt.encoding.buckets import encode_buckets
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
 from ldt.encoding.index import index_shards
@@ -21,6 +22,8 @@ def run(config: EncodeJob) -> int:
         choose_arithmetic()
         if config.index:
             index_shards(config, world)
+        elif config.images.buckets:
+            encode_buckets(config, world)
         else:
             Encoder(config, world).run()
     return 0

@@ -4,7 +4,7 @@ Exit codes: 0 whole, 1 damaged or unfinished (what is wrong is printed), 2 not o
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.load import read_exported
 from ldt.checkpoint.manifest import MANIFEST, MODEL, Damaged
 from ldt.config_fields import path_field, required_path_field
-from ldt.data.shard_files import RECIPE, VALIDATION
-from ldt.data.shards import open_shards
+from ldt.data.shard_files import BUCKETS, RECIPE, VALIDATION
+from ldt.data.shards import BucketShards, open_shards
+from ldt.data.shards.buckets import check_buckets, read_buckets
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
 from ldt.errors import InputError
@@ -39,6 +40,8 @@ class InspectJob:
 def run(config: InspectJob) -> int:
     """Say what the path holds; returns 0 if it is whole, 1 if it is damaged and 2 if it is nothing of ldt's."""
     path = Path(config.path)
+    if (path / BUCKETS).exists():
+        return _inspect_buckets(config)
     if is_shard_directory(path):
         return _inspect_shards(config)
     if (path / MODEL).is_file():
@@ -103,6 +106,35 @@ def _data_of(data: dict[str, Any]) -> dict[str, str]:
     whole = sum(source["weight"] for source in sources.values())
     shares = {f"source {name}": f"{100 * s['weight'] / whole:.2f} % {s['path']}" for name, s in sorted(sources.items())}
     return shares or {"data": data.get("path", "unknown")}
+
+
+def _inspect_buckets(config: InspectJob) -> int:
+    """Every bucket as data of its own; a grid is drawn of each, with its name in the file's."""
+    path, grid = Path(config.path), Path(config.grid)
+    try:
+        known = read_buckets(path) or {}
+    except InputError as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    code, shards = WHOLE, {}
+    for name in known:
+        print(f"bucket {name}:")
+        of_bucket = str(grid.with_name(f"{grid.stem}-{name}{grid.suffix}")) if config.grid else ""
+        code = max(code, _inspect_shards(replace(config, path=str(path / name), grid=of_bucket)))
+    if code != WHOLE:
+        return code
+    try:
+        shards = {name: open_shards(path / name) for name in known}
+        check_buckets(path, known, shards)
+        samples = BucketShards(path, shards).manifest.samples
+    except InputError as error:
+        print(f"damaged: {error}")
+        return DAMAGED
+    for name, view in shards.items():
+        share = view.manifest.samples / samples
+        _print_facts({f"share of bucket {name}": f"{share:.2%} of the batches"})
+    print(f"whole: {config.path}")
+    return WHOLE
 
 
 def _inspect_shards(config: InspectJob) -> int:

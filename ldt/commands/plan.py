@@ -13,13 +13,14 @@ import torch
 
 from ldt.commands.gpu_specs import DEVICES
 from ldt.config_fields import choice
-from ldt.data.loader import RankSlice
-from ldt.data.shard_files import HEAD
+from ldt.data.buffer import RankSlice
+from ldt.data.shard_files import BUCKETS, HEAD
 from ldt.data.shards import Manifest
+from ldt.data.shards.buckets import read_buckets
 from ldt.diffusion import mean_flow
 from ldt.engine import ema, memory, roofline
 from ldt.errors import InputError
-from ldt.nn.build import build, parameter_count
+from ldt.nn.build import build, check_shapes, parameter_count
 from ldt.nn.sizes import attention_flops, flops
 from ldt.nn.text_shape import TextShape
 from ldt.progress import pluralize
@@ -120,14 +121,15 @@ def run(config: PlanJob) -> int:
     """Print the plan."""
     model = measure(config)
     chosen = place(config, model, config.nodes, config.engine.zero_stage)
-    for line in report(config, model, chosen):
+    for line in (*report(config, model, chosen), *by_bucket(config, chosen)):
         print(line)
     return 0
 
 
-def measure(config: PlanJob) -> Model:
-    """Build the denoiser without weights, and count."""
+def measure(config: PlanJob, latent_shape: tuple[int, int, int] | None = None) -> Model:
+    """Build the denoiser without weights, and count. latent_shape: of one bucket; by default of the largest."""
     shape, classes, text, posterior, known_from = data_shape(config)
+    shape = latent_shape or shape
     with torch.device("meta"):
         parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision, "cuda")
@@ -144,6 +146,10 @@ def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | 
     """Latent shape, classes, captions and whether there is a posterior: of the data if they are there, else as the
     config says; and which it was."""
     path = config.data.path or next(source.path for source in config.data.sources.values())  # they are alike
+    if buckets := manifests_of_buckets(config):
+        check_shapes(config.model, {name: m.latent_shape for name, m in buckets.items()})
+        m = max(buckets.values(), key=lambda m: math.prod(m.latent_shape))
+        return m.latent_shape, len(m.classes), m.text_shape, m.posterior, f"the largest of {len(buckets)} in {path}"
     if (Path(path) / HEAD).exists():
         manifest = Manifest.load(path)
         classes = len(manifest.classes)
@@ -152,6 +158,31 @@ def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | 
     text = TextShape(256, vocabulary=257) if config.model.uses_text else None
     known_from = f"by latent= and classes=: {path} is not here"
     return (channels, height, width), config.classes, text, config.posterior, known_from
+
+
+def manifests_of_buckets(config: PlanJob) -> dict[str, Manifest]:
+    """Of data in buckets, if they are here; else none."""
+    path = config.data.path
+    known = read_buckets(path) if path and (Path(path) / BUCKETS).exists() else {}
+    return {name: Manifest.load(Path(path) / name) for name in known or {}}
+
+
+def by_bucket(config: PlanJob, chosen: Placement) -> Iterator[str]:
+    """What a step of each bucket takes at that place, and all of them together."""
+    manifests = manifests_of_buckets(config)
+    total, mean = sum(m.samples for m in manifests.values()), 0.0
+    for name, m in manifests.items():
+        model = measure(config, m.latent_shape)
+        step = place(config, model, chosen.nodes, chosen.stage).step
+        mean += m.samples / total * step
+        shape = "x".join(map(str, m.latent_shape))
+        yield (
+            f"{f'bucket {name}':14} {m.samples / total:.1%} of the batches, latents {shape}: "
+            f"{model.flops / 2e9:.2f} G multiply-adds an image, a step of {step:.3f} s"
+        )
+    if manifests:
+        hours = config.train.total_samples / config.train.global_batch * mean / 3600
+        yield f"all buckets    a mean step of {mean:.3f} s, {hours:.1f} hours; all above is of the largest bucket"
 
 
 def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:

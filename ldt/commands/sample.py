@@ -21,7 +21,7 @@ from ldt.files import unwritable
 from ldt.image_files import WRITERS
 from ldt.paths import local_path
 from ldt.sampling.config import DrawConfig
-from ldt.sampling.draw import ImageModel, block_ids, default_labels, image_model, load_guide, sample_images
+from ldt.sampling.draw import ImageModel, block_ids, default_labels, image_model, load_guide, resized, sample_images
 
 
 @dataclass
@@ -51,9 +51,9 @@ def run(config: SampleJob) -> int:
     choose_arithmetic()
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         loaded = load_denoiser(config.run, config.weights, world.device)
-        model = image_model(
-            loaded, config.precision, world.device, config.compile, load_guide(config, loaded, world.device)
-        )
+        guide = load_guide(config, loaded, world.device)
+        model = image_model(loaded, config.precision, world.device, config.compile, guide)
+        model = resized(model, loaded.config, config.size)
         output = _output(config, loaded, world)
         blocks, labels = draw(model, loaded.config, config, world)
         with log.progress(config.images, "img", "sample", show=world.rank == 0) as bar:

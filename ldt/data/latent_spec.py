@@ -2,6 +2,7 @@
 
 import math
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,7 @@ OPTIONAL_SCHEMA = {
     "class_counts": [natural],
     "mean_CHW": str,
     "std_CHW": str,
+    "buckets": {...: {"latent_shape": SCHEMA["latent_shape"], "samples": natural}},
     "text": lambda v: v == {} or not schema_error(v, TEXT_SCHEMA),
 }
 
@@ -50,7 +52,9 @@ class LatentSpec:
     whitened; mean_CHW, std_CHW: of each element, base64 of float32 [C, H, W], with which they are whitened instead
     where these are not empty; image_size, image_channels: of the images behind them; class_counts: training samples of
     each class, empty in old checkpoints; text: what `ldt.models.text_encoder.describe` says of the encoder of the
-    captions, with some examples [label, caption], empty for data without captions.
+    captions, with some examples [label, caption], empty for data without captions; buckets: latent shape and training
+    samples of each bucket by name, where data have several shapes: latent_shape and image_size are then the largest's.
+    image_size is the height of the images, whose width follows from the latents'.
 
     mean_CHW and std_CHW are a few megabytes in manifests whose checkpoints have gigabytes, and stay there: the hash of
     the manifest vouches for them, and every reader has them at hand.
@@ -68,6 +72,7 @@ class LatentSpec:
     text: dict[str, Any] = field(default_factory=dict)
     mean_CHW: str = ""
     std_CHW: str = ""
+    buckets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, facts: Any) -> "LatentSpec":
@@ -81,6 +86,9 @@ class LatentSpec:
         spec = LatentSpec(**known | {"latent_shape": tuple(facts["latent_shape"])})
         if not len(spec.mean_C) == len(spec.std_C) == spec.latent_shape[0]:
             raise ValueError(f"mean_C and std_C are not of {spec.latent_shape[0]} channels")
+        for name, bucket in spec.buckets.items():
+            if bucket["latent_shape"][0] != spec.latent_shape[0]:
+                raise ValueError(f"bucket {name} has not {spec.latent_shape[0]} channels")
         for name in ("mean_CHW", "std_CHW") if spec.mean_CHW or spec.std_CHW else ():
             values = _unpack(getattr(spec, name), name)
             if len(values) != math.prod(spec.latent_shape) or not np.isfinite(values).all():
@@ -92,7 +100,28 @@ class LatentSpec:
         facts = {f.name: getattr(self, f.name) for f in fields(LatentSpec)} | {"latent_shape": list(self.latent_shape)}
         if not self.by_element:
             del facts["mean_CHW"], facts["std_CHW"]
+        if not self.buckets:
+            del facts["buckets"]
         return facts
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.image_size, self.image_size * self.latent_shape[2] // self.latent_shape[1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The latent shape of each bucket by name; of data without buckets the only one, under no name."""
+        if not self.buckets:
+            return {"": self.latent_shape}
+        return {name: (c, h, w) for name, bucket in self.buckets.items() for c, h, w in [bucket["latent_shape"]]}
+
+    def average(self, of_shape: Callable[[tuple[int, int, int]], float]) -> float:
+        """The mean over training samples of what depends on a latent's shape."""
+        if not self.buckets:
+            return of_shape(self.latent_shape)
+        counts = {name: bucket["samples"] for name, bucket in self.buckets.items()}
+        return sum(counts[name] * of_shape(shape) for name, shape in self.shapes.items()) / sum(counts.values())
 
     @property
     def by_element(self) -> bool:

@@ -2,6 +2,8 @@
 
 Rank r of W takes slots [r·B//W, (r+1)·B//W) of every global batch of B samples, so the samples of a step never depend
 on W. Every rank makes the same number of equal micro-batches; a rank short of samples pads with rows of weight 0.
+With buckets every global batch is of one of them, and so is all that is said here of a step: buckets of smaller latents
+have fewer and larger micro-batches.
 """
 
 import contextlib
@@ -9,7 +11,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,14 +22,20 @@ import torch
 
 from ldt.cluster.gpus import use_device
 from ldt.data.batch import Batch, Located, SampleDraws, digest
+from ldt.data.bucket_order import BucketOrder
+from ldt.data.buffer import Buffer, RankSlice
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
 from ldt.data.prefetch import prefetch
-from ldt.data.shards import MixedShards, Shards
+from ldt.data.shards import BucketShards, MixedShards, Shards
+from ldt.errors import InputError
 
 PREFETCH_STEPS = 32  # how far ahead of the position remote shards are asked for
 LOCATED_TOGETHER = 4096  # samples
 VALIDATION_KEYS = 1 << 62  # validation draws never meet the noise of a training sample
+
+AnyOrder = Order | MixedOrder | BucketOrder
+AnyShards = Shards | BucketShards
 
 
 @dataclass(frozen=True)
@@ -36,69 +44,14 @@ class StepInputs:
 
     first: global index of the global batch's first sample; micro_batches: on the loader's device, valid until
     the next step is asked for; digest: int64, to be summed over ranks (wrapping) and shown by `digest_text`;
-    waited: seconds the caller waited for it.
+    waited: seconds the caller waited for it; bucket: the name of the step's bucket, if the data have buckets.
     """
 
     first: int
     micro_batches: list[Batch]
     digest: int
     waited: float
-
-
-@dataclass(frozen=True)
-class RankSlice:
-    """One rank's part of `total` samples: rows [start, stop), in `count` micro-batches of `size` rows."""
-
-    start: int
-    stop: int
-    count: int
-    size: int
-
-    @classmethod
-    def of(cls, total: int, rank: int, ranks: int, micro_batch: int) -> "RankSlice":
-        """micro_batch: the most rows in one micro-batch; 0 for all at once."""
-        largest = -(-total // ranks)
-        count = -(-largest // micro_batch) if micro_batch else 1
-        return cls(rank * total // ranks, (rank + 1) * total // ranks, count, -(-largest // count))
-
-    @property
-    def rows(self) -> int:
-        return self.count * self.size
-
-
-class _Buffer:
-    """One step's rows, reused: pinned on CUDA hosts, with their copy to the device on a stream of its own."""
-
-    def __init__(self, share: RankSlice, shards: Shards, device: torch.device, draws: SampleDraws) -> None:
-        self._share, self._device = share, device
-        cuda = device.type == "cuda"
-        self.host = Batch.padding(share.rows, shards.manifest, cuda, draws.uses_text, draws.mean_flow > 0)
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        self._copied = torch.cuda.Event() if cuda else None
-        self._on_device = self.host
-        self.digest = 0
-
-    def wait_until_free(self) -> None:
-        """Block until the last copy out of this buffer is done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def send(self) -> None:
-        """Start the copy to the device."""
-        if self._stream is not None and self._copied is not None:
-            with torch.cuda.stream(self._stream):
-                self._on_device = self.host.to(self._device)
-                self._copied.record(self._stream)
-
-    def batches(self) -> list[Batch]:
-        """The micro-batches, ordered after the copy on the caller's stream."""
-        if self._copied is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(self._copied)
-            for _, value in self._on_device.tensors():
-                value.record_stream(current)
-        size = self._share.size
-        return [self._on_device.rows(i * size, (i + 1) * size) for i in range(self._share.count)]
+    bucket: str = ""
 
 
 class _Loader:
@@ -106,21 +59,21 @@ class _Loader:
 
     def __init__(
         self,
-        share: RankSlice,
-        shards: Shards,
+        shares: Sequence[RankSlice],
+        shards: Sequence[Shards],
         draws: SampleDraws,
         device: torch.device | str,
         threads: int,
         ahead: int,
     ) -> None:
-        self.share, self.shards, self.draws, self.device = share, shards, draws, torch.device(device)
+        self.shares, self.draws, self.device = shares, draws, torch.device(device)
         self._pool = ThreadPoolExecutor(threads, "ldt-loader", initializer=use_device, initargs=(self.device,))
-        self._buffers = [_Buffer(share, shards, self.device, draws) for _ in range(ahead + 1)]
+        self._buffers = [Buffer(shares, shards, self.device, draws) for _ in range(ahead + 1)]
 
-    def _run(self, fill: Callable[[int, _Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, _Buffer, float]]:
+    def _run(self, fill: Callable[[int, Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, Buffer, float]]:
         """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
 
-        def work(item: tuple[int, _Buffer]) -> None:
+        def work(item: tuple[int, Buffer]) -> None:
             job, buffer = item
             buffer.wait_until_free()
             fill(job, buffer)
@@ -152,7 +105,7 @@ class _Loader:
 class LocationCache:
     """Where a rank's samples lie, looked up for several steps at once, because most of the cost is per call."""
 
-    def __init__(self, order: Order | MixedOrder, share: RankSlice) -> None:
+    def __init__(self, order: AnyOrder, share: RankSlice) -> None:
         self._order, self._slots = order, np.arange(share.start, share.stop)
         self._steps = min(64, max(1, LOCATED_TOGETHER // max(1, len(self._slots))))
         self._kept: OrderedDict[tuple[int, int], Located] = OrderedDict()
@@ -175,37 +128,58 @@ class LocationCache:
 
 
 class Loader(_Loader):
-    """Endless training steps over `order`'s samples, of which this rank reads `share`.
+    """Endless training steps over `order`'s samples, of which this rank reads `share`, one for each bucket.
 
     draws: the random choices about each sample; threads, ahead: how many fill buffers, and how many steps ahead.
     """
 
     def __init__(
         self,
-        shards: Shards,
-        order: Order | MixedOrder,
-        share: RankSlice,
+        shards: AnyShards,
+        order: AnyOrder,
+        share: RankSlice | Sequence[RankSlice],
         draws: SampleDraws,
         device: torch.device | str = "cpu",
         threads: int = 2,
         ahead: int = 4,
     ) -> None:
-        self.order, self.batch = order, order.batch
+        self.shards, self.order, self.batch = shards, order, order.batch
+        shares, views = [share] if isinstance(share, RankSlice) else share, views_of(shards)
         self._start_of_shard = np.cumsum(order.counts) - order.counts
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="ldt-download") if shards.cache else None
         self._asked: OrderedDict[int, None] = OrderedDict()
-        self._locations = LocationCache(order, share)
-        super().__init__(share, shards, draws, device, threads, ahead)
+        self._locations = LocationCache(order, shares[0])  # all shares have the same slots
+        super().__init__(shares, list(views.values()), draws, device, threads, ahead)
+
+    @property
+    def share(self) -> RankSlice:
+        """Of the steps with the most micro-batches: those of the largest latents."""
+        return max(self.shares, key=lambda share: share.count)
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches every step has."""
+        """How many micro-batches a step has, at the most."""
         return self.share.count
 
     def steps(self, samples_seen: int = 0) -> Iterator[StepInputs]:
         """The steps from a global index on. Starting far into a run takes no longer than at its beginning."""
         for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
-            yield StepInputs(first, buffer.batches(), buffer.digest, waited)
+            yield StepInputs(first, buffer.batches(), buffer.digest, waited, self.bucket_name(first))
+
+    def check_position(self, samples_seen: int) -> None:
+        """Refuse to begin in the middle of a bucket's global batch."""
+        if isinstance(self.order, BucketOrder) and samples_seen % self.batch:
+            raise InputError(
+                f"a global batch is of one bucket, and none of train.global_batch={self.batch} begins at "
+                f"{samples_seen:,} samples; go on with a size that divides them"
+            )
+
+    def bucket_name(self, first: int) -> str:
+        """The bucket of the step at an index; nothing where there are no buckets."""
+        return self.shards.names[self._bucket(first)] if isinstance(self.shards, BucketShards) else ""
+
+    def _bucket(self, first: int) -> int:
+        return self.order.bucket_of(first) if isinstance(self.order, BucketOrder) else 0
 
     def _positions(self, samples_seen: int) -> Iterator[int]:
         """First index of each step; remote shards are asked for on the way."""
@@ -235,14 +209,34 @@ class Loader(_Loader):
         while len(self._asked) > 4096:
             self._asked.popitem(last=False)
 
-    def _fill(self, first: int, buffer: _Buffer) -> None:
-        samples = self._locations.of(first)
-        self.draws.fill(buffer.host, self.shards, samples)
-        buffer.digest = digest(buffer.host, self._start_of_shard[samples.shard_n] + samples.sample_n)
+    def _fill(self, first: int, buffer: Buffer) -> None:
+        samples, bucket, shards = self._locations.of(first), self._bucket(first), self.shards
+        host = buffer.choose(bucket)
+        if isinstance(shards, BucketShards):
+            inside = samples._replace(shard_n=samples.shard_n - shards.first_S[bucket])
+            self.draws.fill(host, shards.views[bucket], inside)
+            for padding in (host.latent_BCHW, host.noise_BCHW):  # other buckets write there
+                padding[len(inside.key_n) :].zero_()
+        else:
+            self.draws.fill(host, shards, samples)
+        buffer.digest = digest(host, self._start_of_shard[samples.shard_n] + samples.sample_n)
 
 
-def make_order(shards: Shards, seed: int, batch: int, streams: int, window: int) -> Order | MixedOrder:
+def views_of(shards: AnyShards) -> dict[str, Shards]:
+    """The buckets of data by name; of data without buckets all, under no name."""
+    return dict(zip(shards.names, shards.views, strict=True)) if isinstance(shards, BucketShards) else {"": shards}
+
+
+def make_order(shards: AnyShards, seed: int, batch: int, streams: int, window: int) -> AnyOrder:
     """The order of a data set's samples, or of those of several mixed ones, in global batches of `batch`."""
+    if isinstance(shards, BucketShards):
+        for name, view in views_of(shards).items():
+            if view.manifest.samples < batch:
+                raise InputError(
+                    f"bucket {name} of {shards.path} has {view.manifest.samples:,} images, and a global batch is of "
+                    f"one bucket; lower train.global_batch={batch}, or encode without this bucket"
+                )
+        return BucketOrder([view.manifest.counts for view in shards.views], seed, batch, streams, window)
     if isinstance(shards, MixedShards):
         counts_S = [s.manifest.counts for s in shards.sources.values()]
         return MixedOrder(counts_S, list(shards.parts.values()), seed, batch, streams, window)
@@ -252,7 +246,8 @@ def make_order(shards: Shards, seed: int, batch: int, streams: int, window: int)
 class ValidationLoader(_Loader):
     """The held-out samples, each once, with the same draws every time: no flips, no dropped labels.
 
-    share: this rank's part of the split, in micro-batches. index_B is the sample's number in the split.
+    share: this rank's part of the split, in micro-batches. index_B is the sample's number in the split; first: of the
+    split's first sample, where it is one of several.
     """
 
     def __init__(
@@ -263,11 +258,17 @@ class ValidationLoader(_Loader):
         device: torch.device | str = "cpu",
         threads: int = 1,
         ahead: int = 2,
+        first: int = 0,
     ) -> None:
-        self._whole = share
+        self.shards, self._whole, self._first = shards, share, first
         self._ends = np.cumsum(shards.manifest.counts)
         one = RankSlice(0, share.size, 1, share.size)
-        super().__init__(one, shards, draws, device, threads, ahead)
+        super().__init__([one], [shards], draws, device, threads, ahead)
+
+    @property
+    def parts(self) -> "dict[str, ValidationLoader]":
+        """By bucket; here there are none."""
+        return {"": self}
 
     def batches(self) -> Iterator[Batch]:
         """One pass; every rank yields the same number of batches of the same size."""
@@ -275,12 +276,27 @@ class ValidationLoader(_Loader):
         for _, buffer, _ in self._run(self._fill, range(0, self._whole.rows, size)):
             yield buffer.batches()[0]
 
-    def _fill(self, offset: int, buffer: _Buffer) -> None:
-        start = self._whole.start + offset
-        number_n = np.arange(start, max(start, min(start + self.share.size, self._whole.stop)))
+    def _fill(self, offset: int, buffer: Buffer) -> None:
+        start, host = self._whole.start + offset, buffer.choose(0)
+        number_n = np.arange(start, max(start, min(start + self.shares[0].size, self._whole.stop)))
         shard_n = np.searchsorted(self._ends, number_n, "right")
         sample_n = number_n - (self._ends - self.shards.manifest.counts)[shard_n]
-        buffer.host.weight_B.zero_()
-        self.draws.fill(buffer.host, self.shards, Located(VALIDATION_KEYS + number_n, shard_n, sample_n))
-        buffer.host.index_B.numpy()[:] = -1
-        buffer.host.index_B.numpy()[: len(number_n)] = number_n
+        host.weight_B.zero_()
+        number_n += self._first
+        self.draws.fill(host, self.shards, Located(VALIDATION_KEYS + number_n, shard_n, sample_n))
+        host.index_B.numpy()[:] = -1
+        host.index_B.numpy()[: len(number_n)] = number_n
+
+
+class BucketValidation:
+    """Validation loaders by bucket, as a context manager of them all."""
+
+    def __init__(self, parts: dict[str, ValidationLoader]) -> None:
+        self.parts = parts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for part in self.parts.values():
+            part.close()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from ldt.data.batch import Batch, SampleDraws, digest
-from ldt.data.loader import LocationCache, RankSlice
+from ldt.data.buffer import RankSlice
+from ldt.data.loader import LocationCache
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
 from ldt.data.shards import Shards

@@ -9,6 +9,8 @@ All extrapolate from a worse prediction through a better one, worse + scale · (
 Each is used inside the interval (guidance_low, guidance_high] of times alone (Kynkäänniemi et al. 2404.07724).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,10 @@ class Guide:
 
     def __init__(self, denoiser: Denoiser, objective: Objective, scale: float, hash: str) -> None:
         self._denoiser, self._objective, self._scale, self.hash = denoiser, objective, scale, hash
+
+    def at(self, latent_shape: Sequence[int]) -> "Guide":
+        """The same for latents of another shape."""
+        return Guide(self._denoiser, self._objective.at(latent_shape), self._scale, self.hash)
 
     def extrapolate(self, better: Prediction, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Prediction:
         """worse + scale · (better − worse) of x0 and of ε, for the two models may predict different things."""

@@ -49,6 +49,10 @@ class Objective:
         self.schedule: Schedule = make_schedule(config.schedule)
         self.loss_space = config.prediction if config.loss == "same" else config.loss
 
+    def at(self, latent_shape: Sequence[int]) -> "Objective":
+        """The same for latents of another shape."""
+        return Objective(self.config, latent_shape) if self.config.shift_base else self
+
     def timesteps(self, uniform_B: Tensor) -> Tensor:
         """Training times in (0, 1) from uniform numbers (float32 [B], taken in float64): float32 [B].
 

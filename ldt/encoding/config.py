@@ -1,10 +1,12 @@
 """The keys of `ldt encode`."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldt.config_fields import check_seed, choice, path_field, required_path_field, section
+from ldt.data.images.bucket_rule import Size
 from ldt.errors import InputError
 
 
@@ -14,6 +16,8 @@ class ImagesConfig:
     or pattern (`shards/{00000..00999}.tar`), local or at an fsspec address; or embedded:fashion_mnist.
 
     `size`: side in pixels that the autoencoder sees; `fit`: crop (resize and cut the middle) or pad (centre on black).
+    `buckets`: instead of `size`, several sizes HEIGHTxWIDTH, such as [256x256,192x320]: each image goes to the one that
+    keeps most of it (docs/own_data.md).
     `label`, `caption`: the ending of a member, the key of a .json, or the column that they come from; empty for what is
     usual. `classes`: encode only images of these, in this order; empty for all. `exif`: ignore, or turn images as
     cameras say. `on_error`: stop at an unreadable image, or skip it; then all are looked at first. `index_dir`: where
@@ -22,6 +26,7 @@ class ImagesConfig:
 
     path: str = path_field(remote=True)
     size: int = 0
+    buckets: list[str] = field(default_factory=list)
     fit: str = choice("crop", "pad")
     label: str = ""
     caption: str = ""
@@ -29,6 +34,22 @@ class ImagesConfig:
     exif: str = choice("ignore", "turn")
     on_error: str = choice("stop", "skip")
     index_dir: str = path_field("~/.cache/ldt/images")
+
+    def __post_init__(self) -> None:
+        if self.buckets and self.size:
+            raise InputError(f"images.size={self.size} and images.buckets are both given; leave one of them out")
+        if self.buckets and self.on_error == "skip":
+            raise InputError(
+                "images.on_error=skip is for one images.size; with images.buckets an unreadable image is named: "
+                "replace or remove it"
+            )
+        if repeated := [size for size, n in Counter(self.sizes).items() if n > 1]:
+            raise InputError(f"images.buckets names {repeated[0]} twice; name it once")
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The buckets' sizes."""
+        return [Size.parse(str(text), "images.buckets") for text in self.buckets]
 
 
 @dataclass
@@ -75,7 +96,7 @@ class EncodeJob:
         check_seed(self.seed)
         needed: dict[str, Any] = {"output": self.output}
         if not self.latents:
-            needed |= {"images.path": self.images.path, "images.size": self.images.size}
+            needed |= {"images.path": self.images.path, "images.size": self.images.size or bool(self.images.buckets)}
         if self.latents and self.images.path:
             raise InputError("latents= takes the place of images.path; give one of them")
         for name, value in {"output": self.output, "images.path": self.images.path, "latents": self.latents}.items():
@@ -88,6 +109,13 @@ class EncodeJob:
         for name, value in needed.items():
             if not value and not self.index:
                 raise InputError(f"{name} is not set; give it in the config or as {name}=VALUE")
+        if self.images.buckets and (self.latents or self.index):
+            raise InputError("images.buckets sorts images; with latents= or index= leave it out")
+        if self.images.buckets and self.whitening == "element":
+            raise InputError(
+                "whitening=element is by statistics of one latent shape, and images.buckets makes several; use "
+                "whitening=channel"
+            )
         for name in ("shard_samples", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")

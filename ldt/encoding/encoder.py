@@ -33,11 +33,16 @@ LEFT_OUT = "left_out.jsonl"  # images that could not be read, and why
 
 
 class Encoder:
-    """This rank's part of the work, and rank 0's before and after it."""
+    """This rank's part of the work, and rank 0's before and after it.
 
-    def __init__(self, config: EncodeJob, world: World) -> None:
-        self.config, self.world, self.output = config, world, Path(config.output)
-        self.plan = Plan(config, world)
+    plan, output: of one bucket; by default those of the whole job.
+    """
+
+    def __init__(
+        self, config: EncodeJob, world: World, plan: Plan | None = None, output: str | Path | None = None
+    ) -> None:
+        self.config, self.world, self.output = config, world, Path(output or config.output)
+        self.plan = plan or Plan.of(config, world)
 
     def run(self) -> None:
         complete = on_rank_zero(self.world, self._claim_output)
@@ -222,7 +227,7 @@ class Encoder:
             **whitening,
             autoencoder=config.autoencoder,
             autoencoder_hash=self.plan.autoencoder.hash,
-            image_size=self.plan.input.image_size,
+            image_size=self.plan.input.size.height,
             image_channels=self.plan.autoencoder.image_channels,
             table=make_table([s.row for s in sidecars]),
             recipe=self.plan.recipe(),
@@ -252,7 +257,9 @@ class Encoder:
                     f"{part} captions: {counts['captioned']:,} images have one, {counts['empty']:,} have none or "
                     f"an empty one, {counts['cut']:,} are cut at text.length={self.config.text.length}"
                 )
-        size, classes = self.plan.input.image_size, len(self.plan.source.classes)
+        if self.config.images.buckets:
+            return
+        size, classes = self.plan.input.size.height, len(self.plan.source.classes)
         example = f"imagenet{size}/ldt_transformer" if size in (256, 512) and classes >= 1000 else "fashion_mnist"
         example = "text/emoji" if self.plan.text else example
         print(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ldt import log
 from ldt.data.images import prepare
+from ldt.data.images.bucket_rule import Size
 from ldt.data.images.chosen import Chosen
 from ldt.data.images.members import Fields
 from ldt.data.images.open import index_share, open_images
@@ -24,13 +25,13 @@ from ldt.models.autoencoder import Autoencoder
 class Input(ABC):
     """Numbered items of a source, and how one of them becomes moments.
 
-    path: where the items are; image_size: side in pixels of what the autoencoder sees; latent_shape: (C, H, W);
+    path: where the items are; size: height and width in pixels of what the autoencoder sees; latent_shape: (C, H, W);
     unreadable: names of images that are left out, and why.
     """
 
     path: str
     source: ImageSource | LatentFiles
-    image_size: int
+    size: Size
     latent_shape: tuple[int, int, int]
     unreadable: list[tuple[str, str]]
 
@@ -50,26 +51,23 @@ class Input(ABC):
 class ImageInput(Input):
     """Images that go through the autoencoder; a content is uint8 [H, W, C]."""
 
-    def __init__(self, config: EncodeJob, autoencoder: Autoencoder, world: World) -> None:
+    def __init__(
+        self, config: EncodeJob, autoencoder: Autoencoder, source: ImageSource, size: Size, world: World
+    ) -> None:
         self._config, self._autoencoder = config, autoencoder
-        wanted = config.images
-        self.path, self.image_size, self.unreadable = wanted.path, wanted.size, []
-        fields = Fields(wanted.label, wanted.caption)
-        if world.size > 1:
-            together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
-        turn = wanted.exif == "turn"
-        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, turn, wanted.classes)
-        autoencoder.check_size(wanted.size, wanted.size)
-        side = wanted.size // autoencoder.downsample
-        self.latent_shape = (autoencoder.latent_channels, side, side)
-        if wanted.on_error == "skip":
+        self.source: ImageSource = source
+        self.path, self.size, self.unreadable = config.images.path, size, []
+        autoencoder.check_size(*size)
+        down = autoencoder.downsample
+        self.latent_shape = (autoencoder.latent_channels, size.height // down, size.width // down)
+        if config.images.on_error == "skip":
             self._leave_out_unreadable(world)
 
     def content(self, number: int) -> NDArray[Any]:
         wanted = self._config.images
         image = self.source.image(number)
         try:
-            return prepare(image, wanted.size, self._autoencoder.image_channels, wanted.fit)
+            return prepare(image, self.size, self._autoencoder.image_channels, wanted.fit)
         except InputError as error:
             raise InputError(f"image {self.source.name(number)}: {error}") from None
 
@@ -110,7 +108,7 @@ class LatentInput(Input):
         self.path, self.unreadable = config.latents, []
         self.source: LatentFiles = open_latents(config.latents, config.latents_scale, config.latents_second)
         self.latent_shape = self.source.latent_shape
-        self.image_size = self.latent_shape[1] * autoencoder.downsample
+        self.size = Size(*(side * autoencoder.downsample for side in self.latent_shape[1:]))
         if config.flips and not self.source.flips:
             raise InputError(f"flips=true needs images, and latents={config.latents} has none of mirrored images")
         if self.latent_shape[0] != autoencoder.latent_channels:
@@ -139,4 +137,16 @@ class LatentInput(Input):
 
 def open_input(config: EncodeJob, autoencoder: Autoencoder, world: World) -> Input:
     """The latents of `latents=`, else the images of `images.path` (collective)."""
-    return LatentInput(config, autoencoder) if config.latents else ImageInput(config, autoencoder, world)
+    if config.latents:
+        return LatentInput(config, autoencoder)
+    side = config.images.size
+    return ImageInput(config, autoencoder, open_source(config, world), Size(side, side), world)
+
+
+def open_source(config: EncodeJob, world: World) -> ImageSource:
+    """The images of `images.path`; archives are indexed by all ranks together (collective)."""
+    wanted = config.images
+    fields = Fields(wanted.label, wanted.caption)
+    if world.size > 1:
+        together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
+    return open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn", wanted.classes)

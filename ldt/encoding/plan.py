@@ -17,7 +17,7 @@ from ldt.data.split import Split
 from ldt.dist import World
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch
-from ldt.encoding.inputs import open_input
+from ldt.encoding.inputs import Input, open_input
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import describe, load_text_encoder
@@ -52,10 +52,8 @@ class Loaded:
 class Plan:
     """The input, the networks that it goes through, and which sample becomes which place of which shard."""
 
-    def __init__(self, config: EncodeJob, world: World) -> None:
-        self.config = config
-        self.autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
-        self.input = open_input(config, self.autoencoder, world)
+    def __init__(self, config: EncodeJob, autoencoder: Autoencoder, input: Input, world: World) -> None:
+        self.config, self.autoencoder, self.input = config, autoencoder, input
         encoder = config.text.encoder
         self.text = load_text_encoder(encoder, config.text.length, world.device) if encoder else None
         text_shape = self.text.shape if self.text else None
@@ -70,6 +68,12 @@ class Plan:
                 f"{self.input.path} has no captions for text.encoder={config.text.encoder}; put "
                 "x.txt beside x.png, or leave text.encoder empty"
             )
+
+    @classmethod
+    def of(cls, config: EncodeJob, world: World) -> "Plan":
+        """That of all images or latents (collective)."""
+        autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
+        return cls(config, autoencoder, open_input(config, autoencoder, world), world)
 
     @property
     def source(self) -> ImageSource | LatentFiles:
@@ -86,7 +90,8 @@ class Plan:
             **text,
             **whitening,
             "images.path": config.images.path,
-            "images.size": config.images.size,
+            **({"images.buckets": list(config.images.buckets)} if config.images.buckets else {}),
+            "images.size": list(self.input.size) if config.images.buckets else config.images.size,
             "images.fit": config.images.fit,
             "number of images": len(self.source),
             NAMES: self._names_hash,

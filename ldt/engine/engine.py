@@ -77,6 +77,7 @@ class Engine:
     def __init__(
         self, denoiser: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, world: World, micro_batches: int
     ) -> None:
+        """micro_batches: the most that a step may have, on all ranks alike."""
         self.world = world
         self.micro_batches = micro_batches
         deepspeed = _import_deepspeed(world.device)
@@ -121,14 +122,15 @@ class Engine:
     ) -> StepResult:
         """One optimizer step. `weighted_loss` is the weighted sum of a micro-batch's per-sample losses, a scalar.
 
-        DeepSpeed divides the gradient by the number of ranks and of micro-batches, ours is the mean over the global
-        batch: the factor below makes up the difference exactly, whatever the split.
+        DeepSpeed divides the gradient by the number of ranks and of micro-batches that it was told at the start, ours
+        is the mean over the global batch: the factor below makes up the difference exactly, whatever the split.
 
         Before the weights change, one all-reduce tells every rank the loss, the gradient's norm and the sums of
         `votes` (exact for integers below 2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no
         rank applies the step: weights, moments and Adam's step count stay as they are.
         """
-        assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
+        count = len(micro_batches)
+        assert 0 < count <= self.micro_batches, (count, self.micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         factor = self.world.size * self.micro_batches / global_batch
@@ -136,6 +138,7 @@ class Engine:
         for i, batch in enumerate(micro_batches):
             if i:
                 self.deepspeed.step()  # only counts micro-batches until the last
+            self.deepspeed.set_gradient_accumulation_boundary(i + 1 == count)
             loss = weighted_loss(self.module, batch)
             total += loss.detach()
             self.mark("forward")

@@ -21,6 +21,7 @@ from ldt.checkpoint.manifest import versions
 from ldt.cluster.gpus import use_device
 from ldt.config import to_dict
 from ldt.data.images import ImageSource, open_encoded
+from ldt.data.images.bucket_rule import Size
 from ldt.data.shards.manifest import read_head
 from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError
@@ -31,7 +32,7 @@ from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
 from ldt.metrics.scores import compute, score_names
-from ldt.sampling.draw import ImageModel, block_ids, image_model, load_guide, sample_images
+from ldt.sampling.draw import ImageModel, block_ids, image_model, load_guide, resized, sample_images
 
 logger = log.get_logger(__name__)
 
@@ -52,7 +53,7 @@ NOT_IN_RESULT = (
 )
 """Keys that say where things are and how they are computed, not what."""
 
-SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0}
+SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0, "size": ""}
 """Keys that stand in a result only where they are in use, so that results from before they came stay valid."""
 
 
@@ -73,7 +74,7 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
             raise InputError(
                 "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
             )
-        shards = path or data["path"]
+        shards = path or _bucket_of(config, loaded, data["path"])
         recipe = read_head(shards)["recipe"]
         if "images.path" not in recipe:
             raise InputError(
@@ -81,14 +82,23 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
                 "evaluate.fit"
             )
         images, fit = open_encoded(recipe), recipe["images.fit"]
-    spec = loaded.spec
-    if spec.latent_shape[1] != spec.latent_shape[2]:
-        raise InputError(
-            f"{loaded.path} makes images that are not square (latents of {'×'.join(map(str, spec.latent_shape))}), and "
-            "images to compare with are cropped to squares; give an .npz of statistics as evaluate.reference"
-        )
+    size = Size.parse(config.size, "evaluate.size") if config.size else loaded.spec.image_shape
     cache_dir = Path(config.cache_dir).expanduser()
-    return reference_of_images(images, spec.image_size, spec.image_channels, fit, detector, cache_dir, world)
+    return reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+
+
+def _bucket_of(config: EvaluateConfig, loaded: Loaded, path: str) -> str:
+    """The shards behind the images to compare with: of data in buckets, those of the bucket of `evaluate.size`."""
+    buckets = loaded.spec.buckets
+    if not buckets:
+        return path
+    if config.size not in buckets:
+        raise InputError(
+            f"{loaded.path} was trained on several sizes, which are scored one by one: evaluate.size={config.size} has "
+            f"to be one of {', '.join(buckets)} (several, separated by commas, end in a table), or give "
+            "evaluate.reference"
+        )
+    return f"{path.rstrip('/')}/{config.size}"
 
 
 def score_once(
@@ -106,6 +116,7 @@ def score_once(
         start = time.perf_counter()
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         model = image_model(loaded, config.precision, world.device, config.compile, guide)
+        model = resized(model, loaded.config, config.size)
         blocks = make_features(config, model, detector, store, world)
         if world.rank != 0:
             return None

@@ -74,7 +74,13 @@ class Reference:
 
 
 def reference_of_images(
-    path: str | ImageSource, size: int, channels: int, fit: str, detector: Detector, cache_dir: Path, world: World
+    path: str | ImageSource,
+    size: int | tuple[int, int],
+    channels: int,
+    fit: str,
+    detector: Detector,
+    cache_dir: Path,
+    world: World,
 ) -> Reference:
     """Statistics of all images of a source or at its path, prepared as for encoding; the ranks share the work.
 
@@ -100,7 +106,7 @@ def reference_of_images(
                 bar.update(BLOCK * world.size)
         barrier()
         if world.rank == 0:
-            made_by = {
+            made_by: dict[str, object] = {
                 "images": path if isinstance(path, str) else path.name(0),
                 "size": size,
                 "channels": channels,

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -37,6 +38,27 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(config, latent_shape, classes, text if config.uses_text else None)
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+    """Refuse buckets of latents, by name, that a denoiser can't be trained on together."""
+    several = ", ".join(filter(None, shapes))
+    if config.name == "unet" and len(shapes) > 1:
+        raise InputError(
+            f"model.name=unet is made for one latent shape, not for several ({several}); use model.name=transformer, "
+            "or the data of one bucket"
+        )
+    if config.positions == "learned" and len(shapes) > 1:
+        raise InputError(
+            f"model.positions=learned is made for one latent shape, not for several ({several}); use "
+            "model.positions=rope or sincos, or the data of one bucket"
+        )
+    for name, (_, height, width) in shapes.items():
+        if height % config.patch or width % config.patch:
+            raise InputError(
+                f"model.patch={config.patch} does not divide the latent size {height}x{width} of {name or 'the data'}; "
+                "choose another patch, or other sizes"
+            )
 
 
 def parameter_count(model: nn.Module) -> int:

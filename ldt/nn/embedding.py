@@ -92,10 +92,15 @@ def sincos_2d(width: int, rows: int, columns: int) -> Tensor:
     return rearrange(torch.cat([x, y], dim=-1), "r c d -> (r c) d").float()
 
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines [N, E] by which `rotate` turns queries and keys."""
+
+
 class AxialRotary(nn.Module):
     """Rotary positions (Su et al. 2104.09864) on a grid: half of each head turns with the row, half with the column.
 
-    Tokens in front of the grid (`prefix`: time, class) have no position and do not turn.
+    Tokens in front of the grid (`prefix`: time, class) have no position and do not turn. rows, columns: of the usual
+    grid; others are made when they are asked for.
     """
 
     cos_NE: Tensor
@@ -103,16 +108,35 @@ class AxialRotary(nn.Module):
 
     def __init__(self, head_dim: int, rows: int, columns: int, prefix: int, base: float = 100.0) -> None:
         super().__init__()
-        frequency = base ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+        self._head_dim, self._grid, self._prefix, self._base = head_dim, (rows, columns), prefix, base
+        self._others: dict[tuple[object, ...], Rotation] = {}
+        cos_NE, sin_NE = self._make(rows, columns)
+        self.register_buffer("cos_NE", cos_NE, persistent=False)
+        self.register_buffer("sin_NE", sin_NE, persistent=False)
+
+    def at(self, rows: int, columns: int) -> Rotation:
+        """The rotation of the prefix and a grid of tokens, on the device and in the precision of the model."""
+        if (rows, columns) == self._grid:
+            return self.cos_NE, self.sin_NE
+        key = (rows, columns, self.cos_NE.device, self.cos_NE.dtype)
+        if key not in self._others:
+            cos_NE, sin_NE = self._make(rows, columns)
+            self._others[key] = cos_NE.to(self.cos_NE), sin_NE.to(self.sin_NE)
+        return self._others[key]
+
+    def _make(self, rows: int, columns: int) -> Rotation:
+        frequency = self._base ** -(torch.arange(self._head_dim // 4, dtype=torch.float64) / (self._head_dim // 4))
         y = torch.arange(rows, dtype=torch.float64)[:, None, None].expand(rows, columns, 1) * frequency
         x = torch.arange(columns, dtype=torch.float64)[None, :, None].expand(rows, columns, 1) * frequency
         angle = rearrange(torch.cat([y, x], dim=-1), "r c e -> (r c) e")
-        angle = torch.cat([torch.zeros(prefix, angle.shape[1], dtype=angle.dtype), angle])
-        self.register_buffer("cos_NE", torch.cat([angle.cos()] * 2, dim=-1).float(), persistent=False)
-        self.register_buffer("sin_NE", torch.cat([angle.sin()] * 2, dim=-1).float(), persistent=False)
+        angle = torch.cat([torch.zeros(self._prefix, angle.shape[1], dtype=angle.dtype), angle])
+        return torch.cat([angle.cos()] * 2, dim=-1).float(), torch.cat([angle.sin()] * 2, dim=-1).float()
 
-    def forward(self, x_BKNE: Tensor) -> Tensor:
-        wide_BKNE = _at_least_float32(x_BKNE)
-        first, second = wide_BKNE.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (wide_BKNE * self.cos_NE + turned * self.sin_NE).to(x_BKNE.dtype)
+
+def rotate(x_BKNE: Tensor, rotation: Rotation) -> Tensor:
+    """Queries or keys turned by their tokens' positions."""
+    cos_NE, sin_NE = rotation
+    wide_BKNE = _at_least_float32(x_BKNE)
+    first, second = wide_BKNE.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide_BKNE * cos_NE + turned * sin_NE).to(x_BKNE.dtype)

@@ -16,29 +16,29 @@ from torch.utils.checkpoint import checkpoint
 from ldt.diffusion.condition import Condition, text_mask
 from ldt.errors import InputError
 from ldt.nn.attention import Padding, choose_kernel, padding_of
-from ldt.nn.block import Block, Modulation, make_norm, make_position, modulate
+from ldt.nn.block import Block, Modulation, PositionsByGrid, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
-from ldt.nn.embedding import AxialRotary, TextEmbedding, TimeEmbedding, TimeSinusoids
+from ldt.nn.embedding import AxialRotary, Rotation, TextEmbedding, TimeEmbedding, TimeSinusoids
 from ldt.nn.inner_head import InnerHead
 from ldt.nn.text_shape import TextShape
 from ldt.nn.wide_head import WideHead
 
 
 class Transformer(nn.Module):
-    """latent [B, C, H, W], time [B], condition → prediction [B, C, H, W]."""
+    """latent [B, C, H, W], time [B], condition → prediction [B, C, H, W].
+
+    Height and width may be others than those of latent_shape, unless positions are learned.
+    """
 
     def __init__(
         self, config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, text: TextShape | None = None
     ) -> None:
         super().__init__()
         channels, height, width = latent_shape
-        if height % config.patch or width % config.patch:
-            raise InputError(f"model.patch={config.patch} does not divide the latent size {height}x{width}")
         self.config, self.channels = config, channels
-        self.rows, self.columns = height // config.patch, width // config.patch
+        self.rows, self.columns = grid_of(config.patch, height, width)
         in_context = config.conditioning == "in_context"
         self.prefix = (1 + config.uses_class + (text.length if text else 0)) if in_context else 0
-        tokens = self.prefix + self.rows * self.columns
         output = channels * (2 if config.learned_sigma else 1)
 
         self.patchify = nn.Linear(channels * config.patch**2, config.width)
@@ -46,15 +46,16 @@ class Transformer(nn.Module):
         self.time = make_time(config.width, config.time, config.time_frequencies)
         self.label = nn.Embedding(classes + 1, config.width) if config.uses_class else None  # last row: the null label
         self.text = TextEmbedding(text, config.width) if text else None
-        self.position = make_position(config, self.rows, self.columns, tokens)
-        head_dim = config.width // config.heads
         grid = (self.rows, self.columns, self.prefix)
-        rotary = AxialRotary(head_dim, *grid, config.rope_base) if config.turns else None
+        self.position = make_position(config, *grid)
+        self.positions = PositionsByGrid(config, *grid)
+        head_dim = config.width // config.heads
+        self.rotary = AxialRotary(head_dim, *grid, config.rope_base) if config.turns else None
         # the first so many blocks, and after them the wide head's
         self.checkpointed = config.depth + config.head.depth if config.activation_checkpointing else 0
         half = config.depth // 2
         self.blocks = nn.ModuleList(
-            Block(config, rotary, first=i == 0, skip=config.long_skips and i >= config.depth - half)
+            Block(config, first=i == 0, skip=config.long_skips and i >= config.depth - half)
             for i in range(config.depth)
         )
         self.inner = InnerHead(config, output) if config.inner_head else None
@@ -114,6 +115,7 @@ class Transformer(nn.Module):
         r_B: the velocity is to be the mean over [r, t]; without it that at t.
         """
         p = self.config.patch
+        grid = grid_of(p, *x_BCHW.shape[2:])
         patch_BNP = rearrange(x_BCHW, "b c (r p) (k q) -> b (r k) (c p q)", p=p, q=p)
         patch_BNP = patch_BNP.to(self.patchify.weight.dtype)
         h_BND = self.patchify(patch_BNP)
@@ -129,11 +131,13 @@ class Transformer(nn.Module):
                 padding = padding_of(mask_BN, choose_kernel(self.config.attention, h_BND.device, h_BND.dtype))
         else:
             modulation_B1D = F.silu(self._summary(time_BD, condition))[:, None]
-        if self.position is not None:
-            h_BND = h_BND + self.position
-        middle_BND, h_BND = (h[:, self.prefix :] for h in self._run_blocks(h_BND, modulation_B1D, padding))
+        position = self.positions.at(self.position, grid)
+        if position is not None:
+            h_BND = h_BND + position
+        rotation = None if self.rotary is None else self.rotary.at(*grid)
+        middle_BND, h_BND = (h[:, self.prefix :] for h in self._run_blocks(h_BND, modulation_B1D, padding, rotation))
         if self.head is not None:
-            out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth))
+            out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth), grid)
         else:
             h_BND = self.norm(h_BND)
             if modulation_B1D is not None:
@@ -141,14 +145,14 @@ class Transformer(nn.Module):
                 h_BND = modulate(h_BND, shift_B1D, scale_B1D)
             out_BNP = self.unpatchify(h_BND)
         if not inner:
-            return self._image(out_BNP)
+            return self._image(out_BNP, grid)
         assert self.inner is not None, "a denoiser without an inner head"
-        return self._image(out_BNP), self._image(self.inner(middle_BND, modulation_B1D))
+        return self._image(out_BNP, grid), self._image(self.inner(middle_BND, modulation_B1D), grid)
 
-    def _image(self, out_BNP: Tensor) -> Tensor:
+    def _image(self, out_BNP: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches as a prediction [B, C, H, W]."""
         p = self.config.patch
-        out_BCHW = rearrange(out_BNP, "b (r k) (c p q) -> b c (r p) (k q)", r=self.rows, p=p, q=p)
+        out_BCHW = rearrange(out_BNP, "b (r k) (c p q) -> b c (r p) (k q)", r=grid[0], p=p, q=p)
         if self.convolution is not None:
             out_BCHW = self.convolution(out_BCHW)
         return out_BCHW[:, : self.channels]
@@ -177,7 +181,7 @@ class Transformer(nn.Module):
         return out_BD
 
     def _run_blocks(
-        self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None
+        self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens after the block of the inner head (before the first, where there is none) and after the last."""
         middle_BND = h_BND
@@ -185,7 +189,7 @@ class Transformer(nn.Module):
         first_BKNE = None  # the first block's values, where the others want them
         for i, block in enumerate(self.blocks):
             skip_BND = skips.pop() if block.skip is not None else None
-            arguments = (h_BND, modulation_B1D, skip_BND, padding, first_BKNE)
+            arguments = (h_BND, modulation_B1D, skip_BND, padding, first_BKNE, rotation)
             if i < self.checkpointed and torch.is_grad_enabled():
                 h_BND, value_BKNE = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -197,3 +201,10 @@ class Transformer(nn.Module):
             if i + 1 == self.config.inner_head:
                 middle_BND = h_BND
         return middle_BND, h_BND
+
+
+def grid_of(patch: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the tokens of a latent; `InputError` if the patch does not divide it."""
+    if height % patch or width % patch:
+        raise InputError(f"model.patch={patch} does not divide the latent size {height}x{width}")
+    return height // patch, width // patch

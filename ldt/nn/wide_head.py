@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldt.nn.block import Block, Modulation, make_norm, make_position, modulate
+from ldt.nn.block import Block, Modulation, PositionsByGrid, make_norm, make_position, modulate
 from ldt.nn.config import HeadConfig, ModelConfig
 from ldt.nn.embedding import AxialRotary
 
@@ -28,24 +28,31 @@ class WideHead(nn.Module):
         wide = wide_config(config)
         self.patchify = nn.Linear(channels * config.patch**2, wide.width)
         self.project = nn.Linear(config.width, wide.width)
-        self.position = make_position(wide, rows, columns, rows * columns)
-        rotary = AxialRotary(wide.width // wide.heads, rows, columns, 0, wide.rope_base) if wide.turns else None
-        self.blocks = nn.ModuleList(Block(wide, rotary, first=i == 0, skip=False) for i in range(wide.depth))
+        self.position = make_position(wide, rows, columns, 0)
+        self.positions = PositionsByGrid(wide, rows, columns, 0)
+        head_dim = wide.width // wide.heads
+        self.rotary = AxialRotary(head_dim, rows, columns, 0, wide.rope_base) if wide.turns else None
+        self.blocks = nn.ModuleList(Block(wide, first=i == 0, skip=False) for i in range(wide.depth))
         self.norm = make_norm(wide, wide.width, affine=False)
         self.modulation = Modulation(wide.width, 2 * wide.width)
         self.unpatchify = nn.Linear(wide.width, output * config.patch**2)
 
-    def forward(self, patch_BNP: Tensor, z_BND: Tensor, time_BD: Tensor, checkpointed: int) -> Tensor:
-        """checkpointed: of how many blocks only what enters them is kept for the backward pass."""
+    def forward(
+        self, patch_BNP: Tensor, z_BND: Tensor, time_BD: Tensor, checkpointed: int, grid: tuple[int, int]
+    ) -> Tensor:
+        """checkpointed: of how many blocks only what enters them is kept for the backward pass; grid: rows, columns."""
         s_BNW = self.project(F.silu(time_BD[:, None].to(z_BND.dtype) + z_BND))
         h_BNW = self.patchify(patch_BNP)
-        if self.position is not None:
-            h_BNW = h_BNW + self.position
+        position = self.positions.at(self.position, grid)
+        if position is not None:
+            h_BNW = h_BNW + position
+        rotation = None if self.rotary is None else self.rotary.at(*grid)
+        arguments = (s_BNW, None, None, None, rotation)
         for i, block in enumerate(self.blocks):
             if i < checkpointed and torch.is_grad_enabled():
-                h_BNW, _ = checkpoint(block, h_BNW, s_BNW, use_reentrant=False, preserve_rng_state=False)
+                h_BNW, _ = checkpoint(block, h_BNW, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_BNW, _ = block(h_BNW, s_BNW)
+                h_BNW, _ = block(h_BNW, *arguments)
         shift_BNW, scale_BNW = self.modulation(s_BNW).chunk(2, dim=-1)
         return self.unpatchify(modulate(self.norm(h_BNW), shift_BNW, scale_BNW))
 

@@ -66,7 +66,7 @@ class History:
         except InputError:
             return math.nan
         share = self.checkpoint.config["objective"].get("mean_flow", 0.0)
-        return (3.0 + FORWARD_PASSES * share) * flops(model, spec.latent_shape, spec.text_shape)
+        return (3.0 + FORWARD_PASSES * share) * spec.average(lambda shape: flops(model, shape, spec.text_shape))
 
     @property
     def samples_seen(self) -> int:

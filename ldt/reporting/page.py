@@ -122,7 +122,11 @@ def _facts(run: History) -> list[tuple[str, str]]:
     for name in score_names([run]):
         facts.append((f"best {name}", score(best_score(run, name))))
     if run.validations:
-        facts.append(("validation loss", score(number(run.lines[run.validations[-1]], "validation_loss"))))
+        last_line = run.lines[run.validations[-1]]
+        facts.append(("validation loss", score(number(last_line, "validation_loss"))))
+        by_bucket = last_line.get("validation_loss_by_bucket")
+        if isinstance(by_bucket, dict):
+            facts += [(f"validation loss of {name}", score(number(by_bucket, name))) for name in sorted(by_bucket)]
     if run.steps:
         last = [number(run.lines[i], "loss") for i in run.steps[-max(1, len(run.steps) // 20) :]]
         facts.append(("training loss", score(float(np.nanmean(last)) if np.isfinite(last).any() else np.nan)))

@@ -131,6 +131,8 @@ def open_real(run: History) -> RealImages:
             raise Unavailable(f"{recipe['images.path']} has {len(source)} images now, of the {encoded} encoded")
         split = Split(len(source), float(recipe.get("validation_fraction", 0.0)), int(recipe.get("seed", 0)))
         size, channels = int(head["image_size"]), int(head["image_channels"])
+        if head["latent_shape"][1] != head["latent_shape"][2]:
+            raise Unavailable("the images that the data were encoded from are not square")
         real = RealImages(source, size, channels, recipe["images.fit"], split, recipe["images.path"])
         real.read(0)
     except (InputError, OSError, KeyError, TypeError, ValueError) as error:

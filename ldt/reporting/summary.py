@@ -85,6 +85,9 @@ def data_words(run: History) -> str:
     side, classes = spec.get("image_size"), len(spec.get("classes", []))
     kind = "grey" if spec.get("image_channels") == 1 else "colour"
     noun = "class" if classes == 1 else "classes"
+    if buckets := spec.get("buckets"):
+        names = f"{len(buckets)} buckets ({', '.join(sorted(buckets))})"
+        return f"Data: {path}, {kind} images in {classes} {noun} and {names}, as latents up to {shape}."
     return f"Data: {path}, {kind} images of {side} pixels in {classes} {noun} as {shape} latents."
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ldt.config_fields import check_seed, choice, path_field
+from ldt.data.images.bucket_rule import Size
 from ldt.diffusion.config import SamplerConfig
 from ldt.errors import InputError
 
@@ -36,8 +37,10 @@ class ImageConfig(SamplerConfig):
 
 @dataclass
 class DrawConfig(ImageConfig):
-    """Which weights make the images, and in what arithmetic.
+    """Which weights make the images, in what size and arithmetic.
 
+    `size`: HEIGHTxWIDTH in pixels, for a model that takes any; empty for that of the training data, of several that of
+    the largest bucket.
     `guide`: another run, checkpoint or exported model, or this run's of another age, whose prediction is left behind
     (autoguidance, with `guide_scale`); `guide_weights`: ema, master, another average, or the width of one (0.2).
     `block`: images that the network makes at once; it is part of the last bits, as is `compile`, the denoiser's blocks
@@ -46,6 +49,7 @@ class DrawConfig(ImageConfig):
 
     block: int = 50
     weights: str = choice("ema", "master")
+    size: str = ""
     guide: str = path_field("")
     guide_weights: str = "ema"
     guide_scale: float = 1.0
@@ -54,6 +58,8 @@ class DrawConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.size:
+            Size.parse(self.size, "size")
         if bool(self.guide) != (self.guide_scale != 1):
             raise InputError(
                 f"guide={self.guide or 'nothing'} and guide_scale={self.guide_scale} belong together: give a guide "

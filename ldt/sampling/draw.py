@@ -6,7 +6,8 @@ the size of its batch; images beyond the number asked for are dropped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ldt import log, rng
 from ldt.checkpoint.load import Loaded, load_denoiser
+from ldt.config import from_dict
+from ldt.data.images.bucket_rule import Size
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.guidance import Guide
@@ -23,7 +26,8 @@ from ldt.diffusion.samplers import sample
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import TextEncoder, reload_text_encoder
-from ldt.nn.build import compile_blocks
+from ldt.nn.build import check_shapes, compile_blocks
+from ldt.nn.config import ModelConfig
 from ldt.rng import Purpose
 from ldt.sampling.config import MOST_STEPS, DrawConfig, ImageConfig
 
@@ -62,6 +66,32 @@ def image_model(
     uses_text = loaded.config["model"].get("condition_on", "class") != "class"
     text = load_text(loaded.spec, uses_text, device)
     return ImageModel(denoiser, loaded.objective, loaded.spec, autoencoder, device, text, guide)
+
+
+def resized(model: ImageModel, trained: dict[str, Any], size: str) -> ImageModel:
+    """The image model for images of another size, HEIGHTxWIDTH, or itself where that is empty.
+
+    trained: the config of the denoiser's training. `InputError` where it does not take any size.
+    """
+    if not size:
+        return model
+    pixels, spec, config = Size.parse(size, "size"), model.spec, from_dict(ModelConfig, trained["model"])
+    down = model.autoencoder.downsample
+    if pixels.height % down or pixels.width % down:
+        raise InputError(f"size={size} is not divisible by {down}, the factor of autoencoder {spec.autoencoder}")
+    shape = (spec.latent_shape[0], pixels.height // down, pixels.width // down)
+    if shape == spec.latent_shape:
+        return model
+    if spec.by_element:
+        raise InputError(
+            f"size={size} can't be drawn: latents of this model are whitened by the statistics of each element, which "
+            f"are of {spec.image_shape[0]}x{spec.image_shape[1]} pixels alone; leave size out"
+        )
+    check_shapes(config, spec.shapes | {f"size={size}": shape})
+    model.autoencoder.check_size(*pixels)
+    guide = model.guide and model.guide.at(shape)
+    other = replace(spec, latent_shape=shape, image_size=pixels.height, buckets={})
+    return replace(model, spec=other, objective=model.objective.at(shape), guide=guide)
 
 
 def examples_of(spec: LatentSpec) -> list[tuple[int, str]]:

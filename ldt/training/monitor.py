@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldt.data.batch import Batch
 from ldt.data.latent_spec import LatentSpec
-from ldt.data.loader import ValidationLoader
+from ldt.data.loader import BucketValidation, ValidationLoader
 from ldt.diffusion.objectives import Objective
 from ldt.dist import World, all_gather, all_reduce_sum, on_rank_zero
 from ldt.image_files import class_grid, write_cells, write_picture
@@ -26,21 +26,35 @@ PREVIEW_COLUMNS = 8
 
 
 def validation_loss(
-    validation: ValidationLoader, objective: Objective, loss: Callable[[Batch], Tensor], device: torch.device
+    validation: ValidationLoader | BucketValidation,
+    objective: Objective,
+    loss: Callable[[Batch], Tensor],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Loss on the held-out samples, over all times and by tenths of t (collective). loss: of each sample, [B]."""
-    sums = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=device)
+    """Loss on the held-out samples, over all times, by tenths of t and by bucket (collective).
+
+    loss: of each sample, [B].
+    """
+    parts = validation.parts
+    sums = torch.zeros(2, len(parts), TIME_BINS, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for batch in validation.batches():
-            loss_B = loss(batch).double() * batch.weight_B
-            bin_B = (objective.timesteps(batch.uniform_B) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            sums[0].index_add_(0, bin_B, loss_B)
-            sums[1].index_add_(0, bin_B, batch.weight_B.double())
-    total, count = all_reduce_sum(sums).cpu()
-    return {
-        "validation_loss": float(total.sum() / count.sum()),
-        "validation_loss_by_time": [float(x / n) if n else None for x, n in zip(total, count, strict=True)],
+        for p, part in enumerate(parts.values()):
+            for batch in part.batches():
+                loss_B = loss(batch).double() * batch.weight_B
+                t_B = objective.at(batch.latent_BCHW.shape[1:]).timesteps(batch.uniform_B)
+                bin_B = (t_B * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+                sums[0, p].index_add_(0, bin_B, loss_B)
+                sums[1, p].index_add_(0, bin_B, batch.weight_B.double())
+    total_PT, count_PT = all_reduce_sum(sums).cpu()
+    by_time = zip(total_PT.sum(0), count_PT.sum(0), strict=True)
+    by_part = zip(parts, total_PT.sum(1), count_PT.sum(1), strict=True)
+    out: dict[str, Any] = {
+        "validation_loss": float(total_PT.sum() / count_PT.sum()),
+        "validation_loss_by_time": [float(x / n) if n else None for x, n in by_time],
     }
+    if "" not in parts:
+        out["validation_loss_by_bucket"] = {name: float(x / n) for name, x, n in by_part}
+    return out
 
 
 def preview_images(spec: LatentSpec) -> int:

@@ -9,9 +9,9 @@ from torch import nn
 
 from ldt import log
 from ldt.data.batch import SampleDraws
+from ldt.data.buffer import RankSlice
 from ldt.data.latent_spec import LatentSpec
-from ldt.data.loader import Loader, RankSlice, ValidationLoader, make_order
-from ldt.data.shards import Shards
+from ldt.data.loader import AnyShards, BucketValidation, Loader, ValidationLoader, make_order, views_of
 from ldt.dist import World, all_gather
 from ldt.engine import memory
 from ldt.errors import InputError
@@ -53,36 +53,47 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
 
 
 def make_loaders(
-    config: TrainJob, shards: Shards, micro_batch: int, world: World
-) -> tuple[Loader, ValidationLoader | None]:
-    """The loader of the training data and, if there is validation, that of the held-out split."""
+    config: TrainJob, shards: AnyShards, micro_batch: int, world: World
+) -> tuple[Loader, ValidationLoader | BucketValidation | None]:
+    """The loader of the training data and, if there is validation, that of the held-out split.
+
+    micro_batch: of the largest latents, where there are several shapes.
+    """
     data, on = config.data, config.model.condition_on
     order = make_order(shards, config.seed, config.train.global_batch, data.streams, data.window)
-    share = RankSlice.of(config.train.global_batch, world.rank, world.size, micro_batch)
+    views = views_of(shards)
+    shapes = [view.manifest.latent_shape for view in views.values()]
+    shares = RankSlice.by_bucket(config.train.global_batch, world.rank, world.size, micro_batch, shapes)
     draws = SampleDraws(
         config.seed, config.objective.condition_drop, on, shards.manifest.flips, config.objective.mean_flow
     )
-    loader = Loader(shards, order, share, draws, world.device, data.threads)
+    loader = Loader(shards, order, shares, draws, world.device, data.threads)
     if not config.log.validation_every_samples:
         return loader, None
-    held_out = open_held_out(data, world)
+    held_out, draws = open_held_out(data, shards, world), SampleDraws(config.seed, 0.0, on)
     if held_out.manifest.samples == 0:
         raise InputError(f"{held_out.path} holds no samples; encode with a larger validation_fraction")
-    part = RankSlice.of(held_out.manifest.samples, world.rank, world.size, share.size)
-    return loader, ValidationLoader(held_out, SampleDraws(config.seed, 0.0, on), part, world.device)
+    rows = {name: share.size for name, share in zip(views, shares, strict=True)}
+    parts, first = {}, 0
+    for name, view in views_of(held_out).items():
+        part = RankSlice.of(view.manifest.samples, world.rank, world.size, rows[name])
+        parts[name] = ValidationLoader(view, draws, part, world.device, first=first)
+        first += view.manifest.samples
+    return loader, parts.get("") or BucketValidation(parts)
 
 
 def describe(
-    config: TrainJob, shards: Shards, parameters: int, kernel: str, share: RankSlice, samples_seen: int, world: World
+    config: TrainJob, shards: AnyShards, parameters: int, kernel: str, share: RankSlice, samples_seen: int, world: World
 ) -> Iterator[str]:
     """The lines that a run begins with."""
     spec = shards.manifest.spec
     kind = "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})"
-    cost = si_format(flops(config.model, spec.latent_shape, spec.text_shape))
+    cost = si_format(spec.average(lambda shape: flops(config.model, shape, spec.text_shape)))
     size = si_format(parameters)
     yield f"model: {kind}, {size} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = pluralize(len(spec.classes), "class", "classes"), "×".join(map(str, spec.latent_shape))
-    yield f"data: {shards.manifest.samples:,} samples in {classes}, latents {shape} of {spec.image_size} pixels"
+    latents = f"{len(spec.buckets)} buckets of latents up to" if spec.buckets else "latents"
+    yield f"data: {shards.manifest.samples:,} samples in {classes}, {latents} {shape} of {spec.image_size} pixels"
     yield from describe_constant(spec)
     yield from describe_data(shards, config.train.global_batch)
     if spec.text and not config.model.uses_text:

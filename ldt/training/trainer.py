@@ -34,7 +34,7 @@ from ldt.engine.learning_rate import learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
 from ldt.nn.attention import choose_kernel, forward_differentiable
-from ldt.nn.build import build, parameter_count
+from ldt.nn.build import build, check_shapes, parameter_count
 from ldt.progress import ProgressLine
 from ldt.run import directory, outcome
 from ldt.run.outcome import DONE, FAILED, STOPPED, WRONG_INPUT
@@ -107,6 +107,7 @@ class Trainer:
             tracking.require_tensorboard()
         self.shards = open_data(config.data, world)
         self.spec = self.shards.manifest.spec
+        check_shapes(config.model, self.spec.shapes)
         self.objective = Objective(config.objective, self.spec.latent_shape)
         self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
         uses_text = config.model.uses_text and config.log.samples_every_samples > 0
@@ -130,6 +131,7 @@ class Trainer:
         self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics, self.meter = self.run_dir / "metrics.jsonl", Meter()
         self.state, damaged = self._restore()
+        self.loader.check_position(self.state.samples_seen)
         self.attempt = self.state.attempt = on_rank_zero(world, lambda: self._accept(damaged))
         self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.state.samples_seen)
 
@@ -186,7 +188,7 @@ class Trainer:
                 steps = self.loader.steps(self.state.samples_seen)
                 continue
             if due(every.every_samples, before, seen, last) and result.applied:
-                self._log_step(result, lr, agreed.digest)
+                self._log_step(result, lr, agreed.digest, inputs.bucket)
             if due(every.validation_every_samples, before, seen, last):
                 self.watchdog.at("validation")
                 self._log_validation()
@@ -234,12 +236,13 @@ class Trainer:
         return (self._loss_B(denoiser, batch, inner) * batch.weight_B).sum()
 
     def _loss_B(self, denoiser: Denoiser, batch: Batch, inner: bool = False) -> Tensor:
-        t_B = self.objective.timesteps(batch.uniform_B)
+        objective = self.objective.at(batch.latent_BCHW.shape[1:])
+        t_B = objective.timesteps(batch.uniform_B)
         condition = Condition(label_B=batch.label_B, text=batch.text)
         if batch.second_B is not None:
             parts = (batch.latent_BCHW, batch.noise_BCHW, batch.uniform_B, batch.second_B, condition)
-            return mean_flow.loss(self.objective, denoiser, self.bare, *parts)
-        return self.objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
+            return mean_flow.loss(objective, denoiser, self.bare, *parts)
+        return objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
 
     # ------------------------------------------------------------------------------------ start, return, and the state
 
@@ -292,7 +295,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- what the loop writes
 
-    def _log_step(self, result: StepResult, lr: float, digest: int) -> None:
+    def _log_step(self, result: StepResult, lr: float, digest: int, bucket: str) -> None:
         rate, wait_fraction = self.meter.read()
         self._log(
             loss=float(np.float32(result.loss)),
@@ -303,6 +306,7 @@ class Trainer:
             data_wait_fraction=wait_fraction,
             digest=digest_text(digest),
             peak_memory=peak_memory(self.world.device),
+            **({"bucket": bucket} if bucket else {}),
         )
 
     def _log_skipped(self, first: int, result: StepResult, digest: int) -> None:

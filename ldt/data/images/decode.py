@@ -57,16 +57,17 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def prepare(image: Image.Image, size: int, channels: int, fit: str) -> NDArray[np.uint8]:
-    """An image as the autoencoder takes it: uint8 [size, size, channels], 1 (grey) or 3 (RGB) channels.
+def prepare(image: Image.Image, size: int | tuple[int, int], channels: int, fit: str) -> NDArray[np.uint8]:
+    """An image as the autoencoder takes it: uint8 [height, width, channels], 1 (grey) or 3 (RGB) channels.
 
-    `crop`: ADM's centre crop (Dhariwal and Nichol 2105.05233): halve by box while at least twice the size, then
-    bicubic so that the short side is `size`, then the middle. `pad`: centred on black, never resized; it must fit.
-    Transparent pixels are laid over white.
+    size: the side of a square, or (height, width). `crop`: ADM's centre crop (Dhariwal and Nichol 2105.05233): halve by
+    box while at least twice the size, then bicubic so that it just covers the size, then the middle. `pad`: centred on
+    black, never resized; it must fit. Transparent pixels are laid over white.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     image = _flatten(image).convert({1: "L", 3: "RGB"}[channels])
-    image = _centre_crop(image, size) if fit == "crop" else _pad(image, size)
-    return np.asarray(image, np.uint8).reshape(size, size, channels)
+    image = _centre_crop(image, height, width) if fit == "crop" else _pad(image, height, width)
+    return np.asarray(image, np.uint8).reshape(height, width, channels)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -77,20 +78,20 @@ def _flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    while min(image.size) >= 2 * size:
+def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
-    if max(image.size) > size:
+def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.width > width or image.height > height:
         raise InputError(
-            f"an image of {image.width}x{image.height} does not fit into {size}x{size}; use images.fit=crop"
+            f"an image of {image.width}x{image.height} does not fit into {width}x{height}; use images.fit=crop"
         )
-    canvas = Image.new(image.mode, (size, size))
-    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    canvas = Image.new(image.mode, (width, height))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas

@@ -8,6 +8,7 @@ from PIL import Image
 from ldt.data.images.source import ImageSource
 
 EMBEDDED = "embedded:fashion_mnist"
+CROPPED = "embedded:fashion_mnist_cropped"
 
 
 class FashionMNIST(ImageSource):
@@ -41,3 +42,14 @@ class FashionMNIST(ImageSource):
     def image(self, i: int) -> Image.Image:
         y, x = (self.side * k for k in divmod(i, self.columns))
         return Image.fromarray(self._sheet[y : y + self.side, x : x + self.side])
+
+
+class CroppedFashionMNIST(FashionMNIST):
+    """The same without their black borders: trousers are tall, shoes are wide."""
+
+    def name(self, i: int) -> str:
+        return f"{CROPPED}/{i}"
+
+    def image(self, i: int) -> Image.Image:
+        whole = super().image(i)
+        return whole.crop(whole.getbbox())

@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from ldt import log
 from ldt.data.images import archives, blobs, mds_images, parquet
 from ldt.data.images.blobs import Blob
-from ldt.data.images.chosen import of_classes
-from ldt.data.images.embedded import EMBEDDED, FashionMNIST
+from ldt.data.images.bucket_rule import Size, choose
+from ldt.data.images.chosen import Chosen, of_classes
+from ldt.data.images.embedded import CROPPED, EMBEDDED, CroppedFashionMNIST, FashionMNIST
 from ldt.data.images.folder import ImageFolder
 from ldt.data.images.listing import Table
 from ldt.data.images.members import USUAL, Fields
@@ -69,14 +71,23 @@ def open_encoded(recipe: dict[str, Any]) -> ImageSource:
         )
     fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
     turn, classes = recipe.get("images.exif") == "turn", recipe.get("images.classes", ())
-    return open_images(recipe["images.path"], fields, turn=turn, classes=classes)
+    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes)
+    if "images.buckets" not in recipe:
+        return source
+    buckets = [Size.parse(text, "images.buckets") for text in recipe["images.buckets"]]
+    mine, fit = buckets.index(Size(*recipe["images.size"])), recipe["images.fit"]
+    images = map(source.image, range(len(source)))
+    bucket_N = np.array([choose(Size(image.height, image.width), buckets, fit) for image in images])
+    return Chosen(source, np.flatnonzero(bucket_N == mine))
 
 
 def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
     if path == EMBEDDED:
         return FashionMNIST()
+    if path == CROPPED:
+        return CroppedFashionMNIST()
     if path.startswith("embedded:"):
-        raise InputError(f"there is no embedded image set {path}; the only one is {EMBEDDED}")
+        raise InputError(f"there is no embedded image set {path}; known are {EMBEDDED} and {CROPPED}")
     files = _files(path)
     if not files:
         return ImageFolder(Path(path), fields)

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ldt.data.latent_spec import LatentSpec
-from ldt.data.shard_files import HEAD, RECIPE, TABLE, VALIDATION
+from ldt.data.shard_files import BUCKETS, HEAD, RECIPE, TABLE, VALIDATION
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote
 from ldt.errors import InputError, file_error
@@ -255,6 +255,9 @@ def _explain_absence(address: str | Path) -> str:
     directory = Path(address)
     if not directory.exists():
         return f"data path {directory} does not exist; make it with `ldt encode CONFIG output={directory}`"
+    if (directory / BUCKETS).exists():
+        names = sorted(p.parent.name for p in directory.glob(f"*/{HEAD}"))
+        return f"{directory} holds buckets of several latent shapes; give one of them here: {', '.join(names)}"
     if (directory / RECIPE).exists():
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):

@@ -94,9 +94,14 @@ def _combined(manifests: dict[str, Manifest], parts: dict[str, int]) -> MixedMan
 
     A draw of the mixture is one of source s with probability p_s, so E[x] = Σ p_s·μ_s and E[x²] = Σ p_s·(σ_s² + μ_s²).
     """
-    _refuse_what_differs(manifests)
-    p_S = np.array(list(parts.values())) / sum(parts.values())
-    all_of = list(manifests.values())
+    refuse_what_differs({f"data.sources.{name}": m for name, m in manifests.items()})
+    facts = combined_facts(list(manifests.values()), np.array(list(parts.values())) / sum(parts.values()))
+    fingerprints = {name: m.fingerprint for name, m in manifests.items()}
+    return MixedManifest(**facts, parts=tuple(parts.values()), fingerprints=fingerprints)
+
+
+def combined_facts(all_of: list[Manifest], p_S: NDArray[np.float64]) -> dict[str, Any]:
+    """The fields of the manifest of several data sets from which samples are drawn with these probabilities."""
     mean_C, std_C = _mixed(p_S, [m.mean_C for m in all_of], [m.std_C for m in all_of])
     share_SK = np.stack([np.array(m.class_counts) / m.samples for m in all_of])
     first = all_of[0]
@@ -111,8 +116,7 @@ def _combined(manifests: dict[str, Manifest], parts: dict[str, int]) -> MixedMan
     if first.by_element:
         mean, std = _mixed(p_S, *([m.whitening[k].ravel() for m in all_of] for k in (0, 1)))
         facts |= {"mean_CHW": pack_statistics(mean), "std_CHW": pack_statistics(std)}
-    fingerprints = {name: m.fingerprint for name, m in manifests.items()}
-    return MixedManifest(**facts, parts=tuple(parts.values()), fingerprints=fingerprints)
+    return facts
 
 
 def _mixed(
@@ -124,11 +128,15 @@ def _mixed(
     return seven_digits(mean_C), seven_digits(np.sqrt(p_S @ (deviations**2 + means**2) - mean_C**2))
 
 
-def _refuse_what_differs(manifests: dict[str, Manifest]) -> None:
-    """Sources must agree in what the network and the autoencoder see, and must not be the same data."""
+def refuse_what_differs(manifests: dict[str, Manifest], but: Sequence[str] = ()) -> None:
+    """Data sets must agree in all that the network and the autoencoder see, `but` in some; and must not be the same.
+
+    Their names are those that a message gives them.
+    """
 
     def seen(m: Manifest) -> dict[str, Any]:
         return {
+            "channels": m.latent_shape[0],
             "latent shape": m.latent_shape,
             "autoencoder's hash": m.autoencoder_hash,
             "classes": m.classes,
@@ -142,15 +150,13 @@ def _refuse_what_differs(manifests: dict[str, Manifest]) -> None:
 
     for (name, one), (other, two) in itertools.combinations(manifests.items(), 2):
         for what, value in seen(one).items():
-            if value != seen(two)[what]:
+            if what not in but and value != seen(two)[what]:
                 raise InputError(
-                    f"data.sources.{name} and data.sources.{other} differ in their {what} ({_short(value)} and "
+                    f"{name} and {other} differ in their {what} ({_short(value)} and "
                     f"{_short(seen(two)[what])}); encode both alike, or train on one of them"
                 )
         if one.fingerprint == two.fingerprint:
-            raise InputError(
-                f"data.sources.{name} and data.sources.{other} hold the same data; name them once and raise its weight"
-            )
+            raise InputError(f"{name} and {other} hold the same data; name them once and raise its weight")
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,176 @@
+"""Images of several sizes and aspect ratios: sorted into buckets, each of which is encoded as data of its own.
+
+Which image belongs to which bucket is a function of its size and of `images.buckets` (`ldt.data.images.bucket_rule`).
+The sizes are measured by all ranks together and kept in the output, so that a restart does not measure again. Every
+bucket is then a directory with its own shards, manifest and held-out split, as resumable as any; `buckets.json`, which
+names them, comes last.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldt import log
+from ldt.data.images.bucket_rule import Size, choose, is_enlarged, kept
+from ldt.data.images.chosen import Chosen
+from ldt.data.images.source import ImageSource
+from ldt.data.shard_files import BUCKETS
+from ldt.data.shards.buckets import write_buckets
+from ldt.data.shards.manifest import Manifest
+from ldt.dist import World, all_gather, broadcast, on_rank_zero, together
+from ldt.encoding.config import EncodeJob
+from ldt.encoding.encoder import Encoder
+from ldt.encoding.inputs import ImageInput, open_source
+from ldt.encoding.plan import Plan, hash_of
+from ldt.errors import InputError
+from ldt.files import load_npy, replacing
+from ldt.models.autoencoder import Autoencoder
+from ldt.progress import pluralize
+
+logger = log.get_logger(__name__)
+SIZES = "sizes-"  # and a hash of the images' names and bytes: their heights and widths, int32 [N, 2]
+BLOCK = 64  # images that are measured between two looks at the progress
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some of the images, and the size that they are brought to. facts: what that does to them, as it is recorded."""
+
+    size: Size
+    source: ImageSource
+    facts: dict[str, Any]
+
+
+def encode_buckets(config: EncodeJob, world: World) -> None:
+    """Encode every bucket of the images, one after another, and list them (collective)."""
+    output, sizes = Path(config.output), config.images.sizes
+    on_rank_zero(world, lambda: _claim(output, [str(size) for size in sizes]))
+    source = open_source(config, world)
+    buckets = sort(source, measure(source, config, output, world), sizes, config.images.fit)
+    if world.rank == 0:
+        for line in describe(buckets, sizes):
+            logger.info("%s", line)
+    autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
+    plans = [
+        Plan(config, autoencoder, ImageInput(config, autoencoder, bucket.source, bucket.size, world), world)
+        for bucket in buckets
+    ]
+    for bucket, plan in zip(buckets, plans, strict=True):
+        Encoder(config, world, plan, output / str(bucket.size)).run()
+
+    def finish() -> None:
+        manifests = {str(b.size): Manifest.load(output / str(b.size)) for b in buckets}
+        crops = {str(b.size): b.facts for b in buckets}
+        wanted = config.images
+        recipe = {"images.path": wanted.path, "images.buckets": list(wanted.buckets), "images.fit": wanted.fit}
+        write_buckets(output, manifests, recipe | {"images": crops})
+
+    on_rank_zero(world, finish)
+    if world.rank == 0:
+        training = sum(plan.split.training_samples for plan in plans)
+        held_out = sum(plan.split.validation_samples for plan in plans)
+        print(f"{training:,} training and {held_out:,} held-out images in {len(buckets)} buckets")
+        print(f"next: ldt train configs/buckets.yaml data.path={output}")
+        print(f"latent shards: {output}")
+
+
+def _claim(output: Path, names: list[str]) -> None:
+    """Refuse an output that holds something else, such as buckets of other sizes."""
+    there = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+    for name in there:
+        if name not in (*names, BUCKETS) and not name.startswith(SIZES):
+            raise InputError(
+                f"output={output} already holds {name}, which is none of images.buckets={','.join(names)}; choose "
+                "another output or delete it"
+            )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={output} can't be made ({error.strerror}); choose another place") from None
+
+
+def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) -> NDArray[np.int32]:
+    """Height and width of every image, int32 [N, 2]; `InputError` names one that can't be read (collective)."""
+    names = on_rank_zero(world, lambda: hash_of(f"{source.key(i)} {source.size(i)}" for i in range(len(source))))
+    file = output / f"{SIZES}{names}.npy"
+    known = broadcast(_read(file, len(source)) if world.rank == 0 else None)
+    if known is not None:
+        return known
+
+    def size_of(i: int) -> tuple[int, int]:
+        image = source.image(i)
+        return image.height, image.width
+
+    def mine() -> list[tuple[int, int]]:
+        numbers = range(world.rank, len(source), world.size)
+        out: list[tuple[int, int]] = []
+        with (
+            ThreadPoolExecutor(config.threads) as readers,
+            log.progress(len(source), "img", "measure", show=world.rank == 0) as bar,
+        ):
+            for start in range(0, len(numbers), BLOCK):
+                out += readers.map(size_of, numbers[start : start + BLOCK])
+                bar.update(world.size * len(numbers[start : start + BLOCK]))
+        return out
+
+    size_N2 = np.zeros((len(source), 2), np.int32)
+    for rank, part in enumerate(all_gather(together(mine))):
+        size_N2[rank :: world.size] = np.array(part, np.int32).reshape(-1, 2)
+
+    def keep() -> None:
+        for old in output.glob(f"{SIZES}*.npy"):
+            old.unlink()
+        with replacing(file) as temporary, temporary.open("wb") as f:
+            np.save(f, size_N2, allow_pickle=False)
+
+    on_rank_zero(world, keep)
+    return size_N2
+
+
+def _read(file: Path, images: int) -> NDArray[np.int32] | None:
+    """What was measured before, if it is there and whole."""
+    try:
+        with file.open("rb") as f:
+            found: NDArray[np.int32] = load_npy(f)
+    except (OSError, ValueError):
+        return None
+    return found if found.shape == (images, 2) and found.dtype == np.int32 else None
+
+
+def sort(source: ImageSource, size_N2: NDArray[np.int32], sizes: list[Size], fit: str) -> list[Bucket]:
+    """The buckets that have images, in the order of `sizes`."""
+    different, inverse = np.unique(size_N2, axis=0, return_inverse=True)
+    images = [Size(*pair) for pair in different.tolist()]
+    chosen = [choose(image, sizes, fit) for image in images]
+    counts = np.bincount(inverse.ravel(), minlength=len(images)).tolist()
+    bucket_N, out = np.array(chosen)[inverse.ravel()], []
+    for k, size in enumerate(sizes):
+        here = [(image, n) for image, n, c in zip(images, counts, chosen, strict=True) if c == k]
+        total = sum(n for _, n in here)
+        if not total:
+            continue
+        facts: dict[str, Any] = {"images": total}
+        if fit == "crop":
+            facts["enlarged"] = sum(n for s, n in here if is_enlarged(s, size))
+            facts["kept"] = round(float(sum(n * kept(s, size) for s, n in here) / total), 4)
+        out.append(Bucket(size, Chosen(source, np.flatnonzero(bucket_N == k)), facts))
+    return out
+
+
+def describe(buckets: list[Bucket], sizes: list[Size]) -> Iterator[str]:
+    """A line about every bucket, also about those that are empty."""
+    there = {bucket.size: bucket.facts for bucket in buckets}
+    for size in sizes:
+        if size not in there:
+            yield f"bucket {size}: no image belongs there, and it is left out"
+            continue
+        facts = there[size]
+        more = ""
+        if "kept" in facts:
+            more = f", {facts['kept']:.1%} of them kept on average by cropping, {facts['enlarged']:,} enlarged"
+        yield f"bucket {size}: {pluralize(facts['images'], 'image', 'images')}{more}"
