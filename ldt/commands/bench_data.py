@@ -10,7 +10,7 @@ from ldt.config_fields import required_path_field
 from ldt.data.batch import SampleDraws
 from ldt.data.loader import RankSlice, make_order
 from ldt.data.stages import WHOLE, loader_stages, rate, table
-from ldt.dist import process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
 from ldt.errors import InputError
 from ldt.training.config import TrainJob
 from ldt.training.data import open_data
@@ -45,7 +45,7 @@ def check_measures(threads: list[int], seconds: float) -> None:
 def run(config: BenchDataJob) -> int:
     """Print the table and the name of the bottleneck."""
     job = job_of(config.path)
-    with process_group() as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         shards = open_data(job.data, world)
     batch = config.batch or job.train.global_batch
     order = make_order(shards, job.seed, batch, job.data.streams, job.data.window)
