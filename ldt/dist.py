@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,8 +58,8 @@ def process_group(
 ) -> Iterator[World]:
     """Join the other processes for the length of the block: gloo for objects and on the CPU, NCCL for CUDA tensors.
 
-    `InputError` that names who is missing when not all ranks have come after `rendezvous_s` seconds, or who has no GPU
-    of its own.
+    `RunError` that names who is missing when not all ranks have come after `rendezvous_s` seconds; `InputError` that
+    names who has no GPU of its own.
     timeout: how long a rank waits for the others wherever they meet, `TIMEOUT` unless given.
     """
     world = discover()
@@ -142,6 +142,13 @@ def _meet(world: World, seconds: float) -> dist.Store:
             signal.signal(number, handler)
 
 
+class Refusal(NamedTuple):
+    """Why ranks that have met go apart again: some did not come, or they can't work together; empty if neither."""
+
+    absent: str
+    conflict: str
+
+
 def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Store:
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has opened it already
@@ -150,8 +157,8 @@ def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Stor
         tcp = dist.TCPStore(host, port, None, world.rank == 0 and not served, limit, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
         if world.rank == 0 and "EADDRINUSE" in str(error):
-            raise InputError(f"port {port} of {host} is taken; {another_port()}") from None
-        raise InputError(
+            raise RunError(f"port {port} of {host} is taken; {another_port()}") from None
+        raise RunError(
             f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {host}:{port} within {seconds:g} s; is "
             "rank 0 alive, is the name right, and does no firewall stand between the nodes?"
         ) from None
@@ -159,16 +166,20 @@ def _meet_there(host: str, port: int, world: World, seconds: float) -> dist.Stor
     store.set(f"here-{world.rank}", json.dumps(occupant(world.device)))
     if world.rank == 0:
         missing = _missing(store, "here", range(world.size), seconds)
-        store.set("refusal", _absent(missing, seconds, world) or conflict(_occupants(store, world.size)))
+        absent = _absent(missing, seconds, world)
+        refusal = Refusal("", conflict(_occupants(store, world.size))) if not absent else Refusal(absent, "")
+        store.set("refusal", json.dumps(refusal))
         _missing(store, "read", [r for r in range(1, world.size) if r not in missing], GOODBYE_TIMEOUT_S)
     try:
         store.wait(["refusal"], limit + datetime.timedelta(seconds=GOODBYE_TIMEOUT_S))
-        refusal = store.get("refusal").decode()
+        refusal = Refusal(*json.loads(store.get("refusal")))
         store.set(f"read-{world.rank}", "")
     except (dist.DistStoreError, RuntimeError):
-        refusal = _absent(["rank 0, which came but went away"], seconds, world)
-    if refusal:
-        raise InputError(refusal)
+        refusal = Refusal(_absent(["rank 0, which came but went away"], seconds, world), "")
+    if refusal.absent:  # their nodes may be back when the job is started again
+        raise RunError(refusal.absent)
+    if refusal.conflict:
+        raise InputError(refusal.conflict)
     store.set_timeout(TIMEOUT)
     return store
 

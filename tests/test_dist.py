@@ -100,11 +100,11 @@ def test_where_the_ranks_meet():
 MEET = """
 import sys
 from ldt.dist import process_group, all_gather
-from ldt.errors import InputError
+from ldt.errors import RunError
 try:
     with process_group(float(sys.argv[1])) as world:
         print(all_gather(world.rank))
-except InputError as error:
+except RunError as error:
     print("refused:", error)
 """
 

@@ -13,7 +13,7 @@ from ldt.data.buffer import RankSlice
 from ldt.data.loader import make_order
 from ldt.data.shards import BucketShards
 from ldt.data.stages import WHOLE, loader_stages, rate, table
-from ldt.dist import process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
 from ldt.errors import InputError
 from ldt.training.config import TrainJob
 from ldt.training.data import open_data
@@ -48,7 +48,7 @@ def check_measures(threads: list[int], seconds: float) -> None:
 def run(config: BenchDataJob) -> int:
     """Print the table and the name of the bottleneck."""
     job = job_of(config.path)
-    with process_group() as world:
+    with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         shards = open_data(job.data, world)
     if isinstance(shards, BucketShards):
         raise InputError(

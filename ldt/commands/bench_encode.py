@@ -12,7 +12,7 @@ from pathlib import Path
 from ldt.commands.bench_data import check_measures
 from ldt.data.images.listed import ListedImages
 from ldt.data.stages import Action, rate, table
-from ldt.dist import process_group
+from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
 from ldt.encoding.plan import Unit
@@ -42,7 +42,10 @@ def run(config: BenchEncodeJob) -> int:
         raise InputError(f"index={config.index} encodes nothing; give images.path or latents")
     beside = Path(config.output).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".bench-") as directory, process_group() as world:
+    with (
+        tempfile.TemporaryDirectory(dir=beside, prefix=".bench-") as directory,
+        process_group(timeout=SLOWEST_RANK_TIMEOUT) as world,
+    ):
         encoder = Encoder(replace(config, output=directory), world)
         rates: dict[str, dict[int, float]] = {}
         for name, (make, samples, many) in _stages(encoder).items():

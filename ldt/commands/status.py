@@ -22,9 +22,7 @@ from ldt.run.outcome import RUNNING, read_outcome
 _ATTEMPT = {"time": real, "host": str, "world_size": natural}
 _STEP = dict.fromkeys(("loss", "images_per_second", "data_wait_fraction", "time"), real) | {"samples_seen": natural}
 QUIET_STEPS = 20  # a run that has logged nothing for so many of its usual intervals is called silent
-OWNER_TIMEOUT_S = (
-    180.0  # seconds; so is one whose owner has not touched its file for so long, which it does every few seconds
-)
+OWNER_TIMEOUT_S = 180.0  # and so is one whose owner, which touches its file every few seconds, has not done so for this
 
 
 @dataclass
@@ -86,7 +84,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     if facts["state"] == RUNNING and now - max(_touched(run_dir / OWNER), newest["time"]) > OWNER_TIMEOUT_S:
         facts |= {
             "state": "silent",
-            "message": "it says it runs, but its process is gone: look at its job",
+            "message": "it says it runs, but by this machine's clock its process is gone: look at its job",
             "to_go": "",
         }
     whole = checkpoints_of(run_dir)

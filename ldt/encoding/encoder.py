@@ -199,9 +199,7 @@ class Encoder:
         sidecars = {u: self._sidecar(u) for u in units}
         for unit, sidecar in sidecars.items():
             if sidecar is None or sidecar.samples != unit.stop - unit.start:
-                raise InputError(
-                    f"shard {unit.number} of {self.output / unit.part} has vanished; run the command again"
-                )
+                raise RunError(f"shard {unit.number} of {self.output / unit.part} has vanished; run the command again")
         done = [(u, s) for u, s in sidecars.items() if s is not None]
         training = [s for u, s in done if not u.part]
         whitening = Sums.total(s.sums for s in training).facts(self.plan.layout.latent_shape)  # for both splits

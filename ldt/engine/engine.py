@@ -109,7 +109,7 @@ class Engine:
         if matrices:
             self._adam.muon = Muon(self.partition, matrices, world)
         self.partition.init_optimizer_state(0)
-        self.mark: Callable[[str], None] = lambda phase: None  # told when a phase of the step ends, by benchmarks
+        self.mark: Callable[[str], None] = lambda phase: None  # called when a phase of a step ends; benchmarks set it
 
     def step(
         self,

@@ -55,5 +55,5 @@ def _create(model: str, weights: str) -> Any:
         raise InputError(
             f"detector weights {weights} are not those of {model}: {missing[0]} is missing or of another shape"
         )
-    net.load_state_dict({k: state[k] for k in wanted})  # a classifier that the file has besides is left out
+    net.load_state_dict({k: state[k] for k in wanted})  # a classifier in the same file is ignored
     return net

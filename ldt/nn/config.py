@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ldt.config_fields import choice, section
 from ldt.errors import InputError
 
-DEEPEST, WIDEST = 1024, 1 << 17  # nobody has trained larger ones, and a slip of the keyboard would fill the memory
+DEEPEST, WIDEST = 1024, 1 << 17  # above any published model: a typo must not fill the memory
 
 
 @dataclass

@@ -61,7 +61,7 @@ def forget(checkpoint: Path, key: str) -> None:
 def pinned(checkpoint: Path) -> bool:
     """Whether a live process wants the checkpoint or has claimed it, so that it must not be deleted."""
     files = [p for p in checkpoint.parent.glob(f"{checkpoint.name}.*-*") if p.is_file()]
-    dead = [_stale(p) for p in files]  # of all of them: what is looked at is also watched
+    dead = [_stale(p) for p in files]  # look at all of them, as only what is looked at is watched
     return not all(dead)
 
 

@@ -185,7 +185,7 @@ def _index(blob: Blob, kind: str, fields: Fields, index_dir: str) -> Table:
     file = Path(index_dir).expanduser() / f"{xxhash.xxh3_128_hexdigest(key.encode('utf-8', 'surrogateescape'))}.npz"
     try:
         return Table.from_bytes(file.read_bytes())
-    except Exception:  # not there, or damaged, over which numpy and zipfile raise a dozen types: it is made again
+    except Exception:  # not there, or damaged, over which numpy and zipfile raise a dozen types: index it again
         table = INDEXERS[kind](blob, fields)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
