@@ -58,7 +58,7 @@ class ImageInput(Input):
         if world.size > 1:
             together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
         turn = wanted.exif == "turn"
-        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, turn, wanted.classes)
+        self.source: ImageSource = open_images(wanted.path, fields, wanted.index_dir, turn, wanted.classes, config.seed)
         autoencoder.check_size(wanted.size, wanted.size)
         side = wanted.size // autoencoder.downsample
         self.latent_shape = (autoencoder.latent_channels, side, side)
