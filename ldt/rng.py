@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     SOURCE = 14
     SAMPLE_SUBSET = 15
     MEAN_FLOW = 16
+    CAPTION = 17
     BUCKET = 20
 
 

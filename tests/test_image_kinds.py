@@ -18,6 +18,7 @@ import streaming_package
 from PIL import Image
 from run_data import make_autoencoder
 
+from ldt import rng
 from ldt.cli import main
 from ldt.data.images import Fields, open_images, prepare
 from ldt.data.images.open import INDEXERS, index_share, open_encoded
@@ -232,6 +233,44 @@ def test_every_kind_gives_the_same_fingerprint(samples, tmp_path, vae):
         assert encode(KINDS[kind](root / "set", samples), root / "out", vae) == 0
         found[kind] = Manifest.load(root / "out").fingerprint, Manifest.load(root / "out").caption_counts["captioned"]
     assert len(set(found.values())) == 1, found
+
+
+def several(root, samples, kind):
+    """The images with the captions that each has in a list: of the first none, of the second one."""
+    root.mkdir()
+    texts = [[f"{c} {k}" for k in range(min(i, 3))] for i, (*_, c) in enumerate(samples)]
+    if kind == "parquet":
+        columns = {"image": [s[1] for s in samples], "label": [s[2] for s in samples], "caption": texts}
+        pyarrow.parquet.write_table(pyarrow.table(columns), root / "one.parquet", row_group_size=11)
+        return root, Fields(), texts
+    if kind == "jsonl":
+        rows = [{"file_name": f"{i:05d}.png", "label": s[2], "text": texts[i]} for i, s in enumerate(samples)]
+        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for i, (_, image, *_) in enumerate(samples):
+            (root / f"{i:05d}.png").write_bytes(image)
+        return root, Fields(), texts
+    with tarfile.open(root / "0.tar", "w") as archive:
+        for i, ((_, image, label, _), text) in enumerate(zip(samples, texts, strict=True)):
+            add(archive, f"{i:08d}.png", image)
+            add(archive, f"{i:08d}.json", json.dumps({"said": ["", *text, 7], "label": label}).encode())
+    return root, Fields("label", "said"), texts
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
+def test_one_of_several_captions_is_drawn_by_key(samples, tmp_path, kind):
+    path, fields, texts = several(tmp_path / "set", samples, kind)
+    drawn = {}
+    for seed in (0, 0, 1):
+        source = open_images(str(path), fields, seed=seed)
+        drawn[seed] = [source.caption(i) for i in range(COUNT)]
+        assert all(c in t if t else c == "" for c, t in zip(drawn[seed], texts, strict=True))
+        assert source.captioned == COUNT - 1
+        assert drawn[seed] == [source.caption(i) for i in range(COUNT)]
+    assert drawn[0] != drawn[1] and {c[-1] for c in drawn[0][3:]} == set("012")
+    bits = rng.bits(1, rng.Purpose.CAPTION, np.arange(COUNT), 1)[:, 0]
+    assert drawn[1][5:] == [texts[i][int(bits[i] % np.uint64(3))] for i in range(5, COUNT)]
+    some = open_images(str(path), fields, seed=1, classes=source.classes[1:])
+    assert [some.caption(i) for i in range(len(some))] == drawn[1][COUNT - len(some) :]  # keyed by the image
 
 
 def test_labels_and_captions_by_name(samples, tmp_path):

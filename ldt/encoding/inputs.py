@@ -149,4 +149,5 @@ def open_source(config: EncodeJob, world: World) -> ImageSource:
     fields = Fields(wanted.label, wanted.caption)
     if world.size > 1:
         together(lambda: index_share(wanted.path, fields, wanted.index_dir, world.rank, world.size))
-    return open_images(wanted.path, fields, wanted.index_dir, wanted.exif == "turn", wanted.classes)
+    turn = wanted.exif == "turn"
+    return open_images(wanted.path, fields, wanted.index_dir, turn, wanted.classes, config.seed)

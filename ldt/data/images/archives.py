@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ldt.data.images.blobs import Blob
 from ldt.data.images.listed import LABELS, ListedImages
 from ldt.data.images.listing import Table
-from ldt.data.images.members import JSON_VALUE, Fields, Members
+from ldt.data.images.members import JSON_VALUE, Fields, Members, texts_of
 from ldt.errors import InputError
 from ldt.files import parse_json
 
@@ -102,14 +102,14 @@ class ArchiveImages(ListedImages):
         n = self.table.numbers
         return self._read(self._blob(i), int(n["offset"][i]), int(n["size"][i]), int(n["stored"][i]))
 
-    def _caption(self, i: int) -> bytes:
+    def _captions(self, i: int) -> list[bytes]:
         n = self.table.numbers
         stored, form = divmod(int(n["caption_form"][i]), 2)
         content = self._read(self._blob(i), int(n["caption_offset"][i]), int(n["caption_size"][i]), stored - 1)
         if form != JSON_VALUE:
-            return content
+            return [content]
         try:
-            return str(parse_json(content)[self._caption_key]).encode()
+            return [text.encode() for text in texts_of(parse_json(content)[self._caption_key])]
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"the .json beside {self.name(i)} has no readable {self._caption_key}; write it again"

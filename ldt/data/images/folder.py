@@ -18,20 +18,21 @@ import numpy as np
 
 from ldt.data.images.listed import IMG2DATASET, LABELS, SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Names
-from ldt.data.images.members import USUAL, Fields
+from ldt.data.images.members import USUAL, Fields, texts_of
 from ldt.data.images.names import HEAD, SUFFIXES, begins_like_an_image, is_hidden, stem, suffix
 from ldt.errors import InputError, file_error
 from ldt.files import parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("caption", "text")  # usual names of a column
+SEPARATOR = b"\0"  # of several captions of an image
 
 
 class ImageFolder(ListedImages):
     """Images below a directory, in the order of their names."""
 
     def __init__(self, where: Path, fields: Fields = USUAL) -> None:
-        self._root, self._fields, self._captions = where, fields, Names(b"", np.zeros(0, np.int64))
+        self._root, self._fields, self._described_by = where, fields, Names(b"", np.zeros(0, np.int64))
         listing, at_root = Listing(), _entries(where)
         files = [name for _, name, is_directory in at_root if not is_directory]
         for _, name, is_directory in at_root:
@@ -56,15 +57,17 @@ class ImageFolder(ListedImages):
         return _size_of(self._root / self.names[i])
 
     def caption_size(self, i: int) -> int:
-        if not super().caption(i) if len(self._captions) else self.table.numbers["caption_offset"][i] < 0:
+        if not super().caption(i) if len(self._described_by) else self.table.numbers["caption_offset"][i] < 0:
             return -1
-        return len(self._captions[i]) if len(self._captions) else _size_of(self._caption_file(i))
+        return len(self._described_by[i]) if len(self._described_by) else _size_of(self._caption_file(i))
 
     def content(self, i: int) -> bytes:
         return _read(self._root / self.names[i], "image")
 
-    def _caption(self, i: int) -> bytes:
-        return self._captions[i].encode() if len(self._captions) else _read(self._caption_file(i), "caption")
+    def _captions(self, i: int) -> list[bytes]:
+        if len(self._described_by):
+            return self._described_by[i].encode().split(SEPARATOR)
+        return [_read(self._caption_file(i), "caption")]
 
     def _caption_file(self, i: int) -> Path:
         return self._root / f"{stem(self.names[i])}{self._fields.caption_ending}"
@@ -99,8 +102,8 @@ class ImageFolder(ListedImages):
             number = {c: k for k, c in enumerate(table.classes)}
             table.label_n, table.facts = np.array([number[v] for v in values], np.int32), {"labels": VALUE}
         if caption:
-            texts = [str(rows[name].get(caption) or "") for name in table.names]
-            self._captions = Names.of(texts)
+            texts = [SEPARATOR.decode().join(texts_of(rows[name].get(caption))) for name in table.names]
+            self._described_by = Names.of(texts)
             table.numbers["caption_offset"] = np.where([bool(t) for t in texts], 0, -1)
         return table
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldt import rng
 from ldt.data.images.decode import decode, upright
 from ldt.data.images.listing import Table
 from ldt.data.images.names import SUFFIXES
@@ -133,7 +134,11 @@ class ListedImages(ImageSource):
         if self.table.numbers["caption_offset"][i] < 0:
             return ""
         try:
-            return self._caption(i).decode().strip()
+            texts = self._captions(i)
+            number = 0
+            if len(texts) > 1:
+                number = int(rng.bits(self.seed, rng.Purpose.CAPTION, np.array([i]), 1)[0, 0] % np.uint64(len(texts)))
+            return texts[number].decode().strip() if texts else ""
         except UnicodeDecodeError:
             raise InputError(f"the caption of {self.name(i)} is not UTF-8 text; write it again") from None
 
@@ -155,8 +160,8 @@ class ListedImages(ImageSource):
         """The bytes of the file of image i."""
 
     @abstractmethod
-    def _caption(self, i: int) -> bytes:
-        """The caption of image i, which has one."""
+    def _captions(self, i: int) -> list[bytes]:
+        """The captions of image i, which has one or several."""
 
     def _labels_file(self) -> bytes:
         """The content of `dataset.json`; sources that can't have one are refused as if theirs were empty."""

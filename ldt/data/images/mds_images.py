@@ -71,9 +71,9 @@ class MDSImages(ListedImages):
     def content(self, i: int) -> bytes:
         return self._blob(i).read(int(self.table.numbers["offset"][i]), int(self.table.numbers["size"][i]))
 
-    def _caption(self, i: int) -> bytes:
+    def _captions(self, i: int) -> list[bytes]:
         n = self.table.numbers
-        return self._blob(i).read(int(n["caption_offset"][i]), int(n["caption_size"][i]))
+        return [self._blob(i).read(int(n["caption_offset"][i]), int(n["caption_size"][i]))]
 
     def _blob(self, i: int) -> Blob:
         return self._blobs[int(self.table.numbers["part"][i])]

@@ -41,6 +41,13 @@ class Fields:
 USUAL = Fields()
 
 
+def texts_of(value: object) -> list[str]:
+    """The captions in a JSON value or a column: a text, or several in a list, of which empty ones count for nothing."""
+    if isinstance(value, list):
+        return [text for text in value if isinstance(text, str) and text.strip()]
+    return [value] if isinstance(value, str) else []
+
+
 class Members:
     """What is in an archive, in arrays."""
 
@@ -100,7 +107,7 @@ class Members:
             raise InputError(
                 f"{self.where}/{name} has {label!r} as {self.fields.label}; a number or a name is expected"
             )
-        return "" if label is None else str(label).strip(), isinstance(text, str)
+        return "" if label is None else str(label).strip(), bool(texts_of(text))
 
     def table(self) -> Table:
         """The images among them, sorted by name."""

@@ -25,7 +25,7 @@ from ldt.files import write_atomic
 from ldt.paths import is_remote
 
 logger = log.get_logger(__name__)
-VERSION = 1  # of what an index holds
+VERSION = 2  # of what an index holds
 THREADS = 8
 INDEXERS: dict[str, Callable[[Blob, Fields], Table]] = {
     "tar": archives.index_tar,
@@ -43,14 +43,16 @@ def open_images(
     index_dir: str = "",
     turn: bool = False,
     classes: Sequence[str] = (),
+    seed: int = 0,
 ) -> ImageSource:
     """The images at a path (docs/own_data.md lists what it may be).
 
     fields: where labels and captions come from. index_dir: where the indexes of files are kept, empty for nowhere.
-    turn: turn images as their EXIF says. classes: only images of these, in this order; empty for all.
+    turn: turn images as their EXIF says. classes: only images of these, in this order; empty for all. seed: by which
+    one of several captions is drawn.
     """
     source = _open(path, fields, index_dir)
-    source.turn = turn
+    source.turn, source.seed = turn, seed
     return of_classes(source, classes) if classes else source
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ldt.data.images.blobs import Blob
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
-from ldt.data.images.members import Fields
+from ldt.data.images.members import Fields, texts_of
 from ldt.errors import InputError, by_reason
 
 GROUPS_KEPT = 4  # row groups of images that are in memory at a time
@@ -61,7 +61,7 @@ def index_parquet(blob: Blob, fields: Fields) -> Table:
                 raise InputError(f"{blob.name}: row {row} has the label {value}, and its classes are {len(names)}")
             text = captions[k] if captions is not None else None
             size = len(str(text).encode()) if text is not None else 0
-            place = (group, size, k) if text is not None else (-1, 0, 0)
+            place = (group, size, k) if texts_of(text) else (-1, 0, 0)
             listing.add(f"{row:09d}", str(value).strip(), blob.size, group, k, place)
             row += 1
     table = listing.table()
@@ -124,11 +124,11 @@ class ParquetImages(ListedImages):
             )
         return value
 
-    def _caption(self, i: int) -> bytes:
+    def _captions(self, i: int) -> list[bytes]:
         n = self.table.numbers
         group, row = int(n["caption_offset"][i]), int(n["caption_form"][i])
         value = self._values(self._file(i), group, self.table.facts["caption"])[row].as_py()
-        return str(value or "").encode()
+        return [text.encode() for text in texts_of(value)]
 
     def _file(self, i: int) -> int:
         return int(self.table.numbers["part"][i])

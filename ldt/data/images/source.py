@@ -11,7 +11,7 @@ class ImageSource(ABC):
 
     left_out: how many files of which kind are there but no images of the set; barren: directories that would be a
     class but hold only such files; captioned: how many images have a caption, empty ones included. turn: images are
-    turned as their EXIF says.
+    turned as their EXIF says. seed: by which one of several captions of an image is drawn.
     """
 
     classes: tuple[str, ...]
@@ -19,6 +19,7 @@ class ImageSource(ABC):
     barren: tuple[str, ...] = ()
     captioned: int = 0
     turn: bool = False
+    seed: int = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,7 +49,7 @@ class ImageSource(ABC):
         return -1
 
     def caption(self, i: int) -> str:
-        """The caption of image i, empty where it has none."""
+        """The caption of image i, one of them where it has several; empty where it has none."""
         return ""
 
     def remarks(self) -> list[str]:
