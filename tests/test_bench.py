@@ -26,6 +26,7 @@ COMMANDS = {
     "checkpoint": (["checkpoint", "{tmp}", "--width", "64", "--depth", "1", "--batch", "1", "--repeat", "1"], 1),
     "data": (["data", "--samples", "512", "--shard-samples", "128", "--batch", "32"], 1),
     "encode": (["encode", "--images", "8", "--batch", "4", "--turns", "1"], 1),
+    "index": (["index", "--images", "60", "--shards", "3"], 1),
     "evaluate": (["evaluate", "{run}", "--blocks", "1", "--repeat", "1"], 1),
     "sample": (["sample", DIT, *TINY, *SAMPLING, "--turns", "1"], 1),
     "train": ([*TRAIN, "--compare", "plain"], 2),

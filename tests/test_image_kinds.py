@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 import tarfile
+import time
 import zipfile
 
 import fsspec
@@ -17,6 +19,7 @@ import pytest
 import streaming_package
 from PIL import Image
 from run_data import make_autoencoder
+from test_encode import files, start_ranks
 
 from ldt import rng
 from ldt.cli import main
@@ -35,11 +38,15 @@ def content(i):
     return out.getvalue()
 
 
+def make_samples(count):
+    """Name, bytes, label and caption of each image, in the order of a directory of classes."""
+    label = lambda i: i * 3 // count  # noqa: E731
+    return [(f"{CLASSES[label(i)]}/{i:05d}", content(i), label(i), f"caption {i} é") for i in range(count)]
+
+
 @pytest.fixture(scope="module")
 def samples():
-    """Name, bytes, label and caption of each image, in the order of a directory of classes."""
-    label = lambda i: i * 3 // COUNT  # noqa: E731
-    return [(f"{CLASSES[label(i)]}/{i:05d}", content(i), label(i), f"caption {i} é") for i in range(COUNT)]
+    return make_samples(COUNT)
 
 
 def directory(root, samples):
@@ -212,10 +219,14 @@ def test_the_same_images_through_fsspec(samples, tmp_path, kind):
         memory.rm("/images", recursive=True)
 
 
-def encode(path, output, vae, *settings):
+def arguments(path, output, vae, *settings):
     keys = [f"images.path={path}", "images.size=32", f"autoencoder={vae}", f"output={output}", "shard_samples=20"]
     keys += ["text.encoder=bytes", "text.length=16", f"images.index_dir={output}-index", *settings]
-    return main(["encode", *keys, "--quiet"])
+    return ["encode", *keys, "--quiet"]
+
+
+def encode(path, output, vae, *settings):
+    return main(arguments(path, output, vae, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +236,32 @@ def vae(tmp_path_factory):
     return path
 
 
-def test_every_kind_gives_the_same_fingerprint(samples, tmp_path, vae):
-    found = {}
+def test_every_kind_gives_the_same_fingerprint(tmp_path, vae):
+    """500 images, in shards that end within files, row groups and batches."""
+    samples, found = make_samples(500), {}
     for kind in ("directory", "web tars", "zip", "parquet", "mds", "csv"):
         root = tmp_path / kind.replace(" ", "-")
         root.mkdir()
-        assert encode(KINDS[kind](root / "set", samples), root / "out", vae) == 0
+        assert encode(KINDS[kind](root / "set", samples), root / "out", vae, "shard_samples=110") == 0
         found[kind] = Manifest.load(root / "out").fingerprint, Manifest.load(root / "out").caption_counts["captioned"]
     assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("kind", ["web tars", "zip", "parquet", "mds"])
+def test_a_kill_while_encoding_leaves_the_same_files_in_the_end(samples, tmp_path, vae, kind):
+    path, out = KINDS[kind](tmp_path / "set", samples), tmp_path / "two"
+    assert encode(path, tmp_path / "one", vae, "shard_samples=2") == 0
+    started = start_ranks(arguments(path, out, vae, "shard_samples=2"), 2)
+    deadline = time.monotonic() + 100
+    while len(list(out.glob("shard-*.tar"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    there = len(list(out.glob("shard-*.tar")))
+    for process in started:
+        process.kill()
+    assert [process.wait(60) for process in started] == [-signal.SIGKILL] * 2
+    assert 3 <= there < 25 and not (out / "manifest.json").exists()
+    assert encode(path, out, vae, "shard_samples=2") == 0
+    assert files(out) == files(tmp_path / "one")
 
 
 def several(root, samples, kind):

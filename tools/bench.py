@@ -20,6 +20,7 @@ from ldt.errors import InputError
 BENCHMARKS = {
     "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
     "encode": "encoding images against the autoencoder alone",
+    "index": "the index of image shards: time and memory",
     "data": "the loader against a memmap gather, beside other readers",
     "train": "the training step: images a second, time by phase, use of the machine's matrix products",
     "sample": "latents a second with guidance, eager and compiled",
