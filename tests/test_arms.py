@@ -1,12 +1,20 @@
 """Every kind of denoiser trains under DeepSpeed, on one rank and on two, and its checkpoint loads."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from shard_data import write_shards
 from test_checkpoint import refused_case, train_case
 
 from ldt.checkpoint.load import load_denoiser
+from ldt.config import load
 from ldt.diffusion.condition import Condition
+from ldt.diffusion.samplers import sample
+from ldt.dist import World
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
 DIT = "{width: 32, depth: 2, heads: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false,"
@@ -17,6 +25,18 @@ ARMS = {
     "head": (DIT + " head: {depth: 1, width: 48, heads: 2}, activation_checkpointing: true}", "x", "rectified_flow"),
     "uvit": (UVIT + " mlp: gelu_erf, qkv_bias: false, output_convolution: true, init: uvit}", "eps", "scaled_linear"),
 }
+
+
+CONFIGS = sorted(p for d in ("study", "recipes") for p in (Path(__file__).parents[1] / "configs" / d).glob("*.yaml"))
+SMALL = [
+    "model={width: 48, depth: 3, heads: 2}",
+    "model.unet={channels: 16, blocks: 1, head_channels: 8, context: 12}",
+    "model.head={width: 48, heads: 2}",
+    "train={global_batch: 8, total_samples: 16}",
+    "optimizer.warmup_samples=8",
+    "engine={precision: fp32, compile: false}",
+    "log={every_samples: 8, validation_every_samples: 0, samples_every_samples: 0}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +71,23 @@ def test_kernels_that_cannot_run_here_are_refused_before_training(pool, data, tm
     assert "model.attention=reference is the transformer's; model.name=unet takes auto or sdpa" in said
     said = pool(1).run(refused_case, settings=[*settings, "model.patch=3"])
     assert "model.patch=3 does not divide the latent size 4x4" in said
+
+
+def config_case(world: World, path: str, settings: list[str]) -> None:
+    """Train a config in this pool."""
+    attempt(load(TrainJob, path, settings), world)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_arm_of_the_study_and_every_recipe_runs(pool, tmp_path, path):
+    """Two steps of a small model, and an image by the config's own sampler and guidance."""
+    write_shards(tmp_path / "data", [40], latent_shape=(4, 8, 8), target=(5, 4, 4))
+    settings = [*SMALL, f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data"]
+    settings += ["model.inner_head=1"] if load(TrainJob, path).model.inner_head else []
+    pool(1).run(config_case, path=str(path), settings=settings)
+    loaded, evaluate = load_denoiser(tmp_path / "run"), load(TrainJob, path).evaluate
+    noise = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        arguments = (noise, Condition(torch.tensor([0, 2])), 3, replace(evaluate, steps=2), lambda step: noise)
+        image = sample(loaded.denoiser, loaded.objective, *arguments)
+    assert image.shape == noise.shape and image.isfinite().all()

@@ -12,7 +12,7 @@ from ldt.cli import main
 from ldt.encoding.config import EncodeJob
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import ModelConfig
-from ldt.nn.sizes import dit, dit_dh, flops, uvit
+from ldt.nn.sizes import dit, dit_dh, dit_of, flops, uvit
 from ldt.training.config import TrainJob
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -108,6 +108,44 @@ def test_the_study_is_matched():
     assert cost["unet_flops"] / cost["transformer"] == pytest.approx(1, abs=0.03)
     rest = [dataclasses.replace(c, model=ModelConfig(), run_dir="") for c in arms.values()]
     assert rest[0] == rest[1] == rest[2]
+
+
+def test_arms_over_the_base_change_what_they_are_about_and_nothing_else():
+    base = configs.load(TrainJob, ROOT / "study" / "transformer.yaml")
+    said = {
+        "mean_flow": ["model.time=unit", "model.interval=true", "objective.mean_flow=0.25", "evaluate.steps=2",
+                      "evaluate.sampler=mean_flow"],
+        "align": ["data.path=data/fashion_mnist_target", "align={weight: 0.5, block: 2, until_samples: 24000}"],
+        "inner_head": ["model.inner_head=2", "evaluate.guidance_inner=1.25"],
+    }  # fmt: skip
+    for arm, changes in said.items():
+        path = ROOT / "study" / f"{arm}.yaml"
+        expected = configs.load(TrainJob, ROOT / "study" / "transformer.yaml", [*changes, f"run_dir=runs/study/{arm}"])
+        assert configs.load(TrainJob, path) == expected != base, arm
+
+
+def test_the_tuned_dit_is_dit_but_for_its_rate_and_batch():
+    config = configs.load(TrainJob, ROOT / "study" / "dit.yaml")
+    shape = dataclasses.replace(dit_of(192, 6, 6, 2), learned_sigma=False)
+    published = configs.load(TrainJob, ROOT / "imagenet256" / "dit_s2.yaml")
+    assert config.model == shape and config.objective == published.objective
+    assert (config.optimizer.lr, config.optimizer.decay, config.train.global_batch) == (2e-3, "cosine", 32)
+
+
+def test_the_imagenet_recipe_costs_what_its_header_says(capsys):
+    path = ROOT / "recipes" / "imagenet256.yaml"
+    header = " ".join(line.removeprefix("#").strip() for line in path.read_text().split("run_dir:")[0].splitlines())
+    command, hours = re.search(r"ldt (plan .+?) says ([\d.]+) h", header).groups()
+    assert main([word.replace("configs/", f"{ROOT}/") for word in command.split()]) == 0
+    out = capsys.readouterr().out
+    assert f"time           {hours} h" in out and "warning" not in out
+    assert "842 M parameters" in header and "841.7 M parameters" in out and "not reproduced here" in header
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "study").glob("*.yaml"), *(ROOT / "recipes").glob("*.yaml")], ids=name_of)
+def test_arms_and_recipes_dry_run(path, capsys):
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert f"run_dir: runs/{name_of(path)}" in capsys.readouterr().out
 
 
 def test_the_text_example_loads(capsys):

@@ -76,7 +76,7 @@ def test_resize_is_pillows_bicubic_without_rounding(detector: EfficientNetLite0D
     image = photo(256)
     channels = [Image.fromarray(image[0, ..., c].numpy().astype(np.float32)) for c in range(3)]  # mode F keeps floats
     theirs = np.stack([np.asarray(c.resize((96, 96), Image.Resampling.BICUBIC)) for c in channels]).clip(0, 255)
-    ours = (detector._normalise(image)[0].numpy() * 0.502 + 0.498) * 255
+    ours = (detector.normalise(image)[0].numpy() * 0.502 + 0.498) * 255
     np.testing.assert_allclose(ours, theirs, atol=0.01)
 
 

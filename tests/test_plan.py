@@ -14,9 +14,8 @@ from ldt.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 XL2 = ROOT / "configs/imagenet256/dit_xl2.yaml"
-CONFIGS = sorted(
-    p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in ("imagenet256", "imagenet512", "study", "text")
-)
+FOLDERS = ("imagenet256", "imagenet512", "recipes", "study", "text")
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in FOLDERS)
 
 
 @functools.cache

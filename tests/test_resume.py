@@ -84,7 +84,10 @@ TABLE = {
     "objective.condition_drop": ("0.5", GOES_ON),
     "objective.shift_base": ("16", GOES_ON),
     "objective.time_floor": ("0.05", GOES_ON, "objective.prediction=x", "objective.loss=flow"),
-    "objective.mean_flow": ("0.5", "model.interval=true"),
+    "objective.mean_flow": ("0.5", OTHER_MODEL, "model.interval=true"),
+    "align.weight": ("0.5", "needs data with targets", "align.block=1"),
+    "align.block": ("1", GOES_ON),  # plays no part
+    "align.until_samples": ("48", GOES_ON),
     "train.global_batch": ("6", GOES_ON),
     "train.bad_steps": ("2", GOES_ON),
     "train.spike_factor": ("20", GOES_ON),

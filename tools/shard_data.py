@@ -32,7 +32,12 @@ def make_samples(count: int, layout: Layout, seed: int = 0, classes: int = len(C
         std = 0.05 + 0.2 * rng.random((count, 1, *layout.latent_shape))
         return layout.pack(torch.from_numpy(np.concatenate([mean, std] if layout.posterior else [mean], 1)))
 
-    return Samples(rng.integers(0, classes, count), moments(), moments() if layout.flips else None)
+    def target() -> np.ndarray:
+        return rng.standard_normal((count, *(layout.target or ()))).astype(np.float16)
+
+    views = (moments(), moments() if layout.flips else None)
+    targets = [target() if layout.target and there else None for there in (True, layout.flips)]
+    return Samples(rng.integers(0, classes, count), *views, None, None, *targets)
 
 
 def write_shards(
@@ -47,12 +52,14 @@ def write_shards(
     seed: int = 0,
     posterior: bool = True,
     by_element: bool = False,
+    target: tuple[int, int, int] | None = None,
 ) -> list[Samples]:
     """Shards of the given sizes with a manifest; returns what was written. `spoiled`: sample → its latent's value.
 
-    posterior: whether latents have a deviation; by_element: whether each element has whitening statistics of its own.
+    posterior: whether latents have a deviation; by_element: whether each element has whitening statistics of its own;
+    target: the shape of features of patches, if there are to be some.
     """
-    layout = Layout(latent_shape, dtype, flips, posterior=posterior)
+    layout = Layout(latent_shape, dtype, flips, posterior=posterior, target=target)
     directory.mkdir(parents=True, exist_ok=True)
     rows, written, first = [], [], 0
     for i, count in enumerate(counts):
@@ -82,6 +89,7 @@ def write_shards(
         image_channels=1,
         table=make_table(rows),
         posterior=posterior,
+        target={"name": "test", "hash": "0", "shape": list(target), "dtype": "fp16"} if target else {},
         mean_CHW=pack_statistics(np.linspace(-0.5, 0.5, prod(latent_shape))) if by_element else "",
         std_CHW=pack_statistics(np.linspace(0.5, 2.0, prod(latent_shape))) if by_element else "",
     )

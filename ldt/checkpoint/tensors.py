@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldt.checkpoint.manifest import Damaged
 from ldt.files import write_synced
+from ldt.nn.align import PREFIX
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
@@ -73,8 +74,8 @@ class Reader:
         return out
 
     def full(self, kind: str) -> dict[str, Tensor]:
-        """All parameters in their shapes."""
-        shapes = self.manifest["parameters"]
+        """All parameters of the denoiser in their shapes: the projector of an alignment is training's alone."""
+        shapes = {k: s for k, s in self.manifest["parameters"].items() if not k.startswith(PREFIX)}
         return {k: self.read(kind, k, 0, math.prod(s)).view(s) for k, s in shapes.items()}
 
 

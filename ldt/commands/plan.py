@@ -138,8 +138,20 @@ def measure(config: PlanJob, latent_shape: tuple[int, int, int] | None = None) -
     precision = "fp32" if config.autocast else config.engine.precision
     between = roofline.elementwise(config.model, shape, classes, text, precision)
     counts = flops(config.model, shape, text), attention_flops(config.model, shape, text)
-    # a sample is the mean and, with a posterior, the deviation in fp16; each goes with as many normal numbers
-    return Model(parameters, data, *counts, between, kept, 2 * numbers, numbers)
+    sample_bytes = 2 * numbers  # a sample is the mean and, with a posterior, the deviation in fp16
+    if config.align.weight:
+        tokens = shape[1] * shape[2] // config.model.patch**2
+        features = _target_features(config)
+        product = 9 * config.model.width * features  # the projector's 3 x 3 convolution
+        parameters, sample_bytes = parameters + product + features, sample_bytes + 2 * features * tokens
+        counts = counts[0] + 2 * product * tokens, counts[1]
+    return Model(parameters, data, *counts, between, kept, sample_bytes, numbers)  # a normal number for each
+
+
+def _target_features(config: PlanJob) -> int:
+    """Of the network in the data that the denoiser is aligned with; of a ViT-B where they are not here."""
+    there = (Path(config.data.path) / HEAD).exists() and Manifest.load(config.data.path).target
+    return int(there["shape"][0]) if there else 768
 
 
 def data_shape(config: PlanJob) -> tuple[tuple[int, int, int], int, TextShape | None, bool, str]:

@@ -28,6 +28,7 @@ class Batch:
     label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0. text: token numbers
     int64 [B, M] or features float32 [B, M, F], zero where there is no text; None for a denoiser of classes alone.
     second_B: float32, for a second time (`objective.mean_flow`), 0 where there is none; None without mean flow.
+    target: float16 [B, D, G, G], features of patches to be aligned with; None where nothing is.
     """
 
     index_B: torch.Tensor
@@ -38,11 +39,22 @@ class Batch:
     weight_B: torch.Tensor
     text: torch.Tensor | None = None
     second_B: torch.Tensor | None = None
+    target: torch.Tensor | None = None
 
     @classmethod
-    def padding(cls, rows: int, manifest: Manifest, pin: bool, text: bool = False, mean_flow: bool = False) -> "Batch":
+    def padding(
+        cls,
+        rows: int,
+        manifest: Manifest,
+        pin: bool,
+        text: bool = False,
+        mean_flow: bool = False,
+        target: bool = False,
+    ) -> "Batch":
         """Rows of padding, to be overwritten."""
-        latent_shape, words = manifest.latent_shape, None
+        latent_shape, words, features = manifest.latent_shape, None, None
+        if target and manifest.layout.target:
+            features = torch.zeros((rows, *manifest.layout.target), dtype=torch.float16, pin_memory=pin)
         if text and manifest.text_shape:
             kind = torch.int64 if manifest.text_shape.vocabulary else torch.float32
             words = torch.zeros((rows, *manifest.layout.text_shape), dtype=kind, pin_memory=pin)
@@ -55,6 +67,7 @@ class Batch:
             weight_B=torch.zeros(rows, pin_memory=pin),
             text=words,
             second_B=torch.zeros(rows, pin_memory=pin) if mean_flow else None,
+            target=features,
         )
 
     def __len__(self) -> int:
@@ -88,7 +101,7 @@ class SampleDraws:
     label_drop: probability with which the condition is left out, for guidance. Of class and text together as many
     samples again lose only the class, and as many only the text, so that either can be asked for alone.
     condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored; mean_flow: the share
-    of samples that have a second time.
+    of samples that have a second time; target: whether the features of patches are read.
     """
 
     seed: int
@@ -96,6 +109,7 @@ class SampleDraws:
     condition_on: str = "class"
     flips: bool = False
     mean_flow: float = 0.0
+    target: bool = False
 
     @property
     def uses_text(self) -> bool:
@@ -112,7 +126,7 @@ class SampleDraws:
         flip_n = None
         if self.flips:
             flip_n = rng.bits(self.seed, Purpose.FLIP, samples.key_n, 1)[:, 0] >> np.uint64(63) == 1
-        return shards.read(samples.shard_n, samples.sample_n, flip_n, text=text)
+        return shards.read(samples.shard_n, samples.sample_n, flip_n, text=text, target=self.target)
 
     def draw(self, batch: Batch, manifest: Manifest, records: Records, key_n: Ints) -> None:
         """Write what was read, and everything random about it, into the first rows of a CPU batch.
@@ -144,6 +158,8 @@ class SampleDraws:
             text_n = batch.text.numpy()[:n]
             text_n[:] = records.text_n
             text_n[no_text] = 0
+        if batch.target is not None and records.target_n is not None:
+            batch.target.numpy()[:n] = records.target_n
         batch.index_B.numpy()[:n] = key_n
         batch.weight_B.numpy()[:n] = 1.0
 
@@ -170,7 +186,9 @@ def digest(batch: Batch, ordinal_n: Ints) -> int:
     small = np.empty(n, [("ints", "<i8", 3), ("uniform", "<f4")])
     small["ints"] = np.stack([batch.index_B.numpy()[:n], ordinal_n, batch.label_B.numpy()[:n]], axis=1)
     small["uniform"] = batch.uniform_B.numpy()[:n]
-    large = [batch.latent_BCHW, batch.noise_BCHW] + [x for x in (batch.text, batch.second_B) if x is not None]
+    large = [batch.latent_BCHW, batch.noise_BCHW] + [
+        x for x in (batch.text, batch.second_B, batch.target) if x is not None
+    ]
     rows = [_rows_of(array) for array in (small, *(tensor.numpy()[:n] for tensor in large))]
     total = 0
     for row in zip(*rows, strict=True):

@@ -72,6 +72,8 @@ class EncodeJob:
     `latents`: instead of images, latents of this autoencoder in .npy, .npz or .safetensors; `latents_scale`: what the
     draws in fast-DiT's .npy were multiplied with; `latents_second`: what follows the mean in .npz, the logarithm of the
     variance or the standard deviation.
+    `target`: the network whose features of patches are stored too, for `align.weight` in training: efficientnet_lite0
+    or timm:NAME; `target_grid`: patches a side, as many as the denoiser has tokens; `target_weights`: a file of timm's.
     """
 
     images: ImagesConfig = section(ImagesConfig)
@@ -79,6 +81,9 @@ class EncodeJob:
     latents_scale: float = 0.18215
     latents_second: str = choice("log_variance", "std")
     text: TextConfig = section(TextConfig)
+    target: str = ""
+    target_grid: int = 16
+    target_weights: str = path_field()
     autoencoder: str = required_path_field()
     output: str = path_field()
     index: str = path_field()
@@ -116,7 +121,15 @@ class EncodeJob:
                 "whitening=element is by statistics of one latent shape, and images.buckets makes several; use "
                 "whitening=channel"
             )
-        for name in ("shard_samples", "batch", "threads"):
+        if self.images.buckets and self.target:
+            raise InputError(
+                f"target={self.target} has one grid of patches, and images.buckets makes images of several; leave one "
+                "of them out"
+            )
+        for name, value in {"latents": self.latents, "index": self.index}.items():
+            if self.target and value:
+                raise InputError(f"target={self.target} is made from images, and {name}={value} has none; leave it out")
+        for name in ("shard_samples", "batch", "threads", "target_grid"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.validation_fraction <= 0.5:

@@ -19,6 +19,7 @@ class EncodedBatch:
     """moments: a tensor [B, 2 or 1, C, H, W] for each view, the second of which is the mirrored image.
 
     text: what the text encoder made of the captions; None, and no captions, without one. files: as `Loaded` has them.
+    targets: features of patches [B, D, G, G] for each view; empty without a network that makes them.
     """
 
     moments: tuple[torch.Tensor, ...]
@@ -26,6 +27,7 @@ class EncodedBatch:
     captions: list[str]
     text: NDArray[np.generic] | None
     files: list[str]
+    targets: tuple[NDArray[np.float16], ...] = ()
 
 
 def pack(batches: Sequence[EncodedBatch], layout: Layout) -> Samples:
@@ -38,6 +40,7 @@ def pack(batches: Sequence[EncodedBatch], layout: Layout) -> Samples:
         views[1] if layout.flips else None,
         [caption.encode() for b in batches for caption in b.captions] if layout.captions else None,
         np.concatenate(texts) if texts else None,
+        *(np.concatenate(view) for view in zip(*(b.targets for b in batches), strict=True)),
     )
 
 

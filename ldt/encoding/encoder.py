@@ -173,6 +173,11 @@ class Encoder:
                     given = torch.cat([batch.moments[number] for batch in encoded])[start + bad]
                     raise InputError(self._not_finite(unit, start + bad, given))
                 sums.append(Sums.of(block, self.config.whitening == "element"))
+        for target_n in (samples.target_n, samples.target_flipped_n):
+            bad = None if target_n is None else first_not_finite(target_n)
+            if bad is not None:
+                name = plan.source.name(plan.image_numbers(unit, unit.start, unit.stop)[bad])
+                raise InputError(f"target={self.config.target} of image {name} is not finite in fp16; choose another")
         counts = plan.caption_counts([caption for batch in encoded for caption in batch.captions])
         writer = ShardWriter(self.output / unit.part, format, plan.layout, len(plan.source.classes))
         source = hash_of(line for batch in encoded for line in batch.files)
@@ -231,6 +236,7 @@ class Encoder:
             recipe=self.plan.recipe(),
             captions=self.plan.text is not None,
             posterior=self.plan.layout.posterior,
+            target=self.plan.target(),
             text=describe(self.plan.text) | {"examples": self.plan.examples()} if self.plan.text else {},
             caption_counts={k: sum(s.captions[k] for s in sidecars) for k in self.plan.caption_counts([])},
             source=source,

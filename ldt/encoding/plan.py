@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles
 from ldt.data.shard_files import VALIDATION
-from ldt.data.shards.layout import Layout
+from ldt.data.shards.layout import TARGET_DTYPE, Layout
 from ldt.data.split import Split
 from ldt.dist import World
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch
 from ldt.encoding.inputs import Input, open_input
 from ldt.errors import InputError
+from ldt.metrics.patch_features import make_patch_net
 from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import describe, load_text_encoder
 
@@ -58,7 +59,12 @@ class Plan:
         self.text = load_text_encoder(encoder, config.text.length, world.device) if encoder else None
         text_shape = self.text.shape if self.text else None
         has_text, posterior = self.text is not None, self.autoencoder.posterior
-        self.layout = Layout(self.input.latent_shape, config.dtype, config.flips, has_text, text_shape, posterior)
+        self.patch_net = None
+        if config.target:
+            self.patch_net = make_patch_net(config.target, config.target_weights, config.target_grid, world.device)
+        target = self.patch_net.shape if self.patch_net else None
+        shape = self.input.latent_shape
+        self.layout = Layout(shape, config.dtype, config.flips, has_text, text_shape, posterior, target)
         self.split = Split(len(self.source), config.validation_fraction, config.seed)
         if self.split.training_samples == 0:
             raise InputError(f"{self.input.path} leaves no training images; lower validation_fraction")
@@ -88,6 +94,7 @@ class Plan:
         return {
             **self.input.recipe(),
             **text,
+            **({"target": self.target()} if self.patch_net else {}),
             **whitening,
             "images.path": config.images.path,
             **({"images.buckets": list(config.images.buckets)} if config.images.buckets else {}),
@@ -150,10 +157,26 @@ class Plan:
         return Loaded(content, [self.source.label(i) for i in numbers], captions, files)
 
     def encode(self, loaded: Loaded) -> EncodedBatch:
-        """A batch through the autoencoder and the text encoder."""
-        moments = self.input.moments(torch.from_numpy(loaded.content))
+        """A batch through the autoencoder, the text encoder and the network of the targets."""
+        content = torch.from_numpy(loaded.content)
+        moments, targets = self.input.moments(content), self._targets(content)
         text = self.text.encode(loaded.captions) if self.text else None
-        return EncodedBatch(moments, loaded.labels, loaded.captions, text, loaded.files)
+        return EncodedBatch(moments, loaded.labels, loaded.captions, text, loaded.files, targets)
+
+    def _targets(self, image_BHWC: torch.Tensor) -> tuple[NDArray[np.float16], ...]:
+        """With a `target` the features of patches [B, D, G, G] of the images and, with flips, of their mirror images.
+
+        A mirror image's are its own: those of the image, mirrored, would not be what the network sees.
+        """
+        if self.patch_net is None:
+            return ()
+        views = (image_BHWC, image_BHWC.flip(2)) if self.config.flips else (image_BHWC,)
+        return tuple(self.patch_net(view).cpu().numpy().astype(TARGET_DTYPE) for view in views)
+
+    def target(self) -> dict[str, Any]:
+        """What the manifest says of the targets."""
+        net = self.patch_net
+        return {"name": net.name, "hash": net.hash, "shape": list(net.shape), "dtype": "fp16"} if net else {}
 
     def examples(self) -> list[tuple[int, str]]:
         """Labels and beginnings of captions of some training images, evenly spaced; previews and samples use them."""

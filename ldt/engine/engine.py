@@ -186,7 +186,7 @@ def _deepspeed_config(
     config: EngineConfig, micro_batches: int, parameters: int, device: torch.device
 ) -> dict[str, Any]:
     """Norm, clipping and the look for overflow are `Engine.step`'s: each of DeepSpeed's own waits for the GPU."""
-    bucket = min(parameters, BUCKET)
+    bucket = min(parameters + parameters % 2, BUCKET)  # it refuses an odd one
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own reports
         "gradient_accumulation_steps": micro_batches,
@@ -220,6 +220,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # its shared-memory collectives would be compiled at start (27 s, needs g++); training doesn't use them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # an earlier engine of stage 3 in this process leaves its own behind, which has no derivative in forward mode
+    torch.nn.functional.linear = torch._C._nn.linear
     deepspeed.utils.logger.setLevel("ERROR")
     for module in (deepspeed.runtime.bf16_optimizer, deepspeed.runtime.zero.stage3):
         assert callable(module.is_invalid_grad_norm), module  # it reads the norm a second time, after `Engine.step`

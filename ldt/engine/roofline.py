@@ -56,7 +56,7 @@ def elementwise(
     """Elementwise bytes of a denoiser in training; a deep Transformer's follow from two shallow ones."""
 
     def counted(depth: int) -> tuple[int, int]:
-        shallow = dataclasses.replace(config, depth=depth, init="dit")
+        shallow = dataclasses.replace(config, depth=depth, init="dit", inner_head=min(config.inner_head, 1))
         one, two = (_moved(shallow, latent_shape, classes, text, precision, samples) for samples in (1, 2))
         return two[0] - one[0], two[1] - one[1]  # without what does not grow with the batch
 
@@ -83,7 +83,9 @@ def _moved(
         label_B = torch.zeros(samples, dtype=torch.int64)
         words = memory.no_text(text, samples) if config.uses_text else None
         with _Bytes() as forward:
-            loss = model(x_BCHW, t_B, Condition(label_B, words)).square().mean()
+            inputs = (x_BCHW, t_B, Condition(label_B, words))
+            outputs = model(*inputs, inner=True) if config.inner_head else (model(*inputs),)
+            loss = sum((y.square().mean() for y in outputs), torch.zeros(()))
         with _Bytes() as backward:
             loss.backward()
     return forward.total, backward.total

@@ -54,26 +54,27 @@ class EfficientNetLite0Detector:
     """Pooled features of EfficientNet-Lite0, a stand-in for Inception that needs no download.
 
     Every image is resized to 96 × 96 (bicubic with antialiasing, clipped to 0-255, not rounded) and normalised by
-    (x − 0.498) / 0.502. The size is small to be quick without a GPU and never changes, so scores stay comparable.
-    Grey images are repeated over three channels.
+    (x − 0.498) / 0.502. The size is small to be quick without a GPU and never changes, so scores stay comparable; only
+    targets of alignment have another `size`. Grey images are repeated over three channels.
     """
 
     name = "efficientnet_lite0"
     score = "fd_efficientnet_lite0"  # never "fid": the numbers do not compare with Inception's
     outputs = {"features": efficientnet.HEAD}
-    size = 96
-    preprocessing = "bicubic-antialias-96 clip (x-0.498)/0.502"
+    preprocessing = "bicubic-antialias-{} clip (x-0.498)/0.502"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.hash = _file_hash(efficientnet.weights_path(), self.preprocessing)
+    def __init__(self, device: torch.device | str = "cpu", size: int = 96) -> None:
+        self.size = size
+        self.hash = _file_hash(efficientnet.weights_path(), self.preprocessing.format(size))
         self.net = efficientnet.load().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = torch.device(device)
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> Features:
-        return Features(self.net(self._normalise(image_BHWC)))
+        return Features(self.net(self.normalise(image_BHWC)))
 
-    def _normalise(self, image_BHWC: Tensor) -> Tensor:
+    def normalise(self, image_BHWC: Tensor) -> Tensor:
+        """What the network sees of uint8 images: [B, 3, size, size]."""
         x_BCHW = colour(image_BHWC).to(self.device).permute(0, 3, 1, 2).float()
         size = (self.size, self.size)
         x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)

@@ -89,10 +89,15 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(HEAD, CLASSES)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BCHW = F.relu6(self._bn0(self._conv_stem(x_BCHW)))
-        for block in self._blocks:
-            x_BCHW = block(x_BCHW)
+        x_BCHW = self.map_after(x_BCHW, len(self._blocks))
         return F.relu6(self._bn1(self._conv_head(x_BCHW))).mean((2, 3))
+
+    def map_after(self, x_BCHW: Tensor, blocks: int) -> Tensor:
+        """What the first so many blocks make of normalised images: [B, C, h, w]."""
+        x_BCHW = F.relu6(self._bn0(self._conv_stem(x_BCHW)))
+        for block in self._blocks[:blocks]:
+            x_BCHW = block(x_BCHW)
+        return x_BCHW
 
     def classify(self, feature_BD: Tensor) -> Tensor:
         """Logits [B, 1000] of pooled features."""

@@ -30,10 +30,14 @@ class TimmNet:
 
     @torch.inference_mode()
     def __call__(self, image_BCHW: Tensor) -> Tensor:
+        features: Tensor = self.net(self.normalise(image_BCHW))
+        return features
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """What the network sees of uint8 images."""
         x_BCHW = image_BCHW.to(self.device).float()
         x_BCHW = F.interpolate(x_BCHW, self._size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        features: Tensor = self.net((x_BCHW / 255 - self._mean) / self._std)
-        return features
+        return (x_BCHW / 255 - self._mean) / self._std
 
 
 def _create(model: str, weights: str) -> Any:

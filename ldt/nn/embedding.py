@@ -136,7 +136,6 @@ class AxialRotary(nn.Module):
 def rotate(x_BKNE: Tensor, rotation: Rotation) -> Tensor:
     """Queries or keys turned by their tokens' positions."""
     cos_NE, sin_NE = rotation
-    wide_BKNE = _at_least_float32(x_BKNE)
-    first, second = wide_BKNE.chunk(2, dim=-1)
+    first, second = _at_least_float32(x_BKNE).chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (wide_BKNE * cos_NE + turned * sin_NE).to(x_BKNE.dtype)
+    return (_at_least_float32(x_BKNE) * cos_NE + turned * sin_NE).to(x_BKNE.dtype)

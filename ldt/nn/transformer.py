@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldt.diffusion.condition import Condition, text_mask
 from ldt.errors import InputError
+from ldt.nn.align import Projector
 from ldt.nn.attention import Padding, choose_kernel, padding_of
 from ldt.nn.block import Block, Modulation, PositionsByGrid, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
@@ -59,6 +60,7 @@ class Transformer(nn.Module):
             for i in range(config.depth)
         )
         self.inner = InnerHead(config, output) if config.inner_head else None
+        self.projector: Projector | None = None  # in training alone, see `ldt.nn.align.add_projector`
         self.head = None
         if config.head.depth:
             self.head = WideHead(config, channels, output, self.rows, self.columns)
@@ -108,9 +110,15 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(position, std=0.02)
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, inner: bool = False, r_B: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with `inner`, also that of the inner head.
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        condition: Condition,
+        inner: bool = False,
+        r_B: Tensor | None = None,
+        aligned: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The prediction; with `inner`, also that of the inner head; with `aligned`, last, that of the target.
 
         r_B: the velocity is to be the mean over [r, t]; without it that at t.
         """
@@ -135,7 +143,8 @@ class Transformer(nn.Module):
         if position is not None:
             h_BND = h_BND + position
         rotation = None if self.rotary is None else self.rotary.at(*grid)
-        middle_BND, h_BND = (h[:, self.prefix :] for h in self._run_blocks(h_BND, modulation_B1D, padding, rotation))
+        h_BND, kept = self._run_blocks(h_BND, modulation_B1D, padding, rotation)
+        h_BND = h_BND[:, self.prefix :]
         if self.head is not None:
             out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth), grid)
         else:
@@ -144,10 +153,16 @@ class Transformer(nn.Module):
                 shift_B1D, scale_B1D = self.modulation(modulation_B1D).chunk(2, dim=-1)
                 h_BND = modulate(h_BND, shift_B1D, scale_B1D)
             out_BNP = self.unpatchify(h_BND)
-        if not inner:
-            return self._image(out_BNP, grid)
-        assert self.inner is not None, "a denoiser without an inner head"
-        return self._image(out_BNP, grid), self._image(self.inner(middle_BND, modulation_B1D), grid)
+        outputs = [self._image(out_BNP, grid)]
+        if inner:
+            assert self.inner is not None, "a denoiser without an inner head"
+            middle_BND = kept[self.config.inner_head][:, self.prefix :]
+            outputs.append(self._image(self.inner(middle_BND, modulation_B1D), grid))
+        if aligned:
+            assert self.projector is not None, "a denoiser that is not aligned"
+            token_BND = kept[self.projector.block][:, self.prefix :]
+            outputs.append(self.projector(rearrange(token_BND, "b (r k) d -> b d r k", r=grid[0])))
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _image(self, out_BNP: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches as a prediction [B, C, H, W]."""
@@ -182,9 +197,10 @@ class Transformer(nn.Module):
 
     def _run_blocks(
         self, h_BND: Tensor, modulation_B1D: Tensor | None, padding: Padding | None, rotation: Rotation | None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens after the block of the inner head (before the first, where there is none) and after the last."""
-        middle_BND = h_BND
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens after the last block, and after those that the inner head and the projector read."""
+        read = (self.config.inner_head, self.projector.block if self.projector is not None else 0)
+        kept: dict[int, Tensor] = {}
         skips: list[Tensor] = []
         first_BKNE = None  # the first block's values, where the others want them
         for i, block in enumerate(self.blocks):
@@ -198,9 +214,9 @@ class Transformer(nn.Module):
                 first_BKNE = value_BKNE
             if self.config.long_skips and i < self.config.depth // 2:
                 skips.append(h_BND)
-            if i + 1 == self.config.inner_head:
-                middle_BND = h_BND
-        return middle_BND, h_BND
+            if i + 1 in read:
+                kept[i + 1] = h_BND
+        return h_BND, kept
 
 
 def grid_of(patch: int, height: int, width: int) -> tuple[int, int]:

@@ -84,6 +84,25 @@ class TrainConfig:
 
 
 @dataclass
+class AlignConfig:
+    """Alignment of the tokens after `block` blocks with the targets in the shards (`ldt encode target=NAME`).
+
+    `weight`: of the distance beside the loss (0: off; 0.5 in REPA). It counts for the first `until_samples` samples of
+    the run alone, 0 for all.
+    """
+
+    weight: float = 0.0
+    block: int = 0
+    until_samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise InputError(f"align.weight={self.weight} must be positive, such as 0.5, or 0 for off")
+        if self.until_samples < 0:
+            raise InputError(f"align.until_samples={self.until_samples} must be a number of samples, or 0 for all")
+
+
+@dataclass
 class CheckpointConfig:
     """Save every so many samples (0: only at the end); keep the newest ones and one every `keep_every_samples`."""
 
@@ -120,6 +139,7 @@ class TrainJob:
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
+    align: AlignConfig = section(AlignConfig)
     train: TrainConfig = section(TrainConfig)
     engine: EngineConfig = section(EngineConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -140,6 +160,12 @@ class TrainJob:
                 f"data.path={path} and data.sources ({', '.join(sources)}) are both given; leave one of them out"
             )
         self._check_mean_flow()
+        depth = self.model.depth if self.model.name == "transformer" else 0
+        if self.align.weight and not 1 <= self.align.block <= depth:
+            raise InputError(
+                f"align.weight={self.align.weight} needs align.block={self.align.block} to be the number of a "
+                f"transformer's block, from 1 to model.depth={self.model.depth}"
+            )
         for name, source in sources.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise InputError(f"data.sources has the name {name!r}; use letters, digits, - and _")

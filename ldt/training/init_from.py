@@ -27,6 +27,7 @@ from ldt.diffusion.config import ObjectiveConfig
 from ldt.engine.ema import ShardedEMA
 from ldt.engine.partition import Partition
 from ldt.errors import InputError
+from ldt.nn.align import PREFIX
 from ldt.nn.config import ModelConfig
 from ldt.progress import pluralize, si_format
 from ldt.training.config import TrainJob
@@ -98,10 +99,14 @@ class Start:
 
 
 def start_from(path: Path, config: TrainJob, spec: LatentSpec, partition: Partition, ema: ShardedEMA) -> None:
-    """Weights and averages ← what fits of another model's averaged weights (collective). The optimizer starts anew."""
+    """Weights and averages ← what fits of another model's averaged weights (collective).
+
+    The optimizer starts anew, and so does the projector of an alignment.
+    """
     source = Source.read(path)
     fresh, resized = config.train.init_fresh, config.train.init_resize
-    start = fit(source, Side(config.model, spec), partition.shapes(), fresh, resized)
+    shapes = {name: shape for name, shape in partition.shapes().items() if not name.startswith(PREFIX)}
+    start = fit(source, Side(config.model, spec), shapes, fresh, resized)
     for f in partition.load_targets():
         if f.name in start.taken:
             value, mask = (None if t is None else t.flatten()[f.start : f.start + f.count] for t in start.taken[f.name])

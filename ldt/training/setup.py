@@ -15,6 +15,7 @@ from ldt.data.loader import AnyShards, BucketValidation, Loader, ValidationLoade
 from ldt.dist import World, all_gather
 from ldt.engine import memory
 from ldt.errors import InputError
+from ldt.nn.align import add_projector
 from ldt.nn.build import checkpoint_blocks, parameter_count
 from ldt.nn.sizes import flops
 from ldt.progress import pluralize, si_format
@@ -52,6 +53,27 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     return samples
 
 
+def align_denoiser(denoiser: nn.Module, config: TrainJob, shards: AnyShards) -> None:
+    """Give the denoiser its projector, where it is to be aligned; `InputError` unless the data have targets for it."""
+    target, align = shards.manifest.target, config.align
+    if not align.weight:
+        return
+    if not target:
+        raise InputError(
+            f"align.weight={align.weight} needs data with targets, and {shards.path} has none; encode the images with "
+            "target=efficientnet_lite0 or timm:NAME"
+        )
+    features, *grid = target["shape"]
+    tokens = [side // config.model.patch for side in shards.manifest.latent_shape[1:]]
+    if grid != tokens:
+        raise InputError(
+            f"{shards.path} has targets on a grid of {'x'.join(map(str, grid))} patches, and the denoiser has "
+            f"{'x'.join(map(str, tokens))} tokens; encode with target_grid={tokens[0]}"
+        )
+    add_projector(denoiser, config.model.width, features, align.block, config.seed)
+    logger.info("tokens after block %d are aligned with %s (%s)", align.block, target["name"], target["hash"][:12])
+
+
 def make_loaders(
     config: TrainJob, shards: AnyShards, micro_batch: int, world: World
 ) -> tuple[Loader, ValidationLoader | BucketValidation | None]:
@@ -65,7 +87,12 @@ def make_loaders(
     shapes = [view.manifest.latent_shape for view in views.values()]
     shares = RankSlice.by_bucket(config.train.global_batch, world.rank, world.size, micro_batch, shapes)
     draws = SampleDraws(
-        config.seed, config.objective.condition_drop, on, shards.manifest.flips, config.objective.mean_flow
+        config.seed,
+        config.objective.condition_drop,
+        on,
+        shards.manifest.flips,
+        config.objective.mean_flow,
+        config.align.weight > 0,
     )
     loader = Loader(shards, order, shares, draws, world.device, data.threads)
     if not config.log.validation_every_samples:

@@ -33,6 +33,7 @@ from ldt.engine.engine import Engine, StepResult
 from ldt.engine.learning_rate import learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import InputError, RunError, in_a_sentence
+from ldt.nn.align import Aligned
 from ldt.nn.attention import choose_kernel, forward_differentiable
 from ldt.nn.build import build, check_shapes, parameter_count
 from ldt.progress import ProgressLine
@@ -49,7 +50,7 @@ from ldt.training.consensus import StepConsensus
 from ldt.training.data import open_data
 from ldt.training.monitor import Meter, draw_preview, peak_memory, preview_text, validation_loss
 from ldt.training.resume import cut_back, resume
-from ldt.training.setup import describe, fit_into_memory, make_loaders
+from ldt.training.setup import align_denoiser, describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
 
@@ -116,6 +117,7 @@ class Trainer:
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
         shape, classes, text = self.spec.latent_shape, len(self.spec.classes), self.spec.text_shape
         denoiser = build(config.model, shape, classes, config.seed, text)
+        align_denoiser(denoiser, config, self.shards)
         self.parameters, averages = parameter_count(denoiser), len(profiles(config.ema))
         micro_batch = fit_into_memory(denoiser, config, self.spec, averages, world)
         if world.rank == 0:
@@ -232,8 +234,14 @@ class Trainer:
 
     def weighted_loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """Sum of the samples' losses, padding left out: a scalar."""
-        inner = self.config.model.inner_head > 0
-        return (self._loss_B(denoiser, batch, inner) * batch.weight_B).sum()
+        inner, align = self.config.model.inner_head > 0, self.config.align
+        until = align.until_samples or math.inf
+        if batch.target is None or self.state.samples_seen >= until:
+            return (self._loss_B(denoiser, batch, inner) * batch.weight_B).sum()
+        aligned = Aligned(denoiser)
+        loss_B = self._loss_B(aligned, batch, inner)
+        distance_B = aligned.distance(batch.target) * (batch.index_B < until)
+        return ((loss_B + align.weight * distance_B) * batch.weight_B).sum()
 
     def _loss_B(self, denoiser: Denoiser, batch: Batch, inner: bool = False) -> Tensor:
         objective = self.objective.at(batch.latent_BCHW.shape[1:])

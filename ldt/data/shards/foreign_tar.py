@@ -9,11 +9,12 @@ import io
 import tarfile
 import threading
 import tokenize
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout
+from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, make_index
 from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
@@ -24,10 +25,10 @@ END = bytes(1024)
 
 def walk(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     """Like `tar.index`, for any well-formed tar of samples `<key>.cls`, `<key>.moments.npy`, ..."""
-    wanted = [CLS, MOMENTS + NPY] + ([FLIPPED + NPY] if layout.flips else [])
-    wanted += ([TXT] if layout.captions else []) + ([TEXT + NPY] if layout.text else [])
+    wanted = [CLS, *(array + NPY for array in layout.arrays)] + ([TXT] if layout.captions else [])
     samples = _members(content, name)
-    label, places, texts, captions = [], [], [], []
+    label, captions = [], []
+    places: dict[str, list[int]] = {array: [] for array in layout.arrays}
     for key, members in samples.items():
         for extension in wanted:
             if extension not in members:
@@ -37,20 +38,15 @@ def walk(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
         if not text.strip().isdigit() or len(text) > 18:
             raise InputError(f"shard {name}: the label of sample {key} is {text[:20]!r}, not a whole number")
         label.append(int(text))
-        arrays = {
-            e: _array(content, *members[e], layout, f"shard {name}: {key}.{e}") for e in wanted if e.endswith(NPY)
-        }
-        places.append([arrays[e + NPY] for e in ((MOMENTS, FLIPPED) if layout.flips else (MOMENTS,))])
-        if layout.text:
-            texts.append(arrays[TEXT + NPY])
+        for array in layout.arrays:
+            what = f"shard {name}: {key}.{array}{NPY}"
+            places[array].append(_array(content, *members[array + NPY], layout, array, what))
         if layout.captions:
             captions.append(_caption(content, *members[TXT], f"shard {name}: {key}.{TXT}"))
-    place = np.array(places, np.int64).reshape(len(places), 2 if layout.flips else 1)
-    return Index(
+    return make_index(
+        layout,
         np.array(label, np.int64),
-        place[:, 0].copy(),
-        place[:, 1].copy() if layout.flips else None,
-        np.array(texts, np.int64) if layout.text else None,
+        {array: np.array(place, np.int64) for array, place in places.items()},
         np.array(captions, np.int64).reshape(-1, 2) if layout.captions else None,
     )
 
@@ -162,15 +158,11 @@ def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
     return dtype, shape, stream.tell()
 
 
-def _array(content: NDArray[np.uint8], start: int, size: int, layout: Layout, what: str) -> int:
+def _array(content: NDArray[np.uint8], start: int, size: int, layout: Layout, array: str, what: str) -> int:
     """Where the array's data begin."""
     dtype, shape, header = _header(content, start, size, what)
-    expected, named = STORED[layout.dtype], layout.dtype
-    expected_shape: tuple[int, ...] = layout.moments_shape
-    length = layout.moments_bytes
-    if what.endswith(f".{TEXT}{NPY}"):
-        expected, expected_shape, length = layout.text_dtype, layout.text_shape, layout.text_bytes
-        named = expected.name
-    if dtype != expected or shape != expected_shape or size != header + length:
+    expected, expected_shape = layout.arrays[array]
+    named = layout.dtype if array in (MOMENTS, FLIPPED) else expected.name
+    if dtype != expected or shape != expected_shape or size != header + prod(expected_shape) * expected.itemsize:
         raise InputError(f"{what} is {dtype} {shape}, not {named} {expected_shape} like the first sample")
     return start + header

@@ -7,6 +7,7 @@ The table is read without parsing text: 100,000 shards cost 6 MB and a few milli
 import io
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ldt.data.latent_spec import LatentSpec
+from ldt.data.latent_spec import LARGEST_LATENT, LatentSpec
 from ldt.data.shard_files import BUCKETS, HEAD, RECIPE, TABLE, VALIDATION
 from ldt.data.shards.layout import STORED, Layout
 from ldt.data.shards.remote import Remote
@@ -22,10 +23,11 @@ from ldt.errors import InputError, file_error
 from ldt.files import load_npy, natural, schema_error, write_atomic
 from ldt.paths import is_remote
 
-VERSION = 4  # 2 had no captions, 3 no data without a posterior and no whitening by element
-READABLE = (2, 3, VERSION)
+VERSION = 5  # 2 had no captions, 3 no data without a posterior and no whitening by element, 4 no targets
+READABLE = (2, 3, 4, VERSION)
 _SCHEMA = {"format": str, "dtype": str, "flips": bool, "class_counts": [natural], "recipe": dict}
-_OPTIONAL = {"captions": bool, "posterior": bool}
+_TARGET = {"name": str, "hash": str, "dtype": lambda v: v == "fp16", "shape": lambda v: _is_shape(v)}
+_OPTIONAL = {"captions": bool, "posterior": bool, "target": lambda v: not schema_error(v, _TARGET)}
 _NUMBERS = [("bytes", "<i8"), ("samples", "<i8"), ("xxh64", "<u8"), ("content", "<u8")]
 
 
@@ -38,7 +40,8 @@ class Manifest(LatentSpec):
     and moments alone, which is the same in both formats. recipe: how it was made. captions: whether samples have them;
     caption_counts: how many are `captioned`, `empty` and `cut` at the encoder's length. source: a hash of the names and
     sizes of the files that were encoded, empty where that is not known.
-    posterior: whether their moments have a standard deviation beside the mean.
+    posterior: whether their moments have a standard deviation beside the mean. target: of features of patches in the
+    samples, the `name` and the `hash` of the network that made them, their `shape` [D, G, G] and `dtype`; or empty.
     """
 
     format: str
@@ -50,17 +53,21 @@ class Manifest(LatentSpec):
     caption_counts: dict[str, int] = field(default_factory=dict)
     source: str = ""
     posterior: bool = True
+    target: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         """How a sample lies in a shard."""
-        return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape, self.posterior)
+        shape = tuple(self.target["shape"]) if self.target else None
+        return Layout(self.latent_shape, self.dtype, self.flips, self.captions, self.text_shape, self.posterior, shape)
 
     @property
     def _version(self) -> int:
         """The lowest format version that can express this manifest, so that older programs read what they can."""
-        if self.by_element or not self.posterior:
+        if self.target:
             return VERSION
+        if self.by_element or not self.posterior:
+            return 4
         return 3 if self.captions else 2
 
     @property
@@ -80,6 +87,8 @@ class Manifest(LatentSpec):
             what.append({k: v for k, v in self.text.items() if k != "examples"})
         if not self.posterior:
             what.append("no posterior")
+        if self.target:
+            what.append(self.target)
         digest = xxhash.xxh3_128(json.dumps(what).encode())
         digest.update(np.ascontiguousarray(self.table["samples"]).data)
         digest.update(np.ascontiguousarray(self.table["content"]).data)
@@ -109,6 +118,8 @@ class Manifest(LatentSpec):
             head["source"] = self.source
         if not self.posterior:
             head |= {"posterior": False}
+        if self.target:
+            head["target"] = self.target
         head["head_xxh64"] = head_hash(head)
         write_atomic(directory / HEAD, json.dumps(head, indent=1).encode())
 
@@ -149,6 +160,7 @@ class Manifest(LatentSpec):
             caption_counts=head.get("caption_counts", {}),
             source=head.get("source", ""),
             posterior=head.get("posterior", True),
+            target=head.get("target", {}),
         )
         if wrong := schema_error(manifest.caption_counts, {...: natural}, "its caption_counts"):
             raise InputError(f"{place(directory, HEAD)} is damaged: {wrong}; encode or index the data again")
@@ -157,6 +169,13 @@ class Manifest(LatentSpec):
                 f"{place(directory, HEAD)} does not belong to the table beside it; encode or index the data again"
             )
         return manifest
+
+
+def _is_shape(value: Any) -> bool:
+    """Of features of patches, in JSON."""
+    return (
+        isinstance(value, list) and len(value) == 3 and all(map(natural, value)) and 0 < prod(value) <= LARGEST_LATENT
+    )
 
 
 def make_table(rows: list[tuple[str, int, int, int, int]]) -> NDArray[np.void]:

@@ -6,12 +6,13 @@ variable size, and it comes first.
 """
 
 import json
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import CAPTION, FLIPPED, LABEL, MOMENTS, STORED, TEXT, Index, Layout, Samples
+from ldt.data.shards.layout import CAPTION, FLIPPED, LABEL, MOMENTS, STORED, TEXT, Index, Layout, Samples, make_index
 from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
@@ -22,11 +23,7 @@ LARGEST = 2**32 - 1  # offsets are 32 bits wide
 
 def pack(samples: Samples, layout: Layout, first: int) -> bytes:
     """One shard file, the same bytes as MDSWriter's. `first` (the first sample's number) is not stored in MDS."""
-    parts = [samples.label_n.astype("<i8")[:, None].view(np.uint8), _rows(samples.moments_n2CHW)]
-    if samples.flipped_n2CHW is not None:
-        parts.append(_rows(samples.flipped_n2CHW))
-    if samples.text_n is not None:
-        parts.append(_rows(samples.text_n))
+    parts = [samples.label_n.astype("<i8")[:, None].view(np.uint8), *map(_rows, samples.arrays.values())]
     fixed = np.concatenate(parts, axis=1)
     captions = samples.captions
     records = [row.tobytes() for row in fixed]
@@ -77,13 +74,7 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     if (offset[1:] - first != end).any():
         raise InputError(f"shard {name} is damaged: its samples are not of {end} bytes each; encode it again")
     label_n = content[first[:, None] + (place[LABEL] + np.arange(8))].view("<i8")[:, 0].astype(np.int64)
-    return Index(
-        label_n,
-        first + place[MOMENTS],
-        first + place[FLIPPED] if layout.flips else None,
-        first + place[TEXT] if layout.text else None,
-        caption_n2,
-    )
+    return make_index(layout, label_n, {array: first + place[array] for array in layout.arrays}, caption_n2)
 
 
 def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
@@ -135,22 +126,19 @@ def _rows(array: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def _columns(layout: Layout) -> list[tuple[str, str]]:
-    array = f"ndarray:{STORED[layout.dtype].name}:{','.join(map(str, layout.moments_shape))}"
     columns = [(CAPTION, "str")] if layout.captions else []
-    columns += [(LABEL, "int"), (MOMENTS, array)] + ([(FLIPPED, array)] if layout.flips else [])
-    if layout.text:
-        shape = ",".join(map(str, layout.text_shape))
-        columns.append((TEXT, f"ndarray:{layout.text_dtype.name}:{shape}"))
-    return columns
+    arrays = {n: f"ndarray:{dtype.name}:{','.join(map(str, shape))}" for n, (dtype, shape) in layout.arrays.items()}
+    return [*columns, (LABEL, "int"), *arrays.items()]
 
 
 def _size(column: str, layout: Layout) -> int | None:
     """Bytes of a column, None where they vary."""
     if column == CAPTION:
         return None
-    if column == TEXT:
-        return layout.text_bytes
-    return 8 if column == LABEL else layout.moments_bytes
+    if column == LABEL:
+        return 8
+    dtype, shape = layout.arrays[column]
+    return prod(shape) * dtype.itemsize
 
 
 def _description(layout: Layout) -> dict[str, Any]:

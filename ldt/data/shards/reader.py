@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from ldt.data.shards import mds, tar
-from ldt.data.shards.layout import Index, Layout
+from ldt.data.shards.layout import TARGET_DTYPE, Index, Layout
 from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.remote import Cache, Remote
 from ldt.errors import InputError, RunError, file_error
@@ -31,12 +31,13 @@ FILES_KEPT = 256
 class Records:
     """Samples as float32. moments_n2CHW: raw posterior mean and, if there is one, standard deviation; label_n: int64.
 
-    text_n: token numbers uint16 [n, M], features float16 [n, M, F], or None.
+    text_n: token numbers uint16 [n, M], features float16 [n, M, F], or None; target_n: float16 [n, D, G, G], or None.
     """
 
     moments_n2CHW: NDArray[np.float32]
     label_n: NDArray[np.int64]
     text_n: NDArray[np.generic] | None = None
+    target_n: NDArray[np.float16] | None = None
 
     @property
     def mean_nCHW(self) -> NDArray[np.float32]:
@@ -75,11 +76,16 @@ class LatentShards:
         self._opening = [threading.Lock() for _ in range(64)]  # striped: one shard is checked once, others meanwhile
 
     def read(
-        self, shard_n: ArrayLike, sample_n: ArrayLike, flip_n: ArrayLike | None = None, text: bool = False
+        self,
+        shard_n: ArrayLike,
+        sample_n: ArrayLike,
+        flip_n: ArrayLike | None = None,
+        text: bool = False,
+        target: bool = False,
     ) -> Records:
         """The samples in the order asked. flip_n: bool, take the mirrored image's moments (stored with `flips`).
 
-        text: read what the encoder made of the captions too.
+        text: read what the encoder made of the captions too; target: the features of patches, mirrored as the moments.
         """
         shard_n, sample_n = np.asarray(shard_n, np.int64), np.asarray(sample_n, np.int64)
         layout = self.manifest.layout
@@ -87,18 +93,28 @@ class LatentShards:
         raw_nb = np.empty((len(shard_n), layout.moments_bytes), np.uint8)
         label_n = np.empty(len(shard_n), np.int64)
         text_n = np.empty((len(shard_n), layout.text_bytes), np.uint8) if text and layout.text else None
+        target_n = np.empty((len(shard_n), layout.target_bytes), np.uint8) if target and layout.target else None
         for shard in np.unique(shard_n).tolist():
             here = np.flatnonzero(shard_n == shard)
             file, index = self._open(shard)
             label_n[here] = index.label_n[sample_n[here]]
             offset = index.moments_n[sample_n[here]]
-            if flip_n is not None and index.flipped_n is not None:
-                offset = np.where(np.asarray(flip_n)[here], index.flipped_n[sample_n[here]], offset)
+            flip = None if flip_n is None else np.asarray(flip_n)[here]
+            if flip is not None and index.flipped_n is not None:
+                offset = np.where(flip, index.flipped_n[sample_n[here]], offset)
             self._fill(shard, file, offset, raw_nb, here)
+            if target_n is not None and index.target_n is not None:
+                offset = index.target_n[sample_n[here]]
+                if flip is not None and index.target_flipped_n is not None:
+                    offset = np.where(flip, index.target_flipped_n[sample_n[here]], offset)
+                self._fill(shard, file, offset, target_n, here)
             if text_n is not None and index.text_n is not None:
                 self._fill(shard, file, index.text_n[sample_n[here]], text_n, here)
         words = None if text_n is None else text_n.view(layout.text_dtype).reshape(-1, *layout.text_shape)
-        return Records(layout.unpack(raw_nb), label_n, words)
+        features = None
+        if target_n is not None and layout.target:
+            features = target_n.view(TARGET_DTYPE).reshape(-1, *layout.target)
+        return Records(layout.unpack(raw_nb), label_n, words, features)
 
     def captions(self, shard: int, sample_n: ArrayLike) -> list[str]:
         """Captions of samples of one shard; empty where the data have none."""

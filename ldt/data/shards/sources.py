@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ldt.data.latent_spec import pack_statistics
 from ldt.data.mixture import shares
+from ldt.data.shards.layout import TARGET_DTYPE
 from ldt.data.shards.manifest import Manifest
 from ldt.data.shards.reader import LatentShards, Records
 from ldt.data.shards.statistics import seven_digits
@@ -56,7 +57,12 @@ class MixedShards:
         self._first_S = np.cumsum([0, *(len(s.manifest.table) for s in self._all)])
 
     def read(
-        self, shard_n: ArrayLike, sample_n: ArrayLike, flip_n: ArrayLike | None = None, text: bool = False
+        self,
+        shard_n: ArrayLike,
+        sample_n: ArrayLike,
+        flip_n: ArrayLike | None = None,
+        text: bool = False,
+        target: bool = False,
     ) -> Records:
         """As `LatentShards.read`."""
         shard_n, sample_n = np.asarray(shard_n, np.int64), np.asarray(sample_n, np.int64)
@@ -65,14 +71,17 @@ class MixedShards:
         moments = np.empty((len(shard_n), *layout.moments_shape), np.float32)
         label_n = np.empty(len(shard_n), np.int64)
         words = np.empty((len(shard_n), *layout.text_shape), layout.text_dtype) if text and layout.text else None
+        features = np.empty((len(shard_n), *layout.target), TARGET_DTYPE) if target and layout.target else None
         for source in np.unique(source_n).tolist():
             here = np.flatnonzero(source_n == source)
             flips = None if flip_n is None else np.asarray(flip_n)[here]
-            records = self._all[source].read(shard_n[here] - self._first_S[source], sample_n[here], flips, text)
+            records = self._all[source].read(shard_n[here] - self._first_S[source], sample_n[here], flips, text, target)
             moments[here], label_n[here] = records.moments_n2CHW, records.label_n
             if words is not None:
                 words[here] = records.text_n
-        return Records(moments, label_n, words)
+            if features is not None:
+                features[here] = records.target_n
+        return Records(moments, label_n, words, features)
 
     def fetch(self, shard: int) -> Path:
         """Where a shard is on this node, downloaded first if it is remote."""
@@ -146,6 +155,7 @@ def refuse_what_differs(manifests: dict[str, Manifest], but: Sequence[str] = ())
             "image size": (m.image_size, m.image_channels),
             "captions": m.captions,
             "text encoder": {k: v for k, v in m.text.items() if k != "examples"},
+            "target": m.target,
         }
 
     for (name, one), (other, two) in itertools.combinations(manifests.items(), 2):

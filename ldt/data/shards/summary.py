@@ -59,6 +59,8 @@ def summarize(shards: LatentShards) -> Summary:
         "whitening mean": _text(m.mean_C),
         "whitening std": _text(m.std_C),
     }
+    if m.target:
+        facts["target"] = f"{m.target['name']} ({m.target['hash']}), {'x'.join(map(str, m.target['shape']))}"
     if sums and not problems:
         mean_C, std_C = Sums.total(sums).mean_std()
         facts |= {"measured mean": _text(mean_C), "measured std": _text(std_C)}

@@ -1,18 +1,20 @@
 """The tar format of webdataset: a sample is a run of members `<key>.cls`, `<key>.moments.npy`, ...
 
-With captions also `<key>.txt` and `<key>.text.npy`. Keys are the samples' numbers in the data set. Written by
-webdataset itself, with mtime 0 so that equal samples give equal bytes; read by strided views over the headers, which
-cost a few microseconds a sample instead of a Python loop (with captions, whose lengths differ, by that loop: `walk`).
+With captions also `<key>.txt` and `<key>.text.npy`, with targets `<key>.target.npy`. Keys are the samples' numbers in
+the data set. Written by webdataset itself, with mtime 0 so that equal samples give equal bytes; read by strided views
+over the headers, which cost a few microseconds a sample instead of a Python loop (with captions, whose lengths differ,
+by that loop: `walk`).
 """
 
 import io
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldt.data.shards.foreign_tar import walk
-from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, Samples
+from ldt.data.shards.layout import FLIPPED, MOMENTS, Index, Layout, Samples, make_index
 from ldt.errors import InputError
 
 SUFFIX = ".tar"
@@ -29,13 +31,9 @@ def pack(samples: Samples, layout: Layout, first: int) -> bytes:
     with webdataset.TarWriter(out, encoder=False, mtime=0, user="", group="") as writer:
         for i in range(len(samples)):
             sample = {"__key__": f"{first + i:010d}", CLS: b"%d" % samples.label_n[i]}
-            sample[MOMENTS + NPY] = _npy(samples.moments_n2CHW[i])
-            if samples.flipped_n2CHW is not None:
-                sample[FLIPPED + NPY] = _npy(samples.flipped_n2CHW[i])
             if samples.captions is not None:
                 sample[TXT] = samples.captions[i]
-            if samples.text_n is not None:
-                sample[TEXT + NPY] = _npy(samples.text_n[i])
+            sample |= {name + NPY: _npy(array[i]) for name, array in samples.arrays.items()}
             writer.write(sample)
     return out.getvalue()
 
@@ -52,13 +50,12 @@ def index(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
 
 def _strided(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
     """All samples laid out like the first one, as `pack` writes them."""
-    wanted = [CLS, MOMENTS + NPY] + ([FLIPPED + NPY] if layout.flips else [])
+    wanted = [CLS, *(array + NPY for array in layout.arrays)]
     first = _first_sample(content, wanted, name)
     stride = sum(BLOCK + m.padded for m in first)
     n = _count(content, stride, name)
     if n == 0:
-        empty = np.empty(0, np.int64)
-        return Index(empty, empty, empty if layout.flips else None)
+        return make_index(layout, np.empty(0, np.int64), dict.fromkeys(layout.arrays, np.empty(0, np.int64)))
     place = {}
     at = 0
     for member in first:
@@ -68,15 +65,12 @@ def _strided(content: NDArray[np.uint8], layout: Layout, name: str) -> Index:
         if member.extension == CLS:
             label_n = _digits(_view(content, at + BLOCK, n, stride, BLOCK), size_n, name)
         else:
-            _check_arrays(_view(content, at + BLOCK, n, stride, member.padded), size_n, layout, name)
+            array = member.extension.removesuffix(NPY)
+            _check_arrays(_view(content, at + BLOCK, n, stride, member.padded), size_n, layout, array, name)
         at += BLOCK + member.padded
     _check_keys(content, n, stride, [place[m.extension] - BLOCK for m in first], name)
-    start = np.arange(n) * stride + _npy_prefix(layout)
-    return Index(
-        label_n,
-        start + place[MOMENTS + NPY],
-        start + place[FLIPPED + NPY] if layout.flips else None,
-    )
+    start = np.arange(n) * stride
+    return make_index(layout, label_n, {a: start + place[a + NPY] + len(_npy_header(layout, a)) for a in layout.arrays})
 
 
 @dataclass(frozen=True)
@@ -152,13 +146,17 @@ def _check_keys(content: NDArray[np.uint8], n: int, stride: int, headers: list[i
         raise InputError(f"shard {name} is damaged: a sample is in it twice; encode it again")
 
 
-def _check_arrays(payload_nk: NDArray[np.uint8], size_n: NDArray[np.int64], layout: Layout, name: str) -> None:
-    expected = np.frombuffer(_npy_header(layout), np.uint8)
-    same = (payload_nk[:, : len(expected)] == expected).all(1) & (size_n == len(expected) + layout.moments_bytes)
+def _check_arrays(
+    payload_nk: NDArray[np.uint8], size_n: NDArray[np.int64], layout: Layout, array: str, name: str
+) -> None:
+    expected, (dtype, shape) = np.frombuffer(_npy_header(layout, array), np.uint8), layout.arrays[array]
+    size = len(expected) + prod(shape) * dtype.itemsize
+    same = (payload_nk[:, : len(expected)] == expected).all(1) & (size_n == size)
     if not same.all():
+        named = f"{layout.dtype}" if array in (MOMENTS, FLIPPED) else dtype.name
         raise InputError(
-            f"shard {name}: the array of sample {int((~same).argmax())} is not {layout.dtype} of shape "
-            f"{layout.moments_shape} as its manifest says; encode it again"
+            f"shard {name}: the array {array} of sample {int((~same).argmax())} is not {named} of shape {shape} as its "
+            "manifest says; encode it again"
         )
 
 
@@ -187,12 +185,7 @@ def _npy(array: NDArray[np.generic]) -> bytes:
     return out.getvalue()
 
 
-def _npy_header(layout: Layout) -> bytes:
-    out = io.BytesIO()
-    description = {"descr": STORED[layout.dtype].str, "fortran_order": False, "shape": layout.moments_shape}
-    np.lib.format.write_array_header_1_0(out, description)
+def _npy_header(layout: Layout, array: str) -> bytes:
+    out, (dtype, shape) = io.BytesIO(), layout.arrays[array]
+    np.lib.format.write_array_header_1_0(out, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return out.getvalue()
-
-
-def _npy_prefix(layout: Layout) -> int:
-    return len(_npy_header(layout))
