@@ -88,6 +88,7 @@ def test_the_demo_runs(tmp):
 
 TINY = ["model={width: 48, depth: 2, heads: 2}", "evaluate={images: 40, steps: 2, cache_dir: cache}"]
 SHORTER = {"train": ["data.window=64", "log.every_samples=320", *TINY], "sample": ["steps=2"], "evaluate": TINY[1:]}
+SHORTER["score"] = ["cache_dir=cache"]
 
 
 def tour_commands() -> list[str]:
@@ -104,13 +105,13 @@ def test_the_tour_runs(tmp, tmp_path):
     ran = []
     for command in tour_commands():
         words = shlex.split(command)
-        program = next(w for w in words if w in (*SHORT, "sample", "export", "replay"))
+        program = next(w for w in words if w in (*SHORT, "sample", "score", "export", "replay"))
         short = [s.format(tmp=tmp) for s in SHORT["encode"][:1]] if program == "encode" else SHORTER.get(program, [])
         done = subprocess.run([*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran.append(program)
-    assert ran == ["encode", *["train"] * 4, "sample", "evaluate", "report", "export", "replay"]
+    assert ran == ["encode", *["train"] * 4, "sample", "sample", "evaluate", "score", "report", "export", "replay"]
     runs = tmp_path / "runs"
     for made in ("debug/grid.png", "debug/evaluations.jsonl", "debug/report.html", "debug/model/model.safetensors"):
         assert (runs / made).is_file(), made

@@ -301,8 +301,8 @@ def test_statistics_as_adm_publishes_them(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metrics": ["fid"]}, "evaluate.metrics has fid, which is not one of frechet"),
-        ({"metrics": []}, "evaluate.metrics is empty"),
+        ({"metrics": ["fid"]}, "metrics has fid, which is not one of frechet"),
+        ({"metrics": []}, "metrics is empty"),
         ({"metrics": ["inception_score"]}, "needs a detector with logits, which efficientnet_lite0 has not"),
         ({"detector": "inception", "weights_file": "nowhere.pth"}, "detector weights nowhere.pth do not exist"),
     ],

@@ -18,7 +18,7 @@ NOT_PATHS = {
     "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "size", "slurm",
     "watch_job",
 }  # fmt: skip
-REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
+REMOTE = {"images.path", "data.path", "data.sources.NAME.path", "images", "against", "reference"}
 
 
 def string_keys(schema, prefix=""):
@@ -46,6 +46,7 @@ ENOUGH = {
     "plan": ["run_dir=x", "data.path=x"],
     "verify": ["run=x", "run_dir=x", "data.path=x"],
     "export": ["run=x", "to=x"],
+    "score": ["images=x", "reference=y"],
     "import": ["weights=x", "to=x", "autoencoder=x"],
 }
 

@@ -203,7 +203,7 @@ def test_a_timm_model_is_a_detector(images, tmp_path):
         expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
     ours = detector(image_BCHW.permute(0, 2, 3, 1)).feature_BD
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="evaluate.model=resnet9000 is not a model of timm"):
+    with pytest.raises(InputError, match="model=resnet9000 is not a model of timm"):
         make_detector("timm", weights="x", model="resnet9000")
     with pytest.raises(InputError, match="are not those of resnet18"):
         make_detector("timm", weights=str(tmp_path / "weights.safetensors"), model="resnet18")

@@ -2,14 +2,16 @@
 
 from ldt.errors import InputError
 from ldt.metrics.detectors import Detector
-from ldt.metrics.feature_store import FeatureStore
+from ldt.metrics.feature_store import FeatureSet
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.moments import Moments, MomentStream
 from ldt.metrics.reference import Reference
 from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
+from ldt.progress import pluralize
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "precision_recall")
 NEEDS = {"spatial_frechet": "spatial", "inception_score": "logits"}
+LEAST = {"inception_score": 10, "precision_recall": 4}  # images that a metric is defined for, where more than 2
 KERNEL_SUBSET = 1000
 
 
@@ -17,37 +19,48 @@ def check(metrics: list[str], detector: Detector) -> None:
     """Refuse metrics that do not exist, or that this detector has no features for."""
     for metric in metrics:
         if metric not in METRICS:
-            raise InputError(f"evaluate.metrics has {metric}, which is not one of {', '.join(METRICS)}")
+            raise InputError(f"metrics has {metric}, which is not one of {', '.join(METRICS)}")
         if metric in NEEDS and NEEDS[metric] not in detector.outputs:
             raise InputError(
-                f"evaluate.metrics={metric} needs a detector with {NEEDS[metric]}, which {detector.name} does not "
-                "have; use evaluate.detector=inception"
+                f"metrics={metric} needs a detector with {NEEDS[metric]}, which {detector.name} does not "
+                "have; use detector=inception"
             )
     if not metrics:
-        raise InputError(f"evaluate.metrics is empty; choose from {', '.join(METRICS)}")
+        raise InputError(f"metrics is empty; choose from {', '.join(METRICS)}")
+
+
+def check_counts(metrics: list[str], images: int, what: str) -> None:
+    """Refuse sets of fewer images than a metric is defined for."""
+    for metric in metrics:
+        least = LEAST.get(metric, 2)
+        if images < least:
+            raise InputError(
+                f"{what} has {pluralize(images, 'image', 'images')}, and metrics={metric} needs at least {least}; give "
+                "more images or leave it out"
+            )
 
 
 def compute(
-    metrics: list[str], detector: Detector, store: FeatureStore, blocks: int, reference: Reference, seed: int
+    metrics: list[str], detector: Detector, generated: FeatureSet, reference: Reference, seed: int
 ) -> tuple[dict[str, float], Moments]:
     """The scores by name, and the moments of the generated features."""
-    moments = moments_of(store, blocks, "features", detector.outputs["features"])
+    moments = moments_of(generated, "features", detector.outputs["features"])
     scores: dict[str, float] = {}
     if "frechet" in metrics:
         scores[detector.score] = _frechet(moments, reference, "features")
     if "spatial_frechet" in metrics:
-        spatial = moments_of(store, blocks, "spatial", detector.outputs["spatial"])
+        spatial = moments_of(generated, "spatial", detector.outputs["spatial"])
         scores[f"s{detector.score}"] = _frechet(spatial, reference, "spatial")
     if "inception_score" in metrics:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(store.column("logits", blocks))
+        scores["inception_score"], scores["inception_score_std"] = inception_score(generated.column("logits"))
     if "kernel" in metrics or "precision_recall" in metrics:
-        generated, real = store.column("features", blocks), reference.features()
+        feature_ND, real = generated.column("features"), reference.features()
         if "kernel" in metrics:
-            size = min(KERNEL_SUBSET, len(generated), len(real))
+            size = min(KERNEL_SUBSET, len(feature_ND), len(real))
             kernel = f"kid_{detector.name}"
-            scores[kernel], scores[f"{kernel}_std"] = kernel_distance(generated, real, subset_size=size, seed=seed)
+            scores[kernel], scores[f"{kernel}_std"] = kernel_distance(feature_ND, real, subset_size=size, seed=seed)
         if "precision_recall" in metrics:
-            pair = precision_recall(generated, real)
+            pair = precision_recall(feature_ND, real)
             scores[f"precision_{detector.name}"], scores[f"recall_{detector.name}"] = pair
     return scores, moments
 
@@ -58,11 +71,11 @@ def score_names(detector: Detector) -> tuple[str, ...]:
     return detector.score, f"s{detector.score}", "inception_score", *sets
 
 
-def moments_of(store: FeatureStore, blocks: int, name: str, width: int) -> Moments:
-    """Float64 moments of one array, merged in the order of ids."""
+def moments_of(generated: FeatureSet, name: str, width: int) -> Moments:
+    """Float64 moments of one kind of feature, merged in the order of ids."""
     stream = MomentStream(width)
-    for arrays in store.read(blocks):
-        stream.add(arrays[name])
+    for feature_BD in generated.pieces(name):
+        stream.add(feature_BD)
     return stream.moments()
 
 
