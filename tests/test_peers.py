@@ -11,7 +11,7 @@ from ldt.metrics.detectors import make_detector
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.inception import Inception
 from ldt.metrics.moments import Moments
-from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
+from ldt.metrics.set_metrics import gaussian, inception_score, kernel_distance, precision_recall
 
 IMAGES = 32  # in each of two sets
 
@@ -143,6 +143,21 @@ def test_kernel_distance_is_torch_fidelitys(synthetic):
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     subsets = kernel_distance(one, other, subsets=50, subset_size=100)
     assert abs(subsets.mean - ours.mean) < 4 * subsets.std / 50**0.5
+
+
+def test_the_gaussian_mmd_is_torch_fidelitys(synthetic):
+    """On the whole sets, where which subset is drawn does not matter."""
+    one, other = (x[:500] * 5 for x in synthetic)
+    theirs = peer("torch_fidelity.metric_kid").kid_features_to_metric(
+        *map(torch.from_numpy, (one, other)),
+        kid_subsets=1,
+        kid_subset_size=500,
+        kid_kernel="rbf",
+        kid_kernel_rbf_sigma=10.0,
+        verbose=False,
+    )
+    ours = kernel_distance(one, other, subsets=1, subset_size=500, kernel=gaussian)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
 
 
 def test_precision_and_recall_are_torch_fidelitys(synthetic):

@@ -158,7 +158,7 @@ def test_bitwise_the_same_from_any_number_of_processes(
 ) -> None:
     other = write_folder(tmp_path / "other", pixels(3, shade=10))
     keys = {"images": str(made), "against": str(other), "reference": str(real), "block": 8, "halves": 4}
-    keys["metrics"] = ["kernel", "precision_recall"]
+    keys["metrics"] = ["kernel", "mmd_rbf", "mind", "precision_recall"]
     results = []
     for size in (1, 2, 3):
         where = {"output": str(tmp_path / f"{size}" / "s.jsonl"), "cache_dir": str(tmp_path / f"{size}")}

@@ -59,8 +59,8 @@ class Reference:
         file = _features_file(self.file)
         if not file.exists():
             raise InputError(
-                f"{self.file} has no features beside it, which kernel and precision_recall need; "
-                "give images as reference"
+                f"{self.file} has no features beside it, which all metrics but frechet, spatial_frechet and "
+                "inception_score need; give images as reference"
             )
         try:
             features: NDArray[np.float32] = load_npy(file)

@@ -6,10 +6,19 @@ from ldt.metrics.feature_store import FeatureSet
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.moments import Moments, MomentStream
 from ldt.metrics.reference import Reference
-from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
+from ldt.metrics.set_metrics import (
+    cubic,
+    gaussian,
+    inception_score,
+    kernel_distance,
+    monge_distance,
+    precision_recall,
+)
 from ldt.progress import pluralize
 
-METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "precision_recall")
+METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "mmd_rbf", "mind", "precision_recall")
+OF_FEATURES = {"kernel", "mmd_rbf", "mind", "precision_recall"}
+"""Metrics of the real images' features themselves, for which moments are not enough."""
 NEEDS = {"spatial_frechet": "spatial", "inception_score": "logits"}
 LEAST = {"inception_score": 10, "precision_recall": 4}  # images that a metric is defined for, where more than 2
 KERNEL_SUBSET = 1000
@@ -53,12 +62,15 @@ def compute(
         scores[f"s{detector.score}"] = _frechet(spatial, reference, "spatial")
     if "inception_score" in metrics:
         scores["inception_score"], scores["inception_score_std"] = inception_score(generated.column("logits"))
-    if "kernel" in metrics or "precision_recall" in metrics:
+    if OF_FEATURES & {*metrics}:
         feature_ND, real = generated.column("features"), reference.features()
-        if "kernel" in metrics:
-            size = min(KERNEL_SUBSET, len(feature_ND), len(real))
-            kernel = f"kid_{detector.name}"
-            scores[kernel], scores[f"{kernel}_std"] = kernel_distance(feature_ND, real, subset_size=size, seed=seed)
+        size = min(KERNEL_SUBSET, len(feature_ND), len(real))
+        for metric, prefix, kernel in (("kernel", "kid", cubic), ("mmd_rbf", "mmd_rbf", gaussian)):
+            if metric in metrics:
+                name, keys = f"{prefix}_{detector.name}", {"subset_size": size, "seed": seed}
+                scores[name], scores[f"{name}_std"] = kernel_distance(feature_ND, real, **keys, kernel=kernel)
+        if "mind" in metrics:
+            scores[f"mind_{detector.name}"] = monge_distance(feature_ND, real, seed)
         if "precision_recall" in metrics:
             pair = precision_recall(feature_ND, real)
             scores[f"precision_{detector.name}"], scores[f"recall_{detector.name}"] = pair
@@ -67,7 +79,7 @@ def compute(
 
 def score_names(detector: Detector) -> tuple[str, ...]:
     """All names that scores can have, for showing them."""
-    sets = (f"{kind}_{detector.name}" for kind in ("kid", "precision", "recall"))
+    sets = (f"{kind}_{detector.name}" for kind in ("kid", "mmd_rbf", "mind", "precision", "recall"))
     return detector.score, f"s{detector.score}", "inception_score", *sets
 
 

@@ -11,7 +11,7 @@ from ldt.reporting.history import History, Record, number
 
 SCORE_NAME = re.compile(
     r"(?!.*_(std|error|hash|subsets|k)$)"  # what goes with a score, but is none
-    r"(fd|fid|sfid|kid|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?"
+    r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?"
 )
 HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip")
 SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed")
