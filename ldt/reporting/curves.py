@@ -135,11 +135,11 @@ def evaluation_groups(run: History) -> dict[str, list[Record]]:
 
 def best_score(run: History, score: str) -> float:
     """The best of the comparable evaluations of most images; NaN if there are none."""
-    values = [number(r, score) for r in _of_most_images(run, score)]
+    values = [number(r, score) for r in of_most_images(run, score)]
     return (max if higher_is_better(score) else min)(values, default=math.nan)
 
 
-def _of_most_images(run: History, score: str) -> list[Record]:
+def of_most_images(run: History, score: str) -> list[Record]:
     """Of the evaluations that hold this score, the group with the most images; among equals the newest group."""
     groups = [[r for r in g if math.isfinite(number(r, score))] for g in evaluation_groups(run).values()]
     return max(filter(None, groups), key=lambda g: (number(g[0], "images"), number(g[-1], "time")), default=[])
@@ -147,7 +147,7 @@ def _of_most_images(run: History, score: str) -> list[Record]:
 
 def unlike(runs: Sequence[History], score: str) -> list[str]:
     """The settings in which the runs' best scores were made differently, so that they don't compare."""
-    firsts = [group[0] for run in runs if (group := _of_most_images(run, score))]
+    firsts = [group[0] for run in runs if (group := of_most_images(run, score))]
     return [k for k in (*SETTINGS, *SETTINGS_UNNAMED) if len({str(r.get(k)) for r in firsts}) > 1]
 
 
