@@ -14,9 +14,9 @@ from ldt.sampling.config import DrawConfig
 class MeasureConfig:
     """What images are measured by.
 
-    `metrics`: of frechet, spatial_frechet, inception_score, kernel, mmd_rbf, mind, precision_recall. `weights_file`: of
-    the inception and timm detectors; `resize`: of inception; `model`: of timm. `cache_dir`: where statistics of real
-    images are kept.
+    `metrics`: of frechet, spatial_frechet, inception_score, kernel, mmd_rbf, mind, precision_recall, caption_retrieval.
+    `weights_file`: of the inception and timm detectors; `resize`: of inception; `model`: of timm. `cache_dir`: where
+    statistics of real images are kept.
     """
 
     metrics: list[str] = field(default_factory=lambda: ["frechet"])

@@ -8,6 +8,7 @@ image ids, so that they do not depend on the number of processes.
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldt.config import to_dict
 from ldt.data.images import ImageSource, open_encoded, open_images
 from ldt.data.images.bucket_rule import Size
 from ldt.data.shards.manifest import read_head
-from ldt.dist import World, broadcast
+from ldt.dist import World, broadcast, on_rank_zero
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig, is_images, is_statistics
 from ldt.files import natural, parse_json, replacing, schema_error, write_json
@@ -29,8 +30,8 @@ from ldt.metrics.feature_store import FeatureStore, StoredFeatures
 from ldt.metrics.features import store_features
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
-from ldt.metrics.scores import compute, score_names
-from ldt.sampling.draw import ImageModel, block_ids, image_model, load_guide, resized, sample_images
+from ldt.metrics.scores import CAPTIONS, captions_of, compute, score_names
+from ldt.sampling.draw import ImageModel, block_ids, examples_of, image_model, load_guide, resized, sample_images
 
 logger = log.get_logger(__name__)
 
@@ -58,7 +59,11 @@ SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0, "size": ""}
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
     """Statistics of the real images to compare with."""
     path, fit = config.reference, config.fit
+    if CAPTIONS in config.metrics:
+        asked_captions(config, loaded)  # refuses before any work
     if is_statistics(path):
+        if CAPTIONS in config.metrics:
+            raise InputError(f"reference={path} holds no captions; give images as reference, or leave {CAPTIONS} out")
         return load_reference(Path(path), detector)
     if is_images(path):
         images = open_images(path)
@@ -76,7 +81,21 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
         images, fit = images_of_shards(path or _bucket_of(config, loaded, data["path"]))
     size = Size.parse(config.size, "evaluate.size") if config.size else loaded.spec.image_shape
     cache_dir = Path(config.cache_dir).expanduser()
-    return reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+    reference = reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+    if CAPTIONS not in config.metrics:
+        return reference
+    captions = on_rank_zero(world, lambda: captions_of(images, path or "the data of the run"))
+    return replace(reference, captions=captions)
+
+
+def asked_captions(config: EvaluateConfig, loaded: Loaded) -> list[str]:
+    """The caption that each image is drawn of."""
+    if loaded.config["model"].get("condition_on", "class") == "class":
+        raise InputError(f"metrics={CAPTIONS} needs a denoiser of captions, and {loaded.path} knows classes alone")
+    captions = [caption for _, caption in examples_of(loaded.spec)]
+    if not any(captions):
+        raise InputError(f"metrics={CAPTIONS} needs captions, and {loaded.path} was trained on none; leave it out")
+    return [captions[i % len(captions)] for i in range(config.images)]
 
 
 def _bucket_of(config: EvaluateConfig, loaded: Loaded, path: str) -> str:
@@ -112,6 +131,8 @@ def score_once(
     identity = {k: v for k, v in identity.items() if SILENT_UNLESS_CHANGED.get(k) != v}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
     identity |= {"guide_hash": guide.hash} if guide else {}
+    asked = asked_captions(config, loaded) if CAPTIONS in config.metrics else []
+    identity |= {"captions_hash": short_hash([asked, reference.captions])} if asked else {}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
@@ -122,7 +143,9 @@ def score_once(
         blocks = make_features(config, model, detector, store, world)
         if world.rank != 0:
             return None
-        scores, moments = compute(config.metrics, detector, StoredFeatures(store, blocks), reference, config.seed)
+        scores, moments = compute(
+            config.metrics, detector, StoredFeatures(store, blocks), reference, config.seed, asked
+        )
         assert moments.count == config.images, (moments.count, config.images)
         result = {
             "samples_seen": loaded.samples_seen,
@@ -199,7 +222,7 @@ def _whole_result(file: Path) -> dict[str, Any] | None:
     return dict(result)
 
 
-def short_hash(identity: dict[str, Any]) -> str:
+def short_hash(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

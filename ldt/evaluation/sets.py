@@ -8,8 +8,8 @@ with replacement no image stands in it twice, which precision, recall and kernel
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from ldt import log, rng
 from ldt.checkpoint.manifest import versions
 from ldt.config_fields import check_seed, choice, path_field, required_path_field
 from ldt.data.images import ImageSource, open_images
-from ldt.dist import World, in_block_order
+from ldt.dist import World, in_block_order, on_rank_zero
 from ldt.errors import InputError
 from ldt.evaluation.config import MeasureConfig, is_images, is_statistics
 from ldt.evaluation.scorer import Section, device_name, images_of_shards, short_hash, warn_of_few
@@ -29,7 +29,7 @@ from ldt.metrics.feature_store import ChosenFeatures, FeatureStore, StoredFeatur
 from ldt.metrics.features import store_features
 from ldt.metrics.image_set import ImageSet
 from ldt.metrics.reference import Reference, load, reference_of
-from ldt.metrics.scores import check, check_counts, compute
+from ldt.metrics.scores import CAPTIONS, captions_of, check, check_counts, compute
 from ldt.paths import is_remote
 
 logger = log.get_logger(__name__)
@@ -76,6 +76,7 @@ class Measured:
     hash: str
     store: FeatureStore
     features: StoredFeatures
+    captions: Sequence[str]
 
 
 def score_sets(config: ScoreJob, world: World) -> Section:
@@ -150,6 +151,8 @@ def _open_reference(config: ScoreJob, like: ImageSet, detector: Detector, world:
     """The real images' statistics, at the size of the others."""
     path, fit = config.reference, config.fit
     if is_statistics(path):
+        if CAPTIONS in config.metrics:
+            raise InputError(f"reference={path} holds no captions; give images as reference, or leave {CAPTIONS} out")
         if is_remote(path):
             raise InputError(f"reference={path} is read on local disks only, as statistics; copy it here")
         return load(Path(path), detector)
@@ -159,7 +162,15 @@ def _open_reference(config: ScoreJob, like: ImageSet, detector: Detector, world:
         source, encoded_fit = images_of_shards(path)
         fit = encoded_fit if fit == "as_is" else fit
     images = ImageSet(source, like.height, like.width, like.channels, fit)
-    return reference_of(images, detector, Path(config.cache_dir).expanduser(), world)
+    reference = reference_of(images, detector, Path(config.cache_dir).expanduser(), world)
+    return replace(reference, captions=_captions(images, config, path, world))
+
+
+def _captions(images: ImageSet, config: ScoreJob, path: str, world: World) -> list[str]:
+    """Of a set, where a metric needs them (collective)."""
+    if CAPTIONS not in config.metrics:
+        return []
+    return on_rank_zero(world, lambda: captions_of(images.source, path))
 
 
 def _measure(path: str, images: ImageSet, config: ScoreJob, detector: Detector, world: World) -> Measured:
@@ -174,11 +185,12 @@ def _measure(path: str, images: ImageSet, config: ScoreJob, detector: Detector, 
         return torch.from_numpy(np.concatenate([block_BHWC, np.repeat(block_BHWC[-1:], missing, 0)]))
 
     blocks = store_features(store, detector, len(images), config.block, produce, world, "score")
-    return Measured(path, images, pixels, store, StoredFeatures(store, blocks))
+    captions = _captions(images, config, path, world)
+    return Measured(path, images, pixels, store, StoredFeatures(store, blocks), captions)
 
 
 def _scores(one: Measured, config: ScoreJob, detector: Detector, reference: Reference) -> Section:
-    scores, moments = compute(config.metrics, detector, one.features, reference, config.seed)
+    scores, moments = compute(config.metrics, detector, one.features, reference, config.seed, one.captions)
     few = min(moments.count, reference.images or moments.count) <= moments.width
     if few and detector.score in scores:
         warn_of_few(detector, moments.count, reference.images)
@@ -204,9 +216,13 @@ def _replicates(
     """Score by score, the first set less the second, of each half; the ranks share the replicates."""
     columns = [{name: one.features.column(name) for name in detector.outputs} for one in measured]
 
+    def scores(one: Measured, column: dict[str, NDArray[np.float32]], replicate: int) -> dict[str, float]:
+        ids = half(len(one.images), replicate, config.seed)
+        asked = [one.captions[i] for i in ids.tolist()] if one.captions else []
+        return compute(config.metrics, detector, ChosenFeatures(column, ids), reference, config.seed, asked)[0]
+
     def difference(replicate: int) -> list[float]:
-        halves = [ChosenFeatures(c, half(len(next(iter(c.values()))), replicate, config.seed)) for c in columns]
-        first, second = (compute(config.metrics, detector, h, reference, config.seed)[0] for h in halves)
+        first, second = (scores(*pair, replicate) for pair in zip(measured, columns, strict=True))
         return [first[name] - second[name] for name in first]
 
     with log.progress(config.halves, "halves", "compare", show=world.rank == 0) as bar:

@@ -6,6 +6,7 @@ statistics: ours, or ADM's (mu, sigma, mu_s, sigma_s, as in Dhariwal and Nichol 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,15 @@ class Statistics:
 class Reference:
     """Statistics by kind of feature (`features`, `spatial`), and where the features themselves are, if anywhere.
 
-    `hash` covers the pixels (so the crop as well) and the detector. `images` is 0 where a file does not say.
+    `hash` covers the pixels (so the crop as well) and the detector. `images` is 0 where a file does not say. captions:
+    of the images, where a metric needs them.
     """
 
     by_name: dict[str, Statistics]
     images: int
     hash: str
     file: Path
+    captions: Sequence[str] = ()
 
     def statistics(self, name: str) -> Statistics:
         """Statistics of one kind of feature."""

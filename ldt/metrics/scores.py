@@ -1,6 +1,11 @@
 """From features of generated and of real images to named scores."""
 
+from collections.abc import Sequence
+
+from ldt.data.images import ImageSource
+from ldt.data.latent_spec import EXAMPLE_LENGTH
 from ldt.errors import InputError
+from ldt.metrics.captions import caption_retrieval
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureSet
 from ldt.metrics.frechet import frechet_distance
@@ -16,8 +21,9 @@ from ldt.metrics.set_metrics import (
 )
 from ldt.progress import pluralize
 
-METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "mmd_rbf", "mind", "precision_recall")
-OF_FEATURES = {"kernel", "mmd_rbf", "mind", "precision_recall"}
+CAPTIONS = "caption_retrieval"
+METRICS = ("frechet", "spatial_frechet", "inception_score", "kernel", "mmd_rbf", "mind", "precision_recall", CAPTIONS)
+OF_FEATURES = {"kernel", "mmd_rbf", "mind", "precision_recall", CAPTIONS}
 """Metrics of the real images' features themselves, for which moments are not enough."""
 NEEDS = {"spatial_frechet": "spatial", "inception_score": "logits"}
 LEAST = {"inception_score": 10, "precision_recall": 4}  # images that a metric is defined for, where more than 2
@@ -50,9 +56,14 @@ def check_counts(metrics: list[str], images: int, what: str) -> None:
 
 
 def compute(
-    metrics: list[str], detector: Detector, generated: FeatureSet, reference: Reference, seed: int
+    metrics: list[str],
+    detector: Detector,
+    generated: FeatureSet,
+    reference: Reference,
+    seed: int,
+    asked: Sequence[str] = (),
 ) -> tuple[dict[str, float], Moments]:
-    """The scores by name, and the moments of the generated features."""
+    """The scores by name, and the moments of the generated features. asked: the captions of the generated images."""
     moments = moments_of(generated, "features", detector.outputs["features"])
     scores: dict[str, float] = {}
     if "frechet" in metrics:
@@ -74,13 +85,30 @@ def compute(
         if "precision_recall" in metrics:
             pair = precision_recall(feature_ND, real)
             scores[f"precision_{detector.name}"], scores[f"recall_{detector.name}"] = pair
+        if CAPTIONS in metrics:
+            found = caption_retrieval(feature_ND, real, asked, reference.captions)
+            scores[f"{CAPTIONS}_{detector.name}"], scores[f"{CAPTIONS}_top5_{detector.name}"] = found[:2]
+            scores[f"{CAPTIONS}_chance"], scores[f"{CAPTIONS}_top5_chance"] = found[2:]
     return scores, moments
 
 
 def score_names(detector: Detector) -> tuple[str, ...]:
     """All names that scores can have, for showing them."""
     sets = (f"{kind}_{detector.name}" for kind in ("kid", "mmd_rbf", "mind", "precision", "recall"))
-    return detector.score, f"s{detector.score}", "inception_score", *sets
+    captions = (
+        f"{CAPTIONS}{end}" for end in (f"_{detector.name}", f"_top5_{detector.name}", "_chance", "_top5_chance")
+    )
+    return detector.score, f"s{detector.score}", "inception_score", *sets, *captions
+
+
+def captions_of(source: ImageSource, what: str) -> list[str]:
+    """Those of all images, as far as the examples of a data set keep them; `InputError` where there are none."""
+    if not source.captioned:
+        raise InputError(
+            f"{what} has no captions, which metrics={CAPTIONS} compares; put x.txt beside x.png, or leave "
+            "the metric out"
+        )
+    return [source.caption(i)[:EXAMPLE_LENGTH] for i in range(len(source))]
 
 
 def moments_of(generated: FeatureSet, name: str, width: int) -> Moments:

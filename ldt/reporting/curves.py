@@ -10,10 +10,10 @@ from typing import Any
 from ldt.reporting.history import History, Record, number
 
 SCORE_NAME = re.compile(
-    r"(?!.*_(std|error|hash|subsets|k)$)"  # what goes with a score, but is none
-    r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?"
+    r"(?!.*_(std|error|hash|subsets|k|chance)$)"  # what goes with a score, but is none
+    r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip|caption_retrieval)(_\w+)?"
 )
-HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip")
+HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip", "caption_retrieval")
 SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed")
 """Evaluation keys that decide a score, in the order in which a legend names them."""
 SETTINGS_UNNAMED = ("guidance_low", "guidance_high", "block", "detector_hash", "reference_hash")
