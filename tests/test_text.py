@@ -326,7 +326,13 @@ def test_images_are_compared_with_the_captions_they_were_drawn_of(data, run_dir,
     assert result["caption_retrieval_efficientnet_lite0"] == pytest.approx(first)
     assert result["caption_retrieval_top5_efficientnet_lite0"] == pytest.approx(among)
     assert result["caption_retrieval_chance"] == pytest.approx(chance)
-    assert len(result["captions_hash"]) == 12
+
+    file = next(Path(f"{data}/images").rglob("*.txt"))
+    before = file.read_text()
+    file.write_text("another")
+    assert main(["evaluate", str(run), *words, "evaluate.metrics=[caption_retrieval]"]) == 0
+    file.write_text(before)
+    assert len({r["captions_hash"] for r in read_jsonl(run / "evaluations.jsonl")}) == 2, "not the same evaluation"
 
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(1280), sigma=np.eye(1280))
     told = [*words, "evaluate.metrics=[caption_retrieval]", f"evaluate.reference={tmp_path}/statistics.npz"]

@@ -21,7 +21,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     except Exception as error:  # Pillow raises a dozen types over a damaged file
         raise by_reason(
             f"image {name} is not readable ({_reason(error, content)}); replace it, and the same command goes on, or "
-            "remove it and encode into a new output",
+            "remove it (an encoding then needs a new output)",
             error,
         ) from None
     if deep:
