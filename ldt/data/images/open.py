@@ -74,7 +74,7 @@ def open_encoded(recipe: dict[str, Any]) -> ImageSource:
         )
     fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
     turn, classes = recipe.get("images.exif") == "turn", recipe.get("images.classes", ())
-    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes)
+    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes, seed=recipe.get("seed", 0))
     if "images.buckets" not in recipe:
         return source
     buckets = [Size.parse(text, "images.buckets") for text in recipe["images.buckets"]]
