@@ -45,6 +45,13 @@ COMMANDS = {
         reads_run_config=True,
         sweeps=True,
     ),
+    "score": Command(
+        "score",
+        "ScoreJob",
+        "IMAGES reference=REAL [against=OTHER] [key=value ...]",
+        "score any set of images against real ones, or two of them",
+        "images",
+    ),
     "inspect": Command(
         "inspect", "InspectJob", "PATH [key=value ...]", "what a path holds, and whether it is whole", "path"
     ),

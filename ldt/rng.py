@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     MEAN_FLOW = 16
     CAPTION = 17
     BUCKET = 20
+    SAMPLE_DIRECTION = 24
 
 
 def _words(seed: int, purpose: int, key: tuple[int, ...], n: int) -> NDArray[np.uint64]:

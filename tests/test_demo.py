@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from ldt.commands.verify import changed_files
 from ldt.data.images import EMBEDDED
 from ldt.data.images.open import open_images
 from ldt.log import read_jsonl
+from records import BEGIN, END
+from records import main as records
 
 ROOT = Path(__file__).parents[1]
+TOOLS = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 SHORT = {
     "encode": ["images.path={tmp}/images", "output={tmp}/data", "shard_samples=50"],
     "train": [
@@ -38,8 +42,8 @@ SHORT = {
 }
 
 
-def demo_commands() -> list[str]:
-    recipe = re.search(r"^demo:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.M)
+def demo_commands(target: str = "demo") -> list[str]:
+    recipe = re.search(rf"^{target}:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert recipe is not None
     return [line.strip() for line in recipe.group(1).splitlines()]
 
@@ -86,8 +90,63 @@ def test_the_demo_runs(tmp):
     assert list((tmp / "run" / "tensorboard").glob("events.*"))
 
 
+SPEEDRUN = {
+    "encode": SHORT["encode"],
+    "train": [
+        "data.path={tmp}/data",
+        "train.total_samples=1600",
+        "checkpoint.every_samples=800",
+        "evaluate={{images: 40, steps: 2, cache_dir: {tmp}/cache}}",
+    ],
+    "evaluate": [],
+    "verify": [],
+    "tools/make_record.py": [],
+    "tools/records.py": ["--records", "{tmp}/records", "--page", "{tmp}/page.md"],
+}
+
+
+def test_the_speedrun_makes_a_record(tmp):
+    """Its commands with the debug config: a record that verifies, and a table that is generated from it."""
+    (tmp / "page.md").write_text(f"before\n{BEGIN}\n\nold\n\n{END}\nafter\n")
+    stands_for = {
+        "$(SPEEDRUN)": "configs/debug.yaml", "runs/speedrun": f"{tmp}/speedrun", "$(RECORD)": f"{tmp}/records/debug",
+    }  # fmt: skip
+    for command in demo_commands("speedrun"):
+        for name, value in stands_for.items():
+            command = command.replace(name, value)
+        words = shlex.split(command)
+        program = next(w for w in words if w in SPEEDRUN)
+        words += [s.format(tmp=tmp) for s in SPEEDRUN[program]]
+        done = subprocess.run(words, cwd=ROOT, env=TOOLS, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        assert program != "verify" or "the same run, 4 logged steps" in done.stdout
+    record = tmp / "records" / "debug"
+    kept = ["config.yaml", "environment.jsonl", "evaluations.jsonl", "hashes.json", "metrics.jsonl"]
+    assert sorted(p.name for p in record.iterdir()) == kept
+    assert sum(p.stat().st_size for p in record.iterdir()) < 50_000
+    (attempt,) = read_jsonl(record / "environment.jsonl")
+    assert "host" not in attempt and "/" not in attempt["command"][0] and " x " in attempt["hardware"]
+    log = list(read_jsonl(record / "metrics.jsonl"))
+    assert [r["samples_seen"] for r in log if "digest" in r] == [320, 640, 960, 1280, 1600]
+    page = (tmp / "page.md").read_text()
+    assert page.startswith(f"before\n{BEGIN}\n\n| record | score |") and page.endswith(f"|\n\n{END}\nafter\n")
+    assert "| [debug](records/debug) | fd_efficientnet_lite0 " in page and " of 40 images | " in page
+    where = ["--records", str(tmp / "records"), "--page", str(tmp / "page.md"), "--check"]
+    assert records(where) == 0
+    changed = record / "evaluations.jsonl"
+    changed.write_text(changed.read_text().replace('"images": 40', '"images": 41'))
+    assert records(where) == 1, "a table that is not that of the files"
+
+
+def test_the_readmes_table_is_that_of_the_records():
+    assert records(["--check"]) == 0
+    for record in (ROOT / "records").glob("*/"):
+        assert changed_files(record) == [], record
+
+
 TINY = ["model={width: 48, depth: 2, heads: 2}", "evaluate={images: 40, steps: 2, cache_dir: cache}"]
 SHORTER = {"train": ["data.window=64", "log.every_samples=320", *TINY], "sample": ["steps=2"], "evaluate": TINY[1:]}
+SHORTER["score"] = ["cache_dir=cache"]
 
 
 def tour_commands() -> list[str]:
@@ -104,13 +163,13 @@ def test_the_tour_runs(tmp, tmp_path):
     ran = []
     for command in tour_commands():
         words = shlex.split(command)
-        program = next(w for w in words if w in (*SHORT, "sample", "export", "replay"))
+        program = next(w for w in words if w in (*SHORT, "sample", "score", "export", "replay"))
         short = [s.format(tmp=tmp) for s in SHORT["encode"][:1]] if program == "encode" else SHORTER.get(program, [])
         done = subprocess.run([*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran.append(program)
-    assert ran == ["encode", *["train"] * 4, "sample", "evaluate", "report", "export", "replay"]
+    assert ran == ["encode", *["train"] * 4, "sample", "sample", "evaluate", "score", "report", "export", "replay"]
     runs = tmp_path / "runs"
     for made in ("debug/grid.png", "debug/evaluations.jsonl", "debug/report.html", "debug/model/model.safetensors"):
         assert (runs / made).is_file(), made

@@ -44,6 +44,7 @@ from ldt.metrics import reference
 from ldt.reporting.curves import make_charts
 from ldt.reporting.history import read_history
 from ldt.reporting.page import make_page
+from ldt.reporting.reach import VALIDATION, reaches
 from ldt.run import directory, outcome, owner
 from ldt.training.config import DataConfig, TrainJob
 
@@ -183,7 +184,7 @@ def test_what_a_run_writes(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def report() -> None:
         history = read_history(run_dir, "run")
         pictures = gallery(history, ReportJob(runs=["run"], neighbours=0), tmp_path, "")
-        make_page([history], make_charts([history]), [pictures], "x")
+        make_page([history], make_charts([history]), [pictures], "x", reaches([history], {VALIDATION: 0.1}))
 
     def resume() -> None:
         copy = Path(shutil.copy(whole, tmp_path / "copy.jsonl"))

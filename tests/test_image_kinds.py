@@ -298,6 +298,9 @@ def test_one_of_several_captions_is_drawn_by_key(samples, tmp_path, kind):
     assert drawn[0] != drawn[1] and {c[-1] for c in drawn[0][3:]} == set("012")
     bits = rng.bits(1, rng.Purpose.CAPTION, np.arange(COUNT), 1)[:, 0]
     assert drawn[1][5:] == [texts[i][int(bits[i] % np.uint64(3))] for i in range(5, COUNT)]
+    recipe = {"images.path": str(path), "images.label": fields.label, "images.caption": fields.caption, "seed": 1}
+    again = open_encoded(recipe)  # for scores: the captions that the data were encoded with
+    assert [again.caption(i) for i in range(COUNT)] == drawn[1]
     some = open_images(str(path), fields, seed=1, classes=source.classes[1:])
     assert [some.caption(i) for i in range(len(some))] == drawn[1][COUNT - len(some) :]  # keyed by the image
 

@@ -16,9 +16,9 @@ from ldt.submit import SubmitJob
 NOT_PATHS = {
     "accept_changes", "buckets", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "init_fresh",
     "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "size", "slurm",
-    "watch_job",
+    "targets", "watch_job",
 }  # fmt: skip
-REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
+REMOTE = {"images.path", "data.path", "data.sources.NAME.path", "images", "against", "reference"}
 
 
 def string_keys(schema, prefix=""):
@@ -46,6 +46,7 @@ ENOUGH = {
     "plan": ["run_dir=x", "data.path=x"],
     "verify": ["run=x", "run_dir=x", "data.path=x"],
     "export": ["run=x", "to=x"],
+    "score": ["images=x", "reference=y"],
     "import": ["weights=x", "to=x", "autoencoder=x"],
 }
 

@@ -11,7 +11,7 @@ from ldt.metrics.detectors import make_detector
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.inception import Inception
 from ldt.metrics.moments import Moments
-from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
+from ldt.metrics.set_metrics import gaussian, inception_score, kernel_distance, precision_recall
 
 IMAGES = 32  # in each of two sets
 
@@ -145,6 +145,21 @@ def test_kernel_distance_is_torch_fidelitys(synthetic):
     assert abs(subsets.mean - ours.mean) < 4 * subsets.std / 50**0.5
 
 
+def test_the_gaussian_mmd_is_torch_fidelitys(synthetic):
+    """On the whole sets, where which subset is drawn does not matter."""
+    one, other = (x[:500] * 5 for x in synthetic)
+    theirs = peer("torch_fidelity.metric_kid").kid_features_to_metric(
+        *map(torch.from_numpy, (one, other)),
+        kid_subsets=1,
+        kid_subset_size=500,
+        kid_kernel="rbf",
+        kid_kernel_rbf_sigma=10.0,
+        verbose=False,
+    )
+    ours = kernel_distance(one, other, subsets=1, subset_size=500, kernel=gaussian)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
 def test_precision_and_recall_are_torch_fidelitys(synthetic):
     one, other = (x.astype(np.float32) for x in synthetic)
     theirs = peer("torch_fidelity.metric_prc").prc_features_to_metric(
@@ -203,7 +218,7 @@ def test_a_timm_model_is_a_detector(images, tmp_path):
         expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
     ours = detector(image_BCHW.permute(0, 2, 3, 1)).feature_BD
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="evaluate.model=resnet9000 is not a model of timm"):
+    with pytest.raises(InputError, match="model=resnet9000 is not a model of timm"):
         make_detector("timm", weights="x", model="resnet9000")
     with pytest.raises(InputError, match="are not those of resnet18"):
         make_detector("timm", weights=str(tmp_path / "weights.safetensors"), model="resnet18")

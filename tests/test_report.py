@@ -42,6 +42,7 @@ from ldt.reporting.history import read_history, running_hours
 from ldt.reporting.html import Markup, script_json, tag
 from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, newest_cells, open_real
 from ldt.reporting.png import write_plots
+from ldt.reporting.reach import by_config, reaches
 from ldt.run import directory, outcome
 from ldt.run.directory import NEWEST_CELLS
 from ldt.training.config import DataConfig, TrainJob
@@ -254,6 +255,92 @@ def test_scores_that_do_not_compare_are_called_so(run_dir: Path, tmp_path: Path)
     append_jsonl(other / "evaluations.jsonl", first | {"images": 50_000, "reference_hash": "x"})
     words = words_of(page_of(run_dir, other))
     assert "best fd_efficientnet_lite0 of the runs do not compare: they differ in images, reference_hash." in words
+
+
+def an_arm(path: Path, seed: int, lr: float, scores: list[float], validation: list[float], minutes: float) -> Path:
+    """A run of three evaluations at 1,000, 2,000 and 3,000 samples, so many minutes apart."""
+    path.mkdir()
+    config = TrainJob(run_dir=str(path), seed=seed, data=DataConfig(path="shards"))
+    config.optimizer.lr = lr
+    (path / "config.yaml").write_text(to_yaml(config))
+    append_jsonl(path / "environment.jsonl", {"time": START, "world_size": 1})
+    for i, (value, loss) in enumerate(zip(scores, validation, strict=True), 1):
+        clock = {"samples_seen": 1000 * i, "time": START + 60 * minutes * i}
+        append_jsonl(path / "metrics.jsonl", clock | {"loss": 1.0, "attempt": 0})
+        append_jsonl(path / "metrics.jsonl", clock | {"validation_loss": loss, "validation_times": 8, "attempt": 0})
+        append_jsonl(path / "evaluations.jsonl", {"samples_seen": 1000 * i, "fd_x": value, "images": 9, "seed": 0})
+    return path
+
+
+def three_arms(root: Path) -> list[Path]:
+    """Two seeds of one config, of which the second takes as long for a sample; and another learning rate."""
+    return [
+        an_arm(root / "a0", 0, 1e-3, [50, 30, 20], [0.9, 0.6, 0.5], minutes=30),
+        an_arm(root / "a1", 1, 1e-3, [60, 45, 28], [0.9, 0.7, 0.6], minutes=60),
+        an_arm(root / "b0", 0, 2e-3, [70, 60, 30], [0.8, 0.7, 0.7], minutes=30),
+    ]
+
+
+def test_what_it_took_to_reach_a_score(tmp_path: Path) -> None:
+    """What all have reached is the worst run's best; seeds share a row; the first evaluation that has it counts."""
+    runs = [read_history(path, path.name) for path in three_arms(tmp_path)]
+    assert by_config(runs) == [[0, 1], [2]]
+    fd_a, fd_b, loss_a, loss_b = reaches(runs, {})
+    assert (fd_a.score, fd_a.target, fd_a.runs) == ("fd_x", 30, [0, 1])
+    assert (fd_a.samples, fd_a.hours) == ([2000, 3000], [1.0, 3.0])
+    assert (fd_b.samples, fd_b.hours) == ([3000], [1.5])
+    assert (loss_a.score, loss_a.target, loss_a.samples, loss_b.samples) == (
+        "validation_loss", 0.7, [2000, 2000], [2000],
+    )  # fmt: skip
+    better = {row.score: row for row in reaches(runs, {"fd_x": 25}) if row.runs == [0, 1]}
+    assert better["fd_x"].samples == [3000] and better["fd_x"].target == 25, "one of two seeds"
+
+
+def test_the_page_says_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = three_arms(tmp_path)
+    words = " ".join(words_of(page_of(*arms, targets={"fd_x": 28})).split())
+    assert "To reach a score" in words
+    assert "a0 a1 fd_x 28 2 of 2 3,000 (3,000 to 3,000) 2.25 (1.5 to 3)" in words
+    assert "b0 fd_x 28 0 of 1 – – –" in words
+    assert "To reach a score" not in words_of(page_of(arms[0])), "one run alone, and nothing asked for"
+    assert "a0 fd_x 31 1 of 1 2,000 1" in " ".join(words_of(page_of(arms[0], targets={"fd_x": 31})).split())
+    assert main(["report", str(arms[0]), "targets.fid=3"]) == 2
+    assert "targets has fid, which no run was scored by; the scores there are fd_x, val" in capsys.readouterr().err
+
+
+def test_compute_of_a_score_is_that_of_training(run_dir: Path) -> None:
+    history = read_history(run_dir, "run")
+    (row,) = (r for r in reaches([history], {"fd_efficientnet_lite0": 1e9}))
+    assert row.compute == [row.samples[0] * history.training_flops() / 1e15] and row.samples == [1000]
+
+
+def test_losses_of_other_kinds_are_not_compared(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path)
+    file = arms[2] / "metrics.jsonl"
+    file.write_text(re.sub(r'"validation_times": ?8', '"validation_times": 4', file.read_text()))
+    runs = [read_history(path, path.name) for path in arms]
+    assert [row.score for row in reaches(runs, {})] == ["fd_x", "fd_x"]
+    for path in arms:  # of one objective's own times they do compare
+        file = path / "metrics.jsonl"
+        file.write_text(re.sub(r', ?"validation_times": ?\d', "", file.read_text()))
+    runs = [read_history(path, path.name) for path in arms]
+    assert {row.score for row in reaches(runs, {})} == {"fd_x", "validation_loss"}
+    config = yaml.safe_load((arms[2] / "config.yaml").read_text())
+    config["objective"]["prediction"] = "eps"
+    (arms[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = [read_history(path, path.name) for path in arms]
+    assert {row.score for row in reaches(runs, {})} == {"fd_x"}
+
+
+def test_more_is_better_for_some_scores(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path)
+    for path, values in zip(arms, ([0.1, 0.5, 0.9], [0.2, 0.3, 0.4], [0.3, 0.6, 0.2]), strict=True):
+        file = path / "evaluations.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        shown = [{k.replace("fd_x", "recall_x"): v for k, v in line.items()} for line in lines]
+        file.write_text("".join(json.dumps(o | {"recall_x": v}) + "\n" for o, v in zip(shown, values, strict=True)))
+    rows = [row for row in reaches([read_history(p, p.name) for p in arms], {}) if row.score == "recall_x"]
+    assert [(row.target, row.samples) for row in rows] == [(0.4, [2000, 3000]), (0.4, [2000])]
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

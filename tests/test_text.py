@@ -1,6 +1,8 @@
 """Captions from images to samples: stored in both formats, encoded, dropped, trained on and asked for."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ldt.data.shards import Manifest, open_shards
 from ldt.dist import all_gather
 from ldt.errors import InputError
 from ldt.image_files import class_grid, read_cells
+from ldt.log import read_jsonl
 from ldt.models.text_encoder import ByteEncoder, load_text_encoder
 from ldt.training import monitor
 
@@ -293,6 +296,50 @@ def test_captions_reach_the_denoiser_of_a_checkpoint(run_dir):
     assert torch.equal(default, expected)
 
 
+def test_images_are_compared_with_the_captions_they_were_drawn_of(data, run_dir, tmp_path, capsys):
+    """`ldt evaluate` against every image's nearest real one, by hand; and the captions are part of the result."""
+    from ldt.data.images import open_images, prepare
+    from ldt.metrics.detectors import make_detector
+    from ldt.sampling.config import DrawConfig
+    from ldt.sampling.draw import image_model, sample_images
+
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    keys = {"images": 18, "sampler": "euler", "steps": 2, "block": 9, "cache_dir": tmp_path / "cache"}
+    words = [f"evaluate.{k}={v}" for k, v in keys.items()]
+    assert main(["evaluate", str(run), *words, "evaluate.metrics=[caption_retrieval]"]) == 0
+    (result,) = read_jsonl(run / "evaluations.jsonl")
+    assert "caption_retrieval_efficientnet_lite0 " in capsys.readouterr().out
+
+    model, detector = image_model(load_denoiser(run), "fp32", torch.device("cpu")), make_detector("efficientnet_lite0")
+    drawing = DrawConfig(sampler="euler", steps=2, block=9)
+    made = torch.cat([detector(sample_images(model, range(k, k + 9), drawing)).feature_BD for k in (0, 9)])
+    source = open_images(f"{data}/images")
+    real = detector(torch.from_numpy(np.stack([prepare(source.image(i), 32, 1, "crop") for i in range(40)]))).feature_BD
+    borne = [source.caption(i)[:200] for i in range(40)]
+    asked = [model.examples[i % len(model.examples)][1] for i in range(18)]
+    nearest = torch.cdist(made.double(), real.double()).argsort(1)[:, :5].tolist()
+    told = [i for i in range(18) if asked[i]]
+    assert 0 < len(told) < 18
+    first = np.mean([borne[nearest[i][0]] == asked[i] for i in told])
+    among = np.mean([asked[i] in [borne[j] for j in nearest[i]] for i in told])
+    chance = np.mean([borne.count(asked[i]) / 40 for i in told])
+    assert result["caption_retrieval_efficientnet_lite0"] == pytest.approx(first)
+    assert result["caption_retrieval_top5_efficientnet_lite0"] == pytest.approx(among)
+    assert result["caption_retrieval_chance"] == pytest.approx(chance)
+
+    file = next(Path(f"{data}/images").rglob("*.txt"))
+    before = file.read_text()
+    file.write_text("another")
+    assert main(["evaluate", str(run), *words, "evaluate.metrics=[caption_retrieval]"]) == 0
+    file.write_text(before)
+    assert len({r["captions_hash"] for r in read_jsonl(run / "evaluations.jsonl")}) == 2, "not the same evaluation"
+
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(1280), sigma=np.eye(1280))
+    told = [*words, "evaluate.metrics=[caption_retrieval]", f"evaluate.reference={tmp_path}/statistics.npz"]
+    assert main(["evaluate", str(run), *told]) == 2
+    assert "statistics.npz holds no captions" in capsys.readouterr().err
+
+
 def test_the_wrong_kind_of_condition_is_refused(pool, data, run_dir, tmp_path, capsys):
     plain = tmp_path / "plain"
     assert encode(data, plain, "text.encoder=''") == 0
@@ -304,6 +351,9 @@ def test_the_wrong_kind_of_condition_is_refused(pool, data, run_dir, tmp_path, c
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "classes"), "prompts=[a coat]", "--quiet"]) == 2
     assert "prompts= needs a denoiser of text, and this one was trained with classes only" in capsys.readouterr().err
+    told = ["evaluate.metrics=[caption_retrieval]", f"evaluate.cache_dir={tmp_path}/cache", "--quiet"]
+    assert main(["evaluate", str(tmp_path / "classes"), *told]) == 2
+    assert "needs a denoiser of captions, and" in capsys.readouterr().err
     texts = ["model={width: 32, depth: 2, heads: 2, condition_on: text}", "train.total_samples=16"]
     pool(1).run(train_case, settings=[*texts, f"data.path={data}/tar", f"run_dir={tmp_path}/texts"])
     assert main(["sample", str(tmp_path / "texts"), "classes=[coats]", "--quiet"]) == 2

@@ -1,16 +1,21 @@
 """Keep a run as a record that anyone can play again: `python tools/make_record.py RUN records/NAME`.
 
-Copies what `ldt verify` and a reader need, small text files alone, and writes their hashes.
+Copies what `ldt verify` and a reader need, small text files alone, and writes their hashes. Of the environment it keeps
+what a run was computed on and by what, not whose machine it was.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ldt.commands.verify import HASHES, hash_file
+from ldt.log import read_jsonl
 
 FILES = ("config.yaml", "environment.jsonl", "metrics.jsonl", "evaluations.jsonl")
+KEPT = ("time", "command", "world_size", "hardware", "python", "ldt", "nodes", "git")
+"""Of a line of environment.jsonl; the program of its command without its directory."""
 
 
 def make_record(run: Path, record: Path) -> None:
@@ -22,8 +27,17 @@ def make_record(run: Path, record: Path) -> None:
     kept = [name for name in FILES if (run / name).is_file()]
     for name in kept:
         shutil.copyfile(run / name, record / name)
+    if "environment.jsonl" in kept:
+        attempts = [anonymous(line) for line in read_jsonl(run / "environment.jsonl")]
+        (record / "environment.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
     hashes = {name: hash_file(record / name) for name in kept}
     (record / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+def anonymous(attempt: dict[str, Any]) -> dict[str, Any]:
+    """What a line of environment.jsonl says of the run."""
+    program, *words = attempt.get("command") or ["ldt"]
+    return {key: attempt.get(key) for key in KEPT} | {"command": [Path(program).name, *words]}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ does not have (yet) is said on the page.
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldt import log
@@ -15,7 +15,7 @@ from ldt.config_fields import path_field, path_list_field
 from ldt.errors import InputError, by_reason
 from ldt.files import replacing
 from ldt.image_files import MOST_ROWS, write_picture
-from ldt.reporting.curves import make_charts
+from ldt.reporting.curves import make_charts, score_names
 from ldt.reporting.history import History, read_history
 from ldt.reporting.page import Frame, Gallery, make_page
 from ldt.reporting.pictures import (
@@ -33,6 +33,7 @@ from ldt.reporting.pictures import (
     real_rows,
 )
 from ldt.reporting.png import write_plots
+from ldt.reporting.reach import VALIDATION, reaches
 
 logger = log.get_logger(__name__)
 
@@ -42,13 +43,15 @@ class ReportJob:
     """`runs`: run directories. `output`: the page, empty for report.html in the first run.
 
     `grids`: the most sample grids to put on the page. `neighbours`: how many training images to search for each
-    sample's nearest ones, spread evenly over the data; 0 leaves the search out.
+    sample's nearest ones, spread evenly over the data; 0 leaves the search out. `targets`: a value of a score by its
+    name, for the table of what it took to reach it; for the others what all of several runs have reached.
     """
 
     runs: list[str] = path_list_field()
     output: str = path_field()
     grids: int = 24
     neighbours: int = 10_000
+    targets: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -65,6 +68,10 @@ def run(config: ReportJob) -> int:
     """Write the page and its PNGs, and print where they are."""
     paths = [Path(run) for run in config.runs]
     runs = [read_history(path, name) for path, name in zip(paths, names(paths), strict=True)]
+    unknown = [name for name in config.targets if name not in (*score_names(runs), VALIDATION)]
+    if unknown:
+        known = ", ".join((*score_names(runs), VALIDATION))
+        raise InputError(f"targets has {unknown[0]}, which no run was scored by; the scores there are {known}")
     output = Path(config.output) if config.output else paths[0] / "report.html"
     plots = output.with_suffix("")
     charts = make_charts(runs)
@@ -72,7 +79,7 @@ def run(config: ReportJob) -> int:
         plots.mkdir(parents=True, exist_ok=True)
         write_plots(charts, plots)
         galleries = [gallery(history, config, plots, prefix(history, runs)) for history in runs]
-        page = make_page(runs, charts, galleries, plots.name)
+        page = make_page(runs, charts, galleries, plots.name, reaches(runs, config.targets))
         with replacing(output) as temporary:
             temporary.write_bytes(page.encode(errors="replace"))  # a lone surrogate in a file is no reason to fail
     except OSError as error:

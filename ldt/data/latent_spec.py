@@ -14,6 +14,7 @@ from ldt.files import natural, real, schema_error
 from ldt.nn.text_shape import TextShape
 
 LARGEST_LATENT = 1 << 24  # numbers; far above any image's
+EXAMPLE_LENGTH = 200  # characters of a caption that an example keeps
 
 SCHEMA = {
     "latent_shape": lambda v: (

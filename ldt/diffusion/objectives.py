@@ -118,11 +118,16 @@ class Objective:
         t_B111 = t_B[:, None, None, None]
         a, b = self._coefficients(self.config.prediction, t_B111)
         alpha, sigma = self.schedule.alpha(t_B111), self.schedule.sigma(t_B111)
-        determinant = alpha * b - sigma * a
+        determinant = self.determinant(t_B111)
         determinant = torch.where(determinant < 0, -1.0, 1.0) * determinant.abs().clamp(min=SINGULAR)
         x0 = (b * xt_BCHW - sigma * y_BCHW) / determinant
         eps = (alpha * y_BCHW - a * xt_BCHW) / determinant
         return Prediction(x0, eps)
+
+    def determinant(self, t: Tensor) -> Tensor:
+        """Of the system that `predict` solves: 0 or not finite where a prediction leaves something open."""
+        a, b = self._coefficients(self.config.prediction, t)
+        return self.schedule.alpha(t) * b - self.schedule.sigma(t) * a
 
     def _combine(self, kind: str, p: Prediction, t: Tensor) -> Tensor:
         a, b = self._coefficients(kind, t)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles
+from ldt.data.latent_spec import EXAMPLE_LENGTH
 from ldt.data.shard_files import VALIDATION
 from ldt.data.shards.layout import TARGET_DTYPE, Layout
 from ldt.data.split import Split
@@ -182,7 +183,7 @@ class Plan:
         """Labels and beginnings of captions of some training images, evenly spaced; previews and samples use them."""
         total = self.split.training_samples
         numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
-        return [(self.source.label(i), self.source.caption(i)[:200]) for i in numbers]
+        return [(self.source.label(i), self.source.caption(i)[:EXAMPLE_LENGTH]) for i in numbers]
 
 
 def hash_of(lines: Iterable[str]) -> str:

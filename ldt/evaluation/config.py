@@ -4,33 +4,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldt.config_fields import choice, path_field
+from ldt.data.images.npz import holds_images
 from ldt.data.shard_files import HEAD
 from ldt.errors import InputError
 from ldt.sampling.config import DrawConfig
 
 
 @dataclass
-class EvaluateConfig(DrawConfig):
-    """How checkpoints are scored.
+class MeasureConfig:
+    """What images are measured by.
 
-    `metrics`: of frechet, spatial_frechet, inception_score, kernel, precision_recall. `weights_file`: of the inception
-    and timm detectors; `resize`: of inception; `model`: of timm. `checkpoint`: newest, all, or one's number of samples.
-    `reference`: real images (directory, tar or embedded:NAME, brought to size by `fit`), latent shards (the images
-    behind them) or an .npz of statistics; empty for the images that the run's data were encoded from. `output`: the
-    evaluations.jsonl to write, empty for the run's. `cache_dir`: where statistics of real images are kept.
+    `metrics`: of frechet, spatial_frechet, inception_score, kernel, mmd_rbf, mind, precision_recall, caption_retrieval.
+    `weights_file`: of the inception and timm detectors; `resize`: of inception; `model`: of timm. `cache_dir`: where
+    statistics of real images are kept.
     """
 
-    images: int = 50_000
     metrics: list[str] = field(default_factory=lambda: ["frechet"])
     detector: str = choice("efficientnet_lite0", "inception", "timm")
     model: str = "vit_large_patch14_dinov2.lvd142m"
     weights_file: str = path_field()
     resize: str = choice("tensorflow", "bilinear", "clean")
+    cache_dir: str = path_field("~/.cache/ldt/references")
+
+
+@dataclass
+class EvaluateConfig(DrawConfig, MeasureConfig):
+    """How checkpoints are scored.
+
+    `checkpoint`: newest, all, or one's number of samples. `reference`: real images (all that images.path takes, brought
+    to size by `fit`), latent shards (the images behind them) or an .npz of statistics; empty for the images that the
+    run's data were encoded from. `output`: the evaluations.jsonl to write, empty for the run's.
+    """
+
+    images: int = 50_000
     checkpoint: str = "newest"
     reference: str = path_field()
     fit: str = choice("as_encoded", "crop", "pad")
     output: str = path_field()
-    cache_dir: str = path_field("~/.cache/ldt/references")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,4 +57,9 @@ class EvaluateConfig(DrawConfig):
 
 def is_images(reference: str) -> bool:
     """Whether a reference is a set of images, rather than statistics, latent shards or the run's own data."""
-    return bool(reference) and not reference.endswith(".npz") and not (Path(reference) / HEAD).exists()
+    return bool(reference) and not is_statistics(reference) and not (Path(reference) / HEAD).exists()
+
+
+def is_statistics(reference: str) -> bool:
+    """Whether a reference is an .npz of statistics; one that holds images alone is a set of images."""
+    return reference.endswith(".npz") and not holds_images(reference)

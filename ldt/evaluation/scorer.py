@@ -7,9 +7,8 @@ image ids, so that they do not depend on the number of processes.
 
 import hashlib
 import json
-import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,21 @@ import torch
 from ldt import log
 from ldt.checkpoint.load import Loaded
 from ldt.checkpoint.manifest import versions
-from ldt.cluster.gpus import use_device
 from ldt.config import to_dict
-from ldt.data.images import ImageSource, open_encoded
+from ldt.data.images import ImageSource, open_encoded, open_images
 from ldt.data.images.bucket_rule import Size
 from ldt.data.shards.manifest import read_head
-from ldt.dist import World, barrier, broadcast
+from ldt.dist import World, broadcast, on_rank_zero
 from ldt.errors import InputError
-from ldt.evaluation.config import EvaluateConfig, is_images
+from ldt.evaluation.config import EvaluateConfig, is_images, is_statistics
 from ldt.files import natural, parse_json, replacing, schema_error, write_json
 from ldt.metrics.detectors import Detector
-from ldt.metrics.feature_store import FeatureStore
+from ldt.metrics.feature_store import FeatureStore, StoredFeatures
+from ldt.metrics.features import store_features
 from ldt.metrics.reference import Reference, reference_of_images
 from ldt.metrics.reference import load as load_reference
-from ldt.metrics.scores import compute, score_names
-from ldt.sampling.draw import ImageModel, block_ids, image_model, load_guide, resized, sample_images
+from ldt.metrics.scores import CAPTIONS, captions_of, compute, score_names
+from ldt.sampling.draw import ImageModel, block_ids, examples_of, image_model, load_guide, resized, sample_images
 
 logger = log.get_logger(__name__)
 
@@ -60,10 +59,15 @@ SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0, "size": ""}
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
     """Statistics of the real images to compare with."""
     path, fit = config.reference, config.fit
-    images: str | ImageSource = path
-    if path.endswith(".npz"):
+    if CAPTIONS in config.metrics:
+        asked_captions(config, loaded)  # refuses before any work
+    if is_statistics(path):
+        if CAPTIONS in config.metrics:
+            raise InputError(f"reference={path} holds no captions; give images as reference, or leave {CAPTIONS} out")
         return load_reference(Path(path), detector)
-    if not is_images(path):
+    if is_images(path):
+        images = open_images(path)
+    else:
         data = loaded.config.get("data", {})
         if not path and not data:
             raise InputError(
@@ -74,17 +78,24 @@ def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, w
             raise InputError(
                 "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
             )
-        shards = path or _bucket_of(config, loaded, data["path"])
-        recipe = read_head(shards)["recipe"]
-        if "images.path" not in recipe:
-            raise InputError(
-                f"the data in {shards} do not say which images they were encoded from; give evaluate.reference and "
-                "evaluate.fit"
-            )
-        images, fit = open_encoded(recipe), recipe["images.fit"]
+        images, fit = images_of_shards(path or _bucket_of(config, loaded, data["path"]))
     size = Size.parse(config.size, "evaluate.size") if config.size else loaded.spec.image_shape
     cache_dir = Path(config.cache_dir).expanduser()
-    return reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+    reference = reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+    if CAPTIONS not in config.metrics:
+        return reference
+    captions = on_rank_zero(world, lambda: captions_of(images, path or "the data of the run"))
+    return replace(reference, captions=captions)
+
+
+def asked_captions(config: EvaluateConfig, loaded: Loaded) -> list[str]:
+    """The caption that each image is drawn of."""
+    if loaded.config["model"].get("condition_on", "class") == "class":
+        raise InputError(f"metrics={CAPTIONS} needs a denoiser of captions, and {loaded.path} knows classes alone")
+    captions = [caption for _, caption in examples_of(loaded.spec)]
+    if not any(captions):
+        raise InputError(f"metrics={CAPTIONS} needs captions, and {loaded.path} was trained on none; leave it out")
+    return [captions[i % len(captions)] for i in range(config.images)]
 
 
 def _bucket_of(config: EvaluateConfig, loaded: Loaded, path: str) -> str:
@@ -101,6 +112,16 @@ def _bucket_of(config: EvaluateConfig, loaded: Loaded, path: str) -> str:
     return f"{path.rstrip('/')}/{config.size}"
 
 
+def images_of_shards(shards: str) -> tuple[ImageSource, str]:
+    """The images that latent shards were encoded from, and how they came to size."""
+    recipe = read_head(shards)["recipe"]
+    if "images.path" not in recipe:
+        raise InputError(
+            f"the data in {shards} do not say which images they were encoded from; give images as reference, and fit"
+        )
+    return open_encoded(recipe), recipe["images.fit"]
+
+
 def score_once(
     config: EvaluateConfig, loaded: Loaded, reference: Reference, detector: Detector, output: Path, world: World
 ) -> Section | None:
@@ -110,6 +131,8 @@ def score_once(
     identity = {k: v for k, v in identity.items() if SILENT_UNLESS_CHANGED.get(k) != v}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
     identity |= {"guide_hash": guide.hash} if guide else {}
+    asked = asked_captions(config, loaded) if CAPTIONS in config.metrics else []
+    identity |= {"captions_hash": short_hash([asked, reference.captions])} if asked else {}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
     if result is None:
@@ -120,7 +143,9 @@ def score_once(
         blocks = make_features(config, model, detector, store, world)
         if world.rank != 0:
             return None
-        scores, moments = compute(config.metrics, detector, store, blocks, reference, config.seed)
+        scores, moments = compute(
+            config.metrics, detector, StoredFeatures(store, blocks), reference, config.seed, asked
+        )
         assert moments.count == config.images, (moments.count, config.images)
         result = {
             "samples_seen": loaded.samples_seen,
@@ -132,14 +157,15 @@ def score_once(
             "checkpoint_hash": loaded.hash,
             "autoencoder_hash": loaded.spec.autoencoder_hash,
             "world_size": world.size,
-            "device": _device_name(world.device),
+            "device": device_name(world.device),
             "seconds": round(time.perf_counter() - start, 3),
             "time": time.time(),
             **versions(),
         }
         write_json(file, result)
         store.remove()
-        _warn_of_few(result, detector)
+        if result["rank_deficient"] and detector.score in result:
+            warn_of_few(detector, config.images, reference.images)
     if world.rank == 0:
         derive_jsonl(output)
         shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
@@ -150,37 +176,12 @@ def score_once(
 def make_features(
     config: EvaluateConfig, model: ImageModel, detector: Detector, store: FeatureStore, world: World
 ) -> int:
-    """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks.
+    """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks."""
 
-    The network always sees whole blocks; images beyond the number asked for are dropped. While it makes the next block,
-    a thread extracts the features of the previous one.
-    """
-    blocks = -(-config.images // config.block)
+    def produce(k: int) -> torch.Tensor:
+        return sample_images(model, block_ids(k, config.block), config)
 
-    def detect(k: int, image_BHWC: torch.Tensor) -> None:
-        wanted = config.images - k * config.block
-        store.write(k, {name: value[:wanted] for name, value in detector(image_BHWC).arrays().items()})
-
-    # on a CPU whose cores all have a process, a second thread only gets in the way
-    overlap = world.device.type == "cuda" or len(os.sched_getaffinity(0)) > world.local_size
-    missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
-    with (
-        ThreadPoolExecutor(1, initializer=use_device, initargs=(world.device,)) as thread,
-        log.progress(config.images, "img", "evaluate", show=world.rank == 0) as bar,
-    ):
-        pending: Future[None] | None = None
-        for k in missing:
-            image_BHWC = sample_images(model, block_ids(k, config.block), config)
-            if pending is not None:
-                pending.result()
-            pending = thread.submit(detect, k, image_BHWC)
-            if not overlap:
-                pending.result()
-            bar.update(config.block * world.size)
-        if pending is not None:
-            pending.result()
-    barrier()
-    return blocks
+    return store_features(store, detector, config.images, config.block, produce, world, "evaluate")
 
 
 def derive_jsonl(output: Path) -> None:
@@ -221,21 +222,20 @@ def _whole_result(file: Path) -> dict[str, Any] | None:
     return dict(result)
 
 
-def short_hash(identity: dict[str, Any]) -> str:
+def short_hash(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _warn_of_few(result: dict[str, Any], detector: Detector) -> None:
-    if result["rank_deficient"] and detector.score in result:
-        logger.warning(
-            "%s of %d generated and %d real images is biased upwards: the detector has %d features and wants more "
-            "images than that; compare only scores of equal numbers of images",
-            detector.score,
-            result["images"],
-            result["reference_images"],
-            detector.outputs["features"],
-        )
+def warn_of_few(detector: Detector, images: int, real: int) -> None:
+    logger.warning(
+        "%s of %d generated and %d real images is biased upwards: the detector has %d features and wants more images "
+        "than that; compare only scores of equal numbers of images",
+        detector.score,
+        images,
+        real,
+        detector.outputs["features"],
+    )

@@ -7,6 +7,7 @@ missing blocks; they are read back in the order of ids, so the result does not d
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,3 +58,41 @@ class FeatureStore:
     def remove(self) -> None:
         """Delete the directory, once the score is computed."""
         shutil.rmtree(self.directory)
+
+
+class FeatureSet(Protocol):
+    """Features of a set of images, in the order of their ids."""
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """One kind of feature, piece by piece."""
+        ...
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        """One kind of feature of all images."""
+        ...
+
+
+class StoredFeatures:
+    """Those of all blocks of a store."""
+
+    def __init__(self, store: FeatureStore, blocks: int) -> None:
+        self._store, self._blocks = store, blocks
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        return (arrays[name] for arrays in self._store.read(self._blocks))
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        return self._store.column(name, self._blocks)
+
+
+class ChosenFeatures:
+    """Those of some images of a set, by their ids."""
+
+    def __init__(self, column: Arrays, ids: NDArray[np.int64]) -> None:
+        self._column, self._ids = column, ids
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        yield self.column(name)
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        return self._column[name][self._ids]

@@ -100,7 +100,5 @@ def _import() -> Any:
         try:
             from torch_fidelity import feature_extractor_inceptionv3
         except ImportError as error:
-            raise InputError(
-                f"evaluate.detector=inception needs torch-fidelity ({error}); pip install ldt-train[fid]"
-            ) from None
+            raise InputError(f"detector=inception needs torch-fidelity ({error}); pip install ldt-train[fid]") from None
     return feature_extractor_inceptionv3

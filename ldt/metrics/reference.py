@@ -6,6 +6,7 @@ statistics: ours, or ADM's (mu, sigma, mu_s, sigma_s, as in Dhariwal and Nichol 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.images import prepare
-from ldt.data.images.open import open_images
-from ldt.data.images.source import ImageSource
-from ldt.dist import World, barrier, broadcast, in_block_order
+from ldt.data.images import ImageSource, open_images
+from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, parse_json, replacing, schema_error
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore
+from ldt.metrics.image_set import BLOCK, ImageSet
 from ldt.metrics.moments import MomentStream
 
 logger = log.get_logger(__name__)
-BLOCK = 64
 SUFFIX = {"features": "", "spatial": "_s"}  # of mu and sigma in an .npz
 
 
@@ -42,18 +41,20 @@ class Statistics:
 class Reference:
     """Statistics by kind of feature (`features`, `spatial`), and where the features themselves are, if anywhere.
 
-    `hash` covers the pixels (so the crop as well) and the detector. `images` is 0 where a file does not say.
+    `hash` covers the pixels (so the crop as well) and the detector. `images` is 0 where a file does not say. captions:
+    of the images, where a metric needs them.
     """
 
     by_name: dict[str, Statistics]
     images: int
     hash: str
     file: Path
+    captions: Sequence[str] = ()
 
     def statistics(self, name: str) -> Statistics:
         """Statistics of one kind of feature."""
         if name not in self.by_name:
-            raise InputError(f"{self.file} holds no statistics of {name} features; give images as evaluate.reference")
+            raise InputError(f"{self.file} holds no statistics of {name} features; give images as reference")
         return self.by_name[name]
 
     def features(self) -> NDArray[np.float32]:
@@ -61,8 +62,8 @@ class Reference:
         file = _features_file(self.file)
         if not file.exists():
             raise InputError(
-                f"{self.file} has no features beside it, which kernel and precision_recall need; "
-                "give images as evaluate.reference"
+                f"{self.file} has no features beside it, which all metrics but frechet, spatial_frechet and "
+                "inception_score need; give images as reference"
             )
         try:
             features: NDArray[np.float32] = load_npy(file)
@@ -82,35 +83,36 @@ def reference_of_images(
     cache_dir: Path,
     world: World,
 ) -> Reference:
-    """Statistics of all images of a source or at its path, prepared as for encoding; the ranks share the work.
+    """Statistics of all images of a source or at its path; `fit` is `crop` (ADM's centre crop) or `pad`.
 
-    `fit` is `crop` (ADM's centre crop) or `pad`. Pixels are hashed on every call, features computed once.
+    size: the side of a square, or (height, width).
     """
     source = open_images(path) if isinstance(path, str) else path
+    height, width = (size, size) if isinstance(size, int) else size
+    return reference_of(ImageSet(source, height, width, channels, fit), detector, cache_dir, world)
 
-    def images(k: int) -> NDArray[np.uint8]:
-        ids = range(k * BLOCK, min((k + 1) * BLOCK, len(source)))
-        return np.stack([prepare(source.image(i), size, channels, fit) for i in ids])
 
-    blocks = -(-len(source) // BLOCK)
+def reference_of(images: ImageSet, detector: Detector, cache_dir: Path, world: World) -> Reference:
+    """Statistics of a set of images. Pixels are hashed on every call, features computed once; the ranks share both."""
+    blocks = -(-len(images) // BLOCK)
     digest = hashlib.sha256(detector.hash.encode())
-    for block_digest in in_block_order(blocks, lambda k: hashlib.sha256(images(k).tobytes()).digest(), world):
+    for block_digest in images.digests(world):
         digest.update(block_digest)
     file = cache_dir / f"{detector.name}-{digest.hexdigest()[:32]}.npz"
     if not broadcast(file.exists()):
         store = FeatureStore(file.with_suffix(".work"))
-        with log.progress(len(source), "img", "reference", show=world.rank == 0) as bar:
+        with log.progress(len(images), "img", "reference", show=world.rank == 0) as bar:
             for k in range(world.rank, blocks, world.size):
                 if not store.has(k):
-                    store.write(k, detector(torch.from_numpy(images(k))).arrays())
+                    store.write(k, detector(torch.from_numpy(images.block(k))).arrays())
                 bar.update(BLOCK * world.size)
         barrier()
         if world.rank == 0:
             made_by: dict[str, object] = {
-                "images": path if isinstance(path, str) else path.name(0),
-                "size": size,
-                "channels": channels,
-                "fit": fit,
+                "images": images.source.name(0),
+                "size": [images.height, images.width],
+                "channels": images.channels,
+                "fit": images.fit,
                 "detector": detector.name,
             }
             _save(file, store, blocks, detector, made_by | {"hash": digest.hexdigest()})
@@ -164,8 +166,8 @@ def load(file: Path, detector: Detector) -> Reference:
         raise InputError(f"{file} is damaged ({wrong}); remove it or download it again")
     if made_by and made_by["detector_hash"] != detector.hash:
         raise InputError(
-            f"{file} holds statistics of another detector ({made_by['detector']}) than evaluate.detector="
-            f"{detector.name} with its weights and resize; evaluate with that one, or give images as evaluate.reference"
+            f"{file} holds statistics of another detector ({made_by['detector']}) than detector="
+            f"{detector.name} with its weights and resize; evaluate with that one, or give images as reference"
         )
     for name, statistics in by_name.items():
         _check(file, name, statistics, detector)

@@ -46,9 +46,9 @@ def _create(model: str, weights: str) -> Any:
         try:
             import timm
         except ImportError as error:
-            raise InputError(f"evaluate.detector=timm needs timm ({error}); pip install timm") from None
+            raise InputError(f"detector=timm needs timm ({error}); pip install timm") from None
     if model not in timm.list_models() and not timm.is_model(model.partition(".")[0]):
-        raise InputError(f"evaluate.model={model} is not a model of timm; see timm.list_models()")
+        raise InputError(f"model={model} is not a model of timm; see timm.list_models()")
     if not weights:
         return timm.create_model(model, pretrained=True, num_classes=0)
     state = read_tensors(Path(weights))

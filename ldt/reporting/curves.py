@@ -10,10 +10,10 @@ from typing import Any
 from ldt.reporting.history import History, Record, number
 
 SCORE_NAME = re.compile(
-    r"(?!.*_(std|error|hash|subsets|k)$)"  # what goes with a score, but is none
-    r"(fd|fid|sfid|kid|is|inception_score|precision|recall|density|coverage|clip)(_\w+)?"
+    r"(?!.*_(std|error|hash|subsets|k|chance)$)"  # what goes with a score, but is none
+    r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip|caption_retrieval)(_\w+)?"
 )
-HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip")
+HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip", "caption_retrieval")
 SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed")
 """Evaluation keys that decide a score, in the order in which a legend names them."""
 SETTINGS_UNNAMED = ("guidance_low", "guidance_high", "block", "detector_hash", "reference_hash")
@@ -135,11 +135,11 @@ def evaluation_groups(run: History) -> dict[str, list[Record]]:
 
 def best_score(run: History, score: str) -> float:
     """The best of the comparable evaluations of most images; NaN if there are none."""
-    values = [number(r, score) for r in _of_most_images(run, score)]
+    values = [number(r, score) for r in of_most_images(run, score)]
     return (max if higher_is_better(score) else min)(values, default=math.nan)
 
 
-def _of_most_images(run: History, score: str) -> list[Record]:
+def of_most_images(run: History, score: str) -> list[Record]:
     """Of the evaluations that hold this score, the group with the most images; among equals the newest group."""
     groups = [[r for r in g if math.isfinite(number(r, score))] for g in evaluation_groups(run).values()]
     return max(filter(None, groups), key=lambda g: (number(g[0], "images"), number(g[-1], "time")), default=[])
@@ -147,7 +147,7 @@ def _of_most_images(run: History, score: str) -> list[Record]:
 
 def unlike(runs: Sequence[History], score: str) -> list[str]:
     """The settings in which the runs' best scores were made differently, so that they don't compare."""
-    firsts = [group[0] for run in runs if (group := _of_most_images(run, score))]
+    firsts = [group[0] for run in runs if (group := of_most_images(run, score))]
     return [k for k in (*SETTINGS, *SETTINGS_UNNAMED) if len({str(r.get(k)) for r in firsts}) > 1]
 
 

@@ -1,7 +1,7 @@
 """The report's page: one self-contained HTML file that loads nothing from elsewhere."""
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -14,6 +14,7 @@ from ldt.reporting.history import History, number
 from ldt.reporting.html import Markup, content_hash, join, script_json, table, tag
 from ldt.reporting.pictures import NEIGHBOURS, THUMBNAIL, Neighbours, Pixels, data_uri
 from ldt.reporting.provenance import COLOURS, configs, pill, provenance, swatch
+from ldt.reporting.reach import Reach
 from ldt.reporting.summary import count, data_words, date, duration, model_words, outcome_words, score
 
 CRISP_BELOW = 64
@@ -45,7 +46,9 @@ class Gallery:
     notes: list[str]
 
 
-def make_page(runs: Sequence[History], charts: Sequence[Chart], galleries: Sequence[Gallery], plots: str) -> str:
+def make_page(
+    runs: Sequence[History], charts: Sequence[Chart], galleries: Sequence[Gallery], plots: str, reached: Sequence[Reach]
+) -> str:
     """The whole document. `plots`: where the PNGs of the charts are, relative to the page."""
     assets = importlib.resources.files("ldt") / "assets" / "report"
     style, script = (assets / "page.css").read_text(), (assets / "page.js").read_text()
@@ -63,6 +66,7 @@ def make_page(runs: Sequence[History], charts: Sequence[Chart], galleries: Seque
         _header(runs),
         *(_samples(k, run, gallery, len(runs)) for k, (run, gallery) in enumerate(zip(runs, galleries, strict=True))),
         _curves(runs, charts, plots),
+        _reached(runs, reached),
         *(_memorisation(run, g.neighbours, g.image_size, len(runs)) for run, g in zip(runs, galleries, strict=True)),
         configs(runs),
         *(provenance(run, len(runs)) for run in runs),
@@ -223,6 +227,41 @@ def _legend(runs: Sequence[History]) -> Markup:
 def _chart(i: int, chart: Chart) -> Markup:
     caption = tag("figcaption", tag("b", chart.title), tag("span", chart.caption))
     return tag("figure", caption, tag("svg", role="img", aria_label=chart.title), class_="card chart", data_chart=i)
+
+
+# ---------------------------------------------------------------------------------------------------- to reach a score
+
+
+def _reached(runs: Sequence[History], reached: Sequence[Reach]) -> Markup:
+    if not reached:
+        return Markup("")
+    words = (
+        "Until the first evaluation that is as good. Runs that differ in their seed alone share a line: the mean, and "
+        "the least to the most. Compute is that of training, three forward passes a sample."
+    )
+    head = ["runs", "score", "to reach", "reached", "samples", "hours", "compute (10¹⁵ FLOP)"]
+    rows = [
+        [
+            join(part for k in row.runs for part in (swatch(k), runs[k].name, " ")),
+            row.score,
+            score(row.target),
+            f"{len(row.samples)} of {len(row.runs)}",
+            spread(row.samples, count),
+            spread(row.hours, score),
+            spread(row.compute, score),
+        ]
+        for row in reached
+    ]
+    return tag("section", tag("h2", "To reach a score"), tag("p", words, class_="soft"),
+               tag("div", table(head, rows), class_="card"))  # fmt: skip
+
+
+def spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
+    """The mean, and where there are several, the least and the most."""
+    if not values:
+        return "–"
+    mean = shown(float(np.mean(values)))
+    return mean if len(values) == 1 else f"{mean} ({shown(min(values))} to {shown(max(values))})"
 
 
 # ------------------------------------------------------------------------------------------------------- memorisation

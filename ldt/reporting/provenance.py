@@ -55,7 +55,7 @@ def provenance(run: History, runs: int) -> Markup:
     if run.evaluations:
         parts += [tag("h3", "Scores"), tag("div", _scores(run), class_="card")]
     if run.attempts:
-        head = ["started", "processes", "host", "job", "Python", "ldt", "source", "command"]
+        head = ["started", "processes", "hardware", "host", "job", "Python", "ldt", "source", "command"]
         rows = [_attempt_row(attempt) for attempt in run.attempts]
         parts += [tag("h3", f"Attempts ({len(rows)})"), tag("div", table(head, rows), class_="card")]
     return tag("section", *parts)
@@ -92,7 +92,7 @@ def _origin(run: History) -> list[tuple[str, Any]]:
 def _attempt_row(attempt: Record) -> list[Any]:
     return [
         date(number(attempt, "time")),
-        *(_or_dash(attempt.get(key)) for key in ("world_size", "host", "job", "python", "ldt")),
+        *(_or_dash(attempt.get(key)) for key in ("world_size", "hardware", "host", "job", "python", "ldt")),
         tag("code", _git(attempt.get("git"))),
         tag("code", _command(attempt.get("command"))),
     ]

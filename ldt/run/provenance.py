@@ -26,6 +26,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "command": [without_secrets(word) for word in sys.argv],
         "world_size": world_size,
         "host": platform.node(),
+        "hardware": hardware(),
         "python": platform.python_version(),
         "ldt": __version__,
         "job": job.id or None,
@@ -33,6 +34,19 @@ def environment(world_size: int) -> dict[str, Any]:
         "nodes": job.nodes or None,
         "git": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),  # the commit, not a tag
     }
+
+
+def hardware() -> str:
+    """What a process of this machine computes on: its GPU, or how many CPUs of which kind it may use."""
+    import torch  # not for --help
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else platform.machine()}"
 
 
 def without_secrets(text: str) -> str:

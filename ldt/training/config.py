@@ -119,15 +119,25 @@ class CheckpointConfig:
 class LogConfig:
     """Everything in samples; 0 turns validation and sample grids off. `preview`: how those grids are drawn.
 
+    `validation_times`: 0 for the objective's own loss at its own times; K for the velocity's at K fixed times, sample i
+    at (i mod K)/K, which compares objectives (8: MLPerf's).
     `wandb`, `tensorboard`: mirrors of metrics.jsonl, which is always written first.
     """
 
     every_samples: int = 10_000
     validation_every_samples: int = 0
+    validation_times: int = 0
     samples_every_samples: int = 0
     preview: ImageConfig = section(ImageConfig)
     wandb: bool = False
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.validation_times < 0 or self.validation_times == 1:
+            raise InputError(
+                f"log.validation_times={self.validation_times} must be at least 2, such as 8, or 0 for the objective's "
+                "own times"
+            )
 
 
 @dataclass

@@ -13,7 +13,9 @@ from torch import Tensor
 from ldt.data.batch import Batch
 from ldt.data.latent_spec import LatentSpec
 from ldt.data.loader import BucketValidation, ValidationLoader
-from ldt.diffusion.objectives import Objective
+from ldt.diffusion.condition import Condition
+from ldt.diffusion.fixed_times import FixedTimes
+from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, all_gather, all_reduce_sum, on_rank_zero
 from ldt.image_files import class_grid, write_cells, write_picture
 from ldt.models.text_encoder import KnownCaptions, TextEncoder, reload_text_encoder
@@ -55,6 +57,28 @@ def validation_loss(
     if "" not in parts:
         out["validation_loss_by_bucket"] = {name: float(x / n) for name, x, n in by_part}
     return out
+
+
+def fixed_time_loss(
+    validation: ValidationLoader | BucketValidation, times: FixedTimes, denoiser: Denoiser, device: torch.device
+) -> dict[str, Any]:
+    """The velocity's loss on as many held-out samples of each fixed time (collective)."""
+    samples = sum(part.shards.manifest.samples for part in validation.parts.values())
+    counted = samples // times.count * times.count
+    sums = torch.zeros(times.count, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for batch in (batch for part in validation.parts.values() for batch in part.batches()):
+            condition = Condition(label_B=batch.label_B, text=batch.text)
+            number_B = batch.index_B
+            loss_B = times.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, number_B, condition)
+            loss_B = torch.where((number_B >= 0) & (number_B < counted), loss_B.double(), 0.0)
+            sums.index_add_(0, number_B.clamp(min=0) % times.count, loss_B)
+    mean_K = (all_reduce_sum(sums).cpu() / (counted // times.count)).tolist()
+    return {
+        "validation_loss": float(np.mean(mean_K)),
+        "validation_loss_by_time": mean_K,
+        "validation_times": times.count,
+    }
 
 
 def preview_images(spec: LatentSpec) -> int:

@@ -100,6 +100,11 @@ def make_loaders(
     held_out, draws = open_held_out(data, shards, world), SampleDraws(config.seed, 0.0, on)
     if held_out.manifest.samples == 0:
         raise InputError(f"{held_out.path} holds no samples; encode with a larger validation_fraction")
+    if held_out.manifest.samples < config.log.validation_times:
+        raise InputError(
+            f"{held_out.path} holds {held_out.manifest.samples} samples, fewer than log.validation_times="
+            f"{config.log.validation_times}; ask for fewer times, or encode with a larger validation_fraction"
+        )
     rows = {name: share.size for name, share in zip(views, shares, strict=True)}
     parts, first = {}, 0
     for name, view in views_of(held_out).items():

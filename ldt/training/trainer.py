@@ -26,6 +26,7 @@ from ldt.data.batch import Batch, digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion import mean_flow
 from ldt.diffusion.condition import Condition
+from ldt.diffusion.fixed_times import FixedTimes
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, on_rank_zero
 from ldt.engine.ema import ShardedEMA, profiles
@@ -48,7 +49,7 @@ from ldt.training.bad_steps import REMEDY, BadSteps
 from ldt.training.config import TrainJob
 from ldt.training.consensus import StepConsensus
 from ldt.training.data import open_data
-from ldt.training.monitor import Meter, draw_preview, peak_memory, preview_text, validation_loss
+from ldt.training.monitor import Meter, draw_preview, fixed_time_loss, peak_memory, preview_text, validation_loss
 from ldt.training.resume import cut_back, resume
 from ldt.training.setup import align_denoiser, describe, fit_into_memory, make_loaders
 
@@ -110,6 +111,8 @@ class Trainer:
         self.spec = self.shards.manifest.spec
         check_shapes(config.model, self.spec.shapes)
         self.objective = Objective(config.objective, self.spec.latent_shape)
+        fixed = config.log.validation_times
+        self.times = FixedTimes(self.objective, fixed) if fixed else None
         self.autoencoder = load_autoencoder(self.spec, world.device) if config.log.samples_every_samples else None
         uses_text = config.model.uses_text and config.log.samples_every_samples > 0
         self.text = preview_text(self.spec, uses_text, world)
@@ -332,10 +335,12 @@ class Trainer:
 
     def _log_validation(self) -> None:
         assert self.validation is not None
+        module, device = self.engine.module, self.world.device
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
-            losses = validation_loss(
-                self.validation, self.objective, lambda b: self._loss_B(self.engine.module, b), self.world.device
-            )
+            if self.times is not None:
+                losses = fixed_time_loss(self.validation, self.times, module, device)
+            else:
+                losses = validation_loss(self.validation, self.objective, lambda b: self._loss_B(module, b), device)
         self._log(**losses)
 
     def _draw_preview(self) -> None:

@@ -131,10 +131,7 @@ def _reader(blob: Blob, offset: int, size: int) -> Callable[[], bytes]:
 
 def _zip_reader(blob: Blob, offset: int, size: int, stored: int) -> Callable[[], bytes]:
     def read() -> bytes:
-        header = LOCAL_HEADER.unpack(blob.read(offset, LOCAL_HEADER.size))
-        if header[0] != b"PK\3\4":
-            raise InputError(f"{blob.name} is damaged at byte {offset}; make the zip file again")
-        start = offset + LOCAL_HEADER.size + header[-2] + header[-1]
+        start = stored_at(blob, offset)
         if stored < 0:
             return blob.read(start, size)
         try:
@@ -146,6 +143,14 @@ def _zip_reader(blob: Blob, offset: int, size: int, stored: int) -> Callable[[],
         return content
 
     return read
+
+
+def stored_at(blob: Blob, offset: int) -> int:
+    """Where the bytes of a zip file's member begin whose local header is at an offset."""
+    header = LOCAL_HEADER.unpack(blob.read(offset, LOCAL_HEADER.size))
+    if header[0] != b"PK\3\4":
+        raise InputError(f"{blob.name} is damaged at byte {offset}; make the zip file again")
+    return offset + LOCAL_HEADER.size + int(header[-2]) + int(header[-1])
 
 
 def _check_end(blob: Blob, offset: int) -> None:

@@ -9,6 +9,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from ldt.errors import InputError, by_reason
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+MODE = {1: "L", 3: "RGB"}
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -20,7 +21,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     except Exception as error:  # Pillow raises a dozen types over a damaged file
         raise by_reason(
             f"image {name} is not readable ({_reason(error, content)}); replace it, and the same command goes on, or "
-            "remove it and encode into a new output",
+            "remove it (an encoding then needs a new output)",
             error,
         ) from None
     if deep:
@@ -65,9 +66,15 @@ def prepare(image: Image.Image, size: int | tuple[int, int], channels: int, fit:
     black, never resized; it must fit. Transparent pixels are laid over white.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    image = _flatten(image).convert({1: "L", 3: "RGB"}[channels])
+    image = _flatten(image).convert(MODE[channels])
     image = _centre_crop(image, height, width) if fit == "crop" else _pad(image, height, width)
     return np.asarray(image, np.uint8).reshape(height, width, channels)
+
+
+def convert(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """An image at its own size: uint8 [H, W, channels]; transparent pixels are laid over white."""
+    image = _flatten(image).convert(MODE[channels])
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -19,6 +19,7 @@ from ldt.data.images.embedded import CROPPED, EMBEDDED, CroppedFashionMNIST, Fas
 from ldt.data.images.folder import ImageFolder
 from ldt.data.images.listing import Table
 from ldt.data.images.members import USUAL, Fields
+from ldt.data.images.npz import NpzImages
 from ldt.data.images.source import ImageSource
 from ldt.errors import InputError, RunError, file_error
 from ldt.files import write_atomic
@@ -58,7 +59,7 @@ def open_images(
 
 def index_share(path: str, fields: Fields, index_dir: str, rank: int, ranks: int) -> None:
     """Index this rank's share of the files, so that all find their indexes when they open the images."""
-    if path.startswith("embedded:"):
+    if path.startswith("embedded:") or path.endswith(".npz"):
         return
     opened = _in_parallel(blobs.open_blob, _files(path)[rank::ranks])
     _in_parallel(lambda blob: _index(blob, kind_of(blob), fields, index_dir), opened)
@@ -73,7 +74,7 @@ def open_encoded(recipe: dict[str, Any]) -> ImageSource:
         )
     fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
     turn, classes = recipe.get("images.exif") == "turn", recipe.get("images.classes", ())
-    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes)
+    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes, seed=recipe.get("seed", 0))
     if "images.buckets" not in recipe:
         return source
     buckets = [Size.parse(text, "images.buckets") for text in recipe["images.buckets"]]
@@ -90,6 +91,8 @@ def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
         return CroppedFashionMNIST()
     if path.startswith("embedded:"):
         raise InputError(f"there is no embedded image set {path}; known are {EMBEDDED} and {CROPPED}")
+    if path.endswith(".npz") and not blobs.is_pattern(path):
+        return NpzImages(path)
     files = _files(path)
     if not files:
         return ImageFolder(Path(path), fields)
@@ -168,8 +171,8 @@ def kind_of(blob: Blob) -> str:
     if blob.name.endswith(".tar") or _is_old_tar(head):
         return "tar"
     raise InputError(
-        f"image path {blob.name} is neither a directory nor a tar, zip or parquet file or an MDS shard (it begins with "
-        f"{head[:16]!r}); give one of these, or {EMBEDDED}"
+        f"image path {blob.name} is neither a directory nor a tar, zip, parquet or .npz file or an MDS shard (it "
+        f"begins with {head[:16]!r}); give one of these, or {EMBEDDED}"
     )
 
 

@@ -1,0 +1,56 @@
+"""Features of images that come in blocks, on all ranks together, while the next block is being made."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from ldt import log
+from ldt.cluster.gpus import use_device
+from ldt.dist import World, barrier
+from ldt.metrics.detectors import Detector
+from ldt.metrics.feature_store import FeatureStore
+
+
+def store_features(
+    store: FeatureStore,
+    detector: Detector,
+    images: int,
+    block: int,
+    produce: Callable[[int], Tensor],
+    world: World,
+    title: str,
+) -> int:
+    """Put the features of images 0 to `images` − 1 into the store; returns how many blocks.
+
+    produce: block k as uint8 [block, H, W, C]. The detector always sees whole blocks, because the last bits of its
+    features depend on the size of its batch: what the last one has too many is dropped. While a block is made, a thread
+    looks at the last one.
+    """
+    blocks = -(-images // block)
+
+    def detect(k: int, image_BHWC: Tensor) -> None:
+        wanted = images - k * block
+        store.write(k, {name: value[:wanted] for name, value in detector(image_BHWC).arrays().items()})
+
+    # on a CPU whose cores all have a process, a second thread only gets in the way
+    overlap = world.device.type == "cuda" or len(os.sched_getaffinity(0)) > world.local_size
+    missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
+    with (
+        ThreadPoolExecutor(1, initializer=use_device, initargs=(world.device,)) as thread,
+        log.progress(images, "img", title, show=world.rank == 0) as bar,
+    ):
+        pending: Future[None] | None = None
+        for k in missing:
+            image_BHWC = produce(k)
+            if pending is not None:
+                pending.result()
+            pending = thread.submit(detect, k, image_BHWC)
+            if not overlap:
+                pending.result()
+            bar.update(block * world.size)
+        if pending is not None:
+            pending.result()
+    barrier()
+    return blocks
