@@ -62,7 +62,7 @@ CHECKED := architecture checkpoint_paths config configs docs ema errors frechet 
 check: lint
 	pytest -q $(CHECKED:%=tests/test_%.py)
 
-test: lint .venv/peers .venv/text
+test: lint .venv/peers .venv/text .venv/triton
 	pytest -n 2 --dist loadgroup
 
 # apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
@@ -72,6 +72,11 @@ test: lint .venv/peers .venv/text
 
 .venv/text: .venv/ready tests/requirements-text.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-text.txt
+	touch $@
+
+# apart as well: beside a CPU torch, torch.compile would take it for a GPU's
+.venv/triton: .venv/ready tests/requirements-triton.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-triton.txt
 	touch $@
 
 clean:

@@ -1,9 +1,11 @@
 """Counter-based random numbers: every draw is a function of (seed, purpose, index) and of nothing else.
 
-The bits are Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the key
-(seed, purpose), at counters that belong to one index alone. Bits become uniforms and normals by operations that IEEE
-754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no library upgrade, thread count or CPU type can
-change a single one of them. Golden tests pin the results; VERSION goes into every checkpoint.
+The bits here are Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the key
+(seed, purpose), at counters that belong to one index alone. The order of the samples and the images of a checkpoint are
+drawn of them, and what training draws about a sample in runs of version 2; `ldt.philox` is version 3. Bits become
+uniforms and normals by operations that IEEE 754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no
+library upgrade, thread count or CPU type can change a single one of them. Golden tests pin the results; the version
+that a run began with stands in its checkpoints.
 """
 
 import math
@@ -12,7 +14,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-VERSION = 2
+VERSION = 3
+VERSIONS = (2, 3)
+"""Those that a run may have begun with, and goes on with."""
 
 
 class Purpose(IntEnum):
@@ -75,9 +79,15 @@ def normal(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.fl
     return out.reshape(len(words), 2 * words.shape[1])[:, :n]
 
 
-_LOG = [2 / (2 * k + 1) for k in range(5)]  # of atanh, twice; |s| < 0.172: five terms leave 2e-9
-_COS = [(-1) ** k / math.factorial(2 * k) for k in range(5)]  # |x| < π/4: five terms leave 2e-8
-_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(5)]  # and 2e-9
+def fill_normal(seed: int, purpose: int, index_B: ArrayLike, out_BN: NDArray[np.float32]) -> None:
+    """`normal`, written into the rows of an array."""
+    out_BN[...] = normal(seed, purpose, index_B, out_BN.shape[1])
+
+
+LOG = [2 / (2 * k + 1) for k in range(5)]  # of atanh, twice; |s| < 0.172: five terms leave 2e-9
+COS = [(-1) ** k / math.factorial(2 * k) for k in range(5)]  # |x| < π/4: five terms leave 2e-8
+SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(5)]  # and 2e-9
+LN_2, SQRT_HALF, TURN = np.log(2.0), np.sqrt(0.5), np.pi / 4 * 2.0**-31
 _SIGN = np.uint32(0x80000000)
 
 
@@ -95,7 +105,7 @@ def _box_muller(words: NDArray[np.uint64], out: NDArray[np.float32]) -> None:
     radius = _log(u)
     np.negative(radius, out=radius)
     np.sqrt(radius, out=radius)
-    cos, sin = _cos_sin((low & ~np.uint32(3)).view(np.int32).astype(np.float32) * np.float32(np.pi / 4 * 2.0**-31))
+    cos, sin = _cos_sin((low & ~np.uint32(3)).view(np.int32).astype(np.float32) * np.float32(TURN))
     for place, sign, value in ((0, low << np.uint32(31), cos - sin), (1, low << np.uint32(30) & _SIGN, cos + sin)):
         value *= radius
         value.view(np.uint32)[...] ^= sign
@@ -105,23 +115,23 @@ def _box_muller(words: NDArray[np.uint64], out: NDArray[np.float32]) -> None:
 def _log(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Natural logarithm on (0, 1] by the atanh series; np.log differs in the last bit between CPUs."""
     bits = x.view(np.int32)
-    exponent = (bits - np.float32(np.sqrt(0.5)).view(np.int32)) >> np.int32(23)
+    exponent = (bits - np.float32(SQRT_HALF).view(np.int32)) >> np.int32(23)
     s = (bits - (exponent << np.int32(23))).view(np.float32)  # the mantissa m, between √½ and √2
     above = s + np.float32(1)
     s -= np.float32(1)
     s /= above
-    out = _polynomial(s * s, _LOG)
+    out = _polynomial(s * s, LOG)
     out *= s
-    out += exponent.astype(np.float32) * np.float32(np.log(2.0))
+    out += exponent.astype(np.float32) * np.float32(LN_2)
     return out
 
 
 def _cos_sin(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosine and sine on [-π/4, π/4] by their Taylor series."""
     square = x * x
-    sin = _polynomial(square, _SIN)
+    sin = _polynomial(square, SIN)
     sin *= x
-    return _polynomial(square, _COS), sin
+    return _polynomial(square, COS), sin
 
 
 def _polynomial(x: NDArray[np.float32], coefficients: list[float]) -> NDArray[np.float32]:
@@ -160,13 +170,13 @@ def _feistel(x: NDArray[np.int64], a: int, b: int, round_keys: NDArray[np.uint64
     left, right = np.divmod(x.astype(np.uint64), np.uint64(b))
     for i, round_key in enumerate(round_keys):
         if i % 2 == 0:
-            left = (left + _mix(right, round_key) % np.uint64(a)) % np.uint64(a)
+            left = (left + mix(right, round_key) % np.uint64(a)) % np.uint64(a)
         else:
-            right = (right + _mix(left, round_key) % np.uint64(b)) % np.uint64(b)
+            right = (right + mix(left, round_key) % np.uint64(b)) % np.uint64(b)
     return (left * np.uint64(b) + right).astype(np.int64)
 
 
-def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele et al. 2014) over x combined with the key."""
     z = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ key
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -12,12 +12,13 @@ import pytest
 import torch
 import xxhash
 from safetensors import safe_open
+from safetensors.torch import load_file
 from shard_data import write_shards
 
 from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import Damaged, listed, read_manifest
-from ldt.checkpoint.tensors import Reader
+from ldt.checkpoint.tensors import Reader, write_safetensors
 from ldt.cli import INTERRUPTED, main
 from ldt.config import load
 from ldt.dist import World, broadcast
@@ -139,6 +140,37 @@ def test_precision_and_shard_format_may_change_too(pool, data, fifty, tmp_path):
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty["fp32"]], rel=1e-2)
 
 
+def as_format_2(path: Path) -> None:
+    """Rewrite a checkpoint as it was before format version 3: zeros in the place of what is absent."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        kept = {key: tensor.clone() for key, tensor in load_file(path / name).items()}  # not of the mapped file
+        for kind, parameters in manifest["absent"].items():
+            kept |= {f"{kind}/{p}": torch.zeros_like(kept[f"master/{p}"]) for p in parameters if p in entry["ranges"]}
+        entry.update(write_safetensors(path / name, kept))
+    rewrite_manifest(path, without="absent", version=2, files=manifest["files"])
+
+
+def test_muon_s_matrices_have_no_second_moment(pool, data, tmp_path):
+    """Nothing is stored of it, and a checkpoint that still holds its zeros goes on the same way."""
+    settings = [f"data.path={data}", "optimizer.muon_lr=0.02", "train.total_samples=80"]
+    pool(2).run(train_case, settings=[f"run_dir={tmp_path}/new", "engine.zero_stage=1", *settings])
+    path = resolve(tmp_path / "new")
+    absent = read_manifest(path)["absent"]["exp_avg_sq"]
+    stored = {key for file in path.glob("*.safetensors") for key in load_file(file)}
+    assert "blocks.0.mlp.down.weight" in absent and "patchify.weight" not in absent
+    assert {f"exp_avg/{name}" for name in absent} <= stored and not {f"exp_avg_sq/{name}" for name in absent} & stored
+    assert "exp_avg_sq/patchify.weight" in stored
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    as_format_2(resolve(tmp_path / "old"))
+    logs = []
+    for name in ("new", "old"):
+        further = [f"run_dir={tmp_path}/{name}", *settings[:-1], "train.total_samples=120"]
+        logs.append(pool(1).run(train_case, settings=further))
+    for key in ("samples_seen", "loss", "digest"):
+        assert [r[key] for r in logs[0]] == [r[key] for r in logs[1]]
+
+
 def test_it_can_be_read_alone(straight):
     """By safetensors alone, and as a denoiser without process group, data or DeepSpeed."""
     path = resolve(straight[0])
@@ -243,8 +275,10 @@ def test_a_change_that_was_accepted_goes_on(pool, data, copy):
     assert [r["lr"] for r in log] == [3e-3] * 20 + [1e-3]
 
 
-def rewrite_manifest(path, **changes):
-    text = json.dumps(json.loads((path / "manifest.json").read_text()) | changes).encode()
+def rewrite_manifest(path, without="", **changes):
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    manifest.pop(without, None)
+    text = json.dumps(manifest).encode()
     (path / "manifest.json").write_bytes(text)
     (path / "manifest.xxh64").write_text(xxhash.xxh64(text).hexdigest())
 
@@ -252,7 +286,7 @@ def rewrite_manifest(path, **changes):
 def test_a_newer_format_is_refused(copy):
     path = resolve(copy)
     rewrite_manifest(path, version=99)
-    with pytest.raises(InputError, match="format version 99; this ldt reads up to 2: upgrade ldt"):
+    with pytest.raises(InputError, match="format version 99; this ldt reads up to 3: upgrade ldt"):
         Checkpoint.read(path).verify()
 
 
@@ -260,7 +294,8 @@ def test_a_run_of_other_random_numbers_is_not_continued(pool, data, copy):
     """It would go on with other noise, and say nothing."""
     rewrite_manifest(resolve(copy), rng_version=1)
     settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=168"]
-    assert "with random numbers of version 1, this ldt draws version 2" in pool(1).run(refused_case, settings=settings)
+    told = pool(1).run(refused_case, settings=settings)
+    assert "with random numbers of version 1, this ldt draws version 2 or 3" in told
 
 
 def test_starting_from_other_weights(pool, data, straight, tmp_path):

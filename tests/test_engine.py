@@ -5,6 +5,7 @@ This file is the canary for the private attributes of DeepSpeed that `ldt.engine
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig
@@ -187,6 +188,32 @@ def check_swap(engine, average):
 )
 def test_a_step_equals_plain_pytorch(pool, size, stage, micro_batches, precision):
     pool(size).run(train_case, stage=stage, micro_batches=micro_batches, precision=precision)
+
+
+def copies_case(world: World, stage: int) -> dict[str, float]:
+    """How many numbers a step copies from and to flat tensors, as ZeRO's are, by operation, per parameter."""
+    model = build(MODEL, (4, 8, 8), 10, seed=0)
+    engine = Engine(model, EngineConfig(stage), OptimizerConfig(), world, 1)
+    copied = {"cat": 0, "copy_": 0}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name = func._schema.name.removeprefix("aten::")
+            if name in copied and out.ndim == 1:
+                copied[name] += out.numel()
+            return out
+
+    for step in range(3):
+        engine.step([data(step)], lambda d, b: loss_B(d, b).sum(), 1e-3, BATCH)
+    with Count():
+        engine.step([data(3)], lambda d, b: loss_B(d, b).sum(), 1e-3, BATCH)
+    return {name: count / sum(p.numel() for p in model.parameters()) for name, count in copied.items()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_process_copies_no_gradients_and_weights(pool, stage):
+    assert pool(1).run(copies_case, stage=stage) == pytest.approx({"cat": 0, "copy_": 0}, abs=0.01)
 
 
 def test_bf16_at_stage_0_is_refused():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from shard_data import make_loader, make_validation_loader, write_shards
 
-from ldt import rng
-from ldt.data.batch import digest_text
-from ldt.data.buffer import RankSlice
+from ldt import philox, rng
+from ldt.data.batch import Located, SampleDraws
+from ldt.data.buffer import Buffer, RankSlice
+from ldt.data.digest import digest_text
 from ldt.data.order import Order
 from ldt.data.shards import open_shards
 from ldt.errors import InputError
@@ -99,30 +100,64 @@ def test_the_digest_sees_every_identity_key(data, change):
     assert collect(data / "tar")[1] != collect(data / "tar", **change)[1]
 
 
-def test_each_row_is_what_the_formulas_say(data):
+@pytest.mark.parametrize(("version", "numbers"), [(2, rng), (3, philox)])
+def test_each_row_is_what_the_formulas_say(data, version, numbers):
     """Recomputed sample by sample, in float64, from the stored moments."""
+
+    def normal(purpose, g):
+        out = np.empty((1, 16), np.float32)
+        numbers.fill_normal(5, purpose, [g], out)
+        return out.reshape(shape)
+
     shards = open_shards(data / "tar")
     manifest = shards.manifest
     order = Order(manifest.counts, SETTINGS["seed"], SETTINGS["batch"], SETTINGS["streams"], SETTINGS["window"])
-    rows, _ = collect(data / "tar")
+    rows, _ = collect(data / "tar", version=version)
     flips, drops = [], []
     for g, row in enumerate(rows):
         shard, sample = order.locate([g])
-        flip = rng.bits(5, Purpose.FLIP, [g], 1)[0] >> np.uint64(63) == 1
+        flip = numbers.uniform(5, Purpose.FLIP, [g], 1)[0] >= 0.5
         record = shards.read(shard, sample, flip)
         shape = record.mean_nCHW[0].shape
-        eps = rng.normal(5, Purpose.POSTERIOR, [g], 16).reshape(shape)
+        eps = normal(Purpose.POSTERIOR, g)
         draw = record.mean_nCHW[0].astype(np.float64) + record.std_nCHW[0] * eps.astype(np.float64)
         white = (draw - np.array(manifest.mean_C)[:, None, None]) / np.array(manifest.std_C)[:, None, None]
         np.testing.assert_allclose(row["latent_BCHW"], white, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(row["noise_BCHW"], rng.normal(5, Purpose.NOISE, [g], 16).reshape(shape))
-        uniform = rng.uniform(5, Purpose.TIMESTEP, [g], 1)[0, 0]
+        np.testing.assert_array_equal(row["noise_BCHW"], normal(Purpose.NOISE, g))
+        uniform = numbers.uniform(5, Purpose.TIMESTEP, [g], 1)[0, 0]
         assert 0 < row["uniform_B"] < 1 and abs(row["uniform_B"] - uniform) <= 2**-23
-        dropped = rng.uniform(5, Purpose.CONDITION_DROP, [g], 1)[0, 0] < 0.3
+        dropped = numbers.uniform(5, Purpose.CONDITION_DROP, [g], 1)[0, 0] < 0.3
         assert row["label_B"] == (3 if dropped else record.label_n[0])
         flips.append(flip[0])
         drops.append(dropped)
     assert 0.25 < np.mean(flips) < 0.75 and 0.1 < np.mean(drops) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["flips", "no posterior", "by element"])
+@pytest.mark.parametrize("real", [0, 5, 8])
+def test_drawing_on_the_device_makes_the_same_batch(data, tmp_path, kind, real):
+    """The way of CUDA, on the CPU: mean and deviation are copied, latent, noise and digest are made of them there."""
+    if kind != "flips":
+        write_shards(tmp_path, COUNTS, posterior=kind != "no posterior", by_element=kind == "by element")
+    shards = open_shards(data / "tar" if kind == "flips" else tmp_path)
+    draws = SampleDraws(5, 0.3, "class", shards.manifest.flips)
+    numbers, made = np.arange(real) + 40, []
+    shard_n = numbers % len(COUNTS)
+    samples = Located(numbers + 1000, shard_n, numbers % np.array(COUNTS)[shard_n])
+    for on_device in (False, True):
+        buffer = Buffer([RankSlice(0, 8, 2, 4)], [shards], torch.device("cpu"), draws)
+        for n in (8, real):  # reused, with other rows of padding
+            fewer = Located(*(array[:n] for array in samples))
+            how = (draws, fewer, numbers[:n], 7 * numbers[:n])
+            buffer._draw_on_device(*how) if on_device else buffer.load(0, *how)
+        rows = [dict(batch.tensors()) for batch in buffer.batches()]
+        made.append(({k: torch.cat([r[k] for r in rows]) for k in rows[0]}, buffer.digest))
+    (host, hash_of_host), (device, hash_of_device) = made
+    assert hash_of_host == hash_of_device and (real == 0) == (hash_of_host == 0)
+    for name in host:
+        assert torch.equal(host[name][:real], device[name][:real]), name
+    assert (device["weight_B"] == (torch.arange(8) < real)).all() and (device["index_B"][real:] == -1).all()
+    assert all(torch.isfinite(v).all() for v in device.values())
 
 
 def test_share_gives_every_row_once_and_equal_shapes():

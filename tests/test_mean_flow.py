@@ -9,9 +9,11 @@ from shard_data import write_shards
 from test_checkpoint import train_case
 from test_plan import ROOT, planned
 
+from ldt import rng
 from ldt.cli import main
 from ldt.config import load
-from ldt.data.batch import Batch, Located, SampleDraws, digest
+from ldt.data.batch import Batch, Located, SampleDraws
+from ldt.data.digest import digest
 from ldt.data.shards import open_shards
 from ldt.diffusion import mean_flow
 from ldt.diffusion.condition import Condition
@@ -170,7 +172,7 @@ def test_the_draws_are_keyed_and_as_many_as_asked(tmp_path):
             np.arange(first, first + count),
         )
         SampleDraws(3, mean_flow=share).fill(batch, shards, Located(key_n, np.zeros(count, np.int64), key_n))
-        return batch, digest(batch, key_n)
+        return batch, digest(batch, key_n, rng.VERSION)
 
     (whole, a), (part, _), (more, b), (plain, c) = drawn(0.25), drawn(0.25, 100, 50), drawn(0.5), drawn(0.0)
     has = whole.second_B > 0

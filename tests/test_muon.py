@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_engine import BATCH, MODEL, data, distance, gather, loss_B
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldt.dist import World, all_gather
 from ldt.engine.config import EngineConfig, OptimizerConfig
@@ -16,17 +17,47 @@ LR, MUON_LR, DECAY, TRAINED = 2e-3, 0.02, 0.1, 8
 OPTIMIZER = OptimizerConfig(lr=LR, muon_lr=MUON_LR, weight_decay=DECAY, clip=0.0)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6)])
-def test_only_the_singular_values_change(shape):
+@pytest.mark.parametrize("shape", [(8, 8), (6, 40)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_only_the_singular_values_change(shape, dtype, tolerance):
+    """Of each matrix of a batch, whatever its size; nothing of nothing."""
     generator = torch.Generator().manual_seed(1)
-    update = torch.randn(shape, generator=generator)
-    u, s, v = torch.linalg.svd(update.double(), full_matrices=False)
-    s = s / s.norm()
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(STEPS):
-        s = a * s + b * s**3 + c * s**5
-    torch.testing.assert_close(orthogonalised(update).double(), u @ torch.diag(s) @ v, rtol=0, atol=1e-5)
-    assert orthogonalised(torch.zeros(shape)).abs().max() == 0
+    update = torch.randn(3, *shape, generator=generator) * torch.tensor([1.0, 1e-6, 0.0])[:, None, None]
+    made = orthogonalised(update, dtype)
+    assert made.dtype == torch.float32
+    for matrix, result in zip(update[:2], made[:2], strict=True):
+        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        s = s / s.norm()
+        a, b, c = NEWTON_SCHULZ
+        for _ in range(STEPS):
+            s = a * s + b * s**3 + c * s**5
+        torch.testing.assert_close(result.double(), u @ torch.diag(s) @ v, rtol=0, atol=tolerance)
+    assert made[2].abs().max() == 0
+
+
+def products_case(world: World) -> dict[str, int]:
+    """How many batched and single matrix products a Muon step of a model of 4 blocks makes."""
+    model = build(ModelConfig(width=32, depth=4, heads=2), (4, 8, 8), 10, seed=0)
+    engine = Engine(model, EngineConfig(0), OPTIMIZER, world, 1)
+    counts = {"bmm": 0, "baddbmm": 0, "mm": 0}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.removeprefix("aten::")
+            if name in counts:
+                counts[name] += 1
+            return func(*args, **(kwargs or {}))
+
+    muon = engine._adam.muon
+    with Count():
+        muon._make({name: torch.randn(shape) for name, shape in muon.shapes.items()})
+    return counts
+
+
+def test_matrices_of_one_shape_are_made_together(pool):
+    """qkv, its three parts, and the output projection are square, both halves of the MLP have one shape up to turning:
+    two batches, however deep the model."""
+    assert pool(1).run(products_case) == {"bmm": 2 * STEPS, "baddbmm": 4 * STEPS, "mm": 0}
 
 
 def test_the_work_is_shared_out():

@@ -135,12 +135,12 @@ def test_it_splits_as_the_trainer_does():
         (("checkpoint.every_samples=25600", "disk_gb=0.5"), "raise checkpoint.every_samples"),
         (
             (
-                "model={width: 384, depth: 12, heads: 6}",
+                "model={width: 64, depth: 2, heads: 2}",
                 "train.global_batch=2048",
                 "device_memory_gb=500",
                 "gpus=1",
                 "data.threads=1",
-                "latent=4x32x32",
+                "latent=32x32x32",
                 "engine.compile=true",
             ),
             "raise data.threads=1",

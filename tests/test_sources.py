@@ -13,7 +13,7 @@ from ldt import cli
 from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.manifest import read_manifest
 from ldt.config import load, to_dict
-from ldt.data.batch import digest_text
+from ldt.data.digest import digest_text
 from ldt.data.shards import Manifest, MixedShards, open_shards
 from ldt.errors import InputError
 from ldt.run.identity import identity

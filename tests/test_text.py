@@ -18,7 +18,7 @@ from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
-from ldt.data.batch import digest_text
+from ldt.data.digest import digest_text
 from ldt.data.shards import Manifest, open_shards
 from ldt.dist import all_gather
 from ldt.errors import InputError

@@ -10,8 +10,12 @@ from make_record import make_record
 from shard_data import write_shards
 
 from ldt.cli import main
-from ldt.commands.verify import STEPS, differences
+from ldt.commands.verify import STEPS, begun_with, differences
+from ldt.config import load
+from ldt.errors import InputError
 from ldt.log import read_jsonl
+from ldt.training.config import TrainJob
+from ldt.training.trainer import attempt
 
 SETTINGS = [
     "seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_batch=8", "optimizer.lr=3e-3",
@@ -48,6 +52,29 @@ def test_the_same_run_is_the_same(record):
     assert code == 0 and f"the same run, 5 logged steps of: {record}\n" in said
     code, said = verify(record.parent / "run", "samples=24", "train.micro_batch=1", "engine.zero_stage=2")
     assert code == 0 and "the same run, 3 logged steps" in said
+
+
+def begun_with_2_case(world, settings: list[str]) -> None:
+    attempt(load(TrainJob, None, settings), world, rng_version=2)
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "of before it was said"])
+def test_a_record_of_older_random_numbers_is_repeated_with_them(pool, record, tmp_path, said):
+    data, environment = record.parent / "data", tmp_path / "run" / "environment.jsonl"
+    pool(1).run(begun_with_2_case, settings=[f"run_dir={tmp_path}/run", f"data.path={data}", *SETTINGS])
+    (first,) = read_jsonl(environment)
+    assert first["rng_version"] == 2
+    assert next(read_jsonl(record / "environment.jsonl"))["rng_version"] == 3
+    if not said:
+        environment.write_text(json.dumps({k: v for k, v in first.items() if k != "rng_version"}) + "\n")
+    code, told = verify(tmp_path / "run", "samples=24")
+    assert code == 0 and "the same run, 3 logged steps" in told
+
+
+def test_a_record_of_unknown_random_numbers_is_refused(tmp_path):
+    (tmp_path / "environment.jsonl").write_text('{"rng_version": 4}\n')
+    with pytest.raises(InputError, match="was trained with random numbers of version 4"):
+        begun_with(tmp_path)
 
 
 def test_at_another_world(record, tmp_path):

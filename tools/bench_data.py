@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldt.data.batch import SampleDraws
+from ldt import philox
+from ldt import rng as rng_of_ldt
+from ldt.data.batch import Batch, SampleDraws
 from ldt.data.buffer import RankSlice
+from ldt.data.digest import digest
+from ldt.data.loader import LocationCache
 from ldt.data.order import Order
 from ldt.data.shards import LatentShards, open_shards
-from ldt.data.stages import loader_stages, rate
+from ldt.data.stages import rate
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -61,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for _ in itertools.islice(steps, 8):
                     pass
                 out[f"{format} loader, all draws, samples/s"] = _rate(lambda steps=steps: next(steps), arguments.batch)  # type: ignore[misc]
-        out |= _parts(shards["tar"], arguments.batch)
+        out |= _parts(shards["tar"], root / "gather.bin", arguments.samples, row, arguments.batch)
         out["webdataset decode, samples/s"] = _webdataset(root / "tar")
         out["StreamingDataset[i], samples/s"] = _streaming(root / "mds", shards["mds"].manifest)
     ratios = {
@@ -72,11 +76,43 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return out | ratios
 
 
-def _parts(shards: LatentShards, batch: int) -> dict[str, float]:
-    """What a loader thread spends on a sample, in microseconds: one thread, one stage at a time."""
+def _parts(shards: LatentShards, gathered: Path, samples: int, row: int, batch: int) -> dict[str, float]:
+    """What one thread spends on a sample, in microseconds of CPU time, one part at a time: a loader's, and a gather's.
+
+    Others that share the machine change it far less than samples a second.
+    """
+    shape = shards.manifest.latent_shape
+    elements, rows = int(np.prod(shape)), Batch.padding(batch, shards.manifest, pin=False)
     order = Order(shards.manifest.counts, 0, batch, 8, 1 << 16)
-    stages = loader_stages(shards, order, RankSlice.of(batch, 0, 1, 0), SampleDraws(0, 0.1))
-    return {f"us/sample: {name}": 1e6 / rate(make, batch, 1, 0.7) for name, make in stages.items()}
+    locations, steps = LocationCache(order, RankSlice.of(batch, 0, 1, 0)), itertools.count()
+    first, draws = locations.of(0), SampleDraws(0, 0.1)
+    draws.fill(rows, shards, first)
+    normals = np.empty((batch, elements), np.float32)
+    parts: dict[str, Callable[[], Any]] = {
+        "locate": lambda: locations.of(batch * next(steps)),
+        "read": lambda: shards.read(first.shard_n, first.sample_n),
+        "one normal draw": lambda: philox.fill_normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, normals),
+        "digest": lambda: digest(rows, first.sample_n, rng_of_ldt.VERSION),
+        "all of fill": lambda: draws.fill(rows, shards, first),
+        "one normal draw, version 2": lambda: rng_of_ldt.fill_normal(0, rng_of_ldt.Purpose.NOISE, first.key_n, normals),
+        "digest, version 2": lambda: digest(rows, first.sample_n, 2),
+        "all of fill, version 2": lambda: SampleDraws(0, 0.1, version=2).fill(rows, shards, first),
+    }
+    spent = {name: _spent(action) / batch * 1e6 for name, action in parts.items()}
+    gather = _spent(_gather(gathered, samples, row)) / 256 * 1e6
+    thread = gather / (spent["locate"] + spent["all of fill"] + spent["digest"])
+    named = {f"us/sample: {name}": value for name, value in (spent | {"memmap gather": gather}).items()}
+    return named | {"ratio of CPU time: one loader thread": thread}
+
+
+def _spent(action: Callable[[], Any], turns: int = 15) -> float:
+    """The median of the CPU time that a call takes."""
+    times = []
+    for _ in range(turns):
+        start = time.thread_time()
+        action()
+        times.append(time.thread_time() - start)
+    return sorted(times)[turns // 2]
 
 
 def _rate(action: Callable[[], Any], samples: int) -> float:
@@ -84,11 +120,15 @@ def _rate(action: Callable[[], Any], samples: int) -> float:
 
 
 def _memmap(path: Path, samples: int, row: int) -> float:
-    """Rows of `row` numbers of one flat file copied in random order into a reused batch."""
     np.random.default_rng(0).integers(0, 1 << 14, (samples, row), np.uint16).tofile(path)
+    return _rate(_gather(path, samples, row), 256)
+
+
+def _gather(path: Path, samples: int, row: int) -> Callable[[], Any]:
+    """256 rows of `row` numbers of one flat file copied in random order into a reused batch."""
     data = np.memmap(path, np.float16, "r", shape=(samples, row))
     batch, rng = np.empty((256, row), np.float16), np.random.default_rng(0)
-    return _rate(lambda: np.take(data, rng.integers(0, samples, 256), axis=0, out=batch), 256)
+    return lambda: np.take(data, rng.integers(0, samples, 256), axis=0, out=batch)
 
 
 def _webdataset(directory: Path) -> float:

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first turn")
     parser.add_argument("--compare", metavar="'key=value …' or plain", help="a second setting, in turn with the first")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU time, where others share the machine")
     parser.add_argument("--latent", default="4x32x32", help="shape of made-up latents")
     parser.add_argument("--classes", type=int, default=1000, help="of made-up data")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Medians over the turns; on rank 0."""
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     with process_group() as world, ExitStack() as stack:
         scratch = Path(broadcast(stack.enter_context(tempfile.TemporaryDirectory())))
         first = stack.enter_context(bench(arguments, [], world, scratch / "a"))
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         peaks = []
         for turn in range(arguments.turns + 1):
             for one in both:
-                one.turn(arguments.warmup if turn == 0 else arguments.steps, counts=turn > 0)
+                one.turn(arguments.warmup if turn == 0 else arguments.steps, turn > 0, clock)
             peaks.append(matrix_peak(world.device, first.trainer.config.engine.precision))
         barrier()
         if world.rank != 0:
@@ -117,22 +119,22 @@ class Bench:
         self.steps = self.trainer.loader.steps()
         self.device = self.trainer.world.device
 
-    def turn(self, steps: int, counts: bool) -> None:
+    def turn(self, steps: int, counts: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         """Some steps; the seconds of one, of the slowest rank."""
         barrier()
-        start = time.perf_counter()
-        clock = Phases(self.device)
-        self.trainer.engine.mark = clock.mark
+        start = clock()
+        phases = Phases(self.device)
+        self.trainer.engine.mark = phases.mark
         for _ in range(steps):
             inputs = next(self.steps)
-            clock.mark("data")
+            phases.mark("data")
             self.trainer.settle(self.trainer.step(inputs, self.trainer.learning_rate()))
             self.trainer.tick()
         synchronise(self.device)
-        seconds = max(all_gather((time.perf_counter() - start) / steps))
+        seconds = max(all_gather((clock() - start) / steps))
         if counts:
             self.seconds.append(seconds)
-            for name, value in clock.sums().items():
+            for name, value in phases.sums().items():
                 self.phases[name].append(value / steps)
 
     def images_per_second(self) -> float:
@@ -213,14 +215,14 @@ class Plain:
         self.half = config.engine.precision == "bf16"
         self.seconds: list[float] = []
 
-    def turn(self, steps: int, counts: bool) -> None:
+    def turn(self, steps: int, counts: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         """Some steps; the seconds of one, of the slowest rank."""
         barrier()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(steps):
             self.step(next(self.steps).micro_batches)
         synchronise(self.device)
-        seconds = max(all_gather((time.perf_counter() - start) / steps))
+        seconds = max(all_gather((clock() - start) / steps))
         if counts:
             self.seconds.append(seconds)
 

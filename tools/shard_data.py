@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
+from ldt import rng
 from ldt.data.batch import SampleDraws
 from ldt.data.buffer import RankSlice
 from ldt.data.latent_spec import pack_statistics
@@ -120,13 +121,14 @@ def write_bucket_shards(
 
 def make_loader(
     shards: AnyShards, *, batch: int, seed: int, streams: int = 8, window: int = 1 << 16, rank: int = 0, ranks: int = 1,
-    micro_batch: int = 0, label_drop: float = 0.0, condition_on: str = "class", **how: Any,
+    micro_batch: int = 0, label_drop: float = 0.0, condition_on: str = "class", version: int = rng.VERSION, **how: Any,
 ) -> Loader:  # fmt: skip
     """A training loader of one rank. how: device, threads and ahead of `Loader`."""
     order = make_order(shards, seed, batch, streams, window)
     shapes = [view.manifest.latent_shape for view in views_of(shards).values()]
     shares = RankSlice.by_bucket(batch, rank, ranks, micro_batch, shapes)
-    return Loader(shards, order, shares, SampleDraws(seed, label_drop, condition_on, shards.manifest.flips), **how)
+    draws = SampleDraws(seed, label_drop, condition_on, shards.manifest.flips, version=version)
+    return Loader(shards, order, shares, draws, **how)
 
 
 def make_validation_loader(

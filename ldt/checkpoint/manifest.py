@@ -19,7 +19,7 @@ from ldt.data.latent_spec import LatentSpec
 from ldt.errors import InputError
 from ldt.files import natural, parse_json, real, schema_error
 
-FORMAT, VERSION = "ldt-checkpoint", 2
+FORMAT, VERSION = "ldt-checkpoint", 3
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
@@ -118,6 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         _check(manifest, _SCHEMA, "it")
+        _check(absent_of(manifest), {...: [str]}, "absent")
         _check_ranges(manifest)
         read_spec(manifest["sampling"])
         TrainState.read(manifest["progress"])
@@ -131,8 +132,15 @@ def _check(value: Any, shape: Any, name: str) -> None:
         raise Damaged(wrong)
 
 
+def absent_of(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """The parameters of which a kind of tensor is not stored and zero: all are, before format version 3."""
+    absent: dict[str, list[str]] = manifest.get("absent", {})
+    return absent
+
+
 def _check_ranges(manifest: dict[str, Any]) -> None:
     """Check that files lie in the directory, are large enough, and hold each element of each parameter once."""
+    absent = {kind: set(names) for kind, names in absent_of(manifest).items() if kind in manifest["tensors"]}
     held: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest["parameters"]}
     for file, entry in manifest["files"].items():
         if Path(file).name != file:
@@ -142,7 +150,8 @@ def _check_ranges(manifest: dict[str, Any]) -> None:
                 raise Damaged(f"{file} holds {name} {where}")
             held[name].append((where[0], where[1]))
         elements = sum(count for _, count in entry["ranges"].values())
-        if entry["bytes"] < 4 * len(manifest["tensors"]) * elements:
+        left_out = sum(entry["ranges"].get(name, (0, 0))[1] for names in absent.values() for name in names)
+        if entry["bytes"] < 4 * (len(manifest["tensors"]) * elements - left_out):
             raise Damaged(f"{file} of {entry['bytes']} bytes is too small for {elements} elements")
     for name, ranges in held.items():
         end = 0

@@ -98,10 +98,11 @@ def stored_average(checkpoint: Checkpoint, profile: dict[str, Any]) -> str:
 
 
 def _check_draws(path: Path, saved: int) -> None:
-    if saved != rng.VERSION:
+    if saved not in rng.VERSIONS:
+        drawn = " or ".join(map(str, rng.VERSIONS))
         raise InputError(
             f"checkpoint {path} was trained with random numbers of version {saved}, this ldt draws version "
-            f"{rng.VERSION}: the run can't go on with the same noise; use the ldt that wrote it "
+            f"{drawn}: the run can't go on with the same noise; use the ldt that wrote it "
             "(environment.jsonl has its commit), or start a new run with train.init_from"
         )
 

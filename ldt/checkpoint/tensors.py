@@ -14,7 +14,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldt.checkpoint.manifest import Damaged
+from ldt.checkpoint.manifest import Damaged, absent_of
 from ldt.files import write_synced
 from ldt.nn.align import PREFIX
 
@@ -59,6 +59,8 @@ class Reader:
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of flattened `kind/name`: float32, 1-D."""
+        if name in absent_of(self.manifest).get(kind, ()):
+            return torch.zeros(count)
         out = torch.empty(count, dtype=torch.float32)
         filled = 0
         for ranges, file in self.files:

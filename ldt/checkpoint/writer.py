@@ -9,7 +9,7 @@ and the run goes on.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ldt.checkpoint.retention import Retention, delete, remove, remove_old
 from ldt.checkpoint.tensors import write_safetensors
 from ldt.cluster.gpus import use_device
 from ldt.dist import World, all_reduce_sum
-from ldt.engine.partition import Partition
+from ldt.engine.partition import MOMENTS, Partition
 from ldt.errors import RunError
 from ldt.files import sync_directory, write_synced
 from ldt.log import get_logger
@@ -35,10 +35,13 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into `root/<samples_seen>`: for each kind one tensor per owned fragment. Without retention all stay."""
+    """What goes into `root/<samples_seen>`: for each kind one tensor per owned fragment, None where there is none.
+
+    Without retention all stay.
+    """
 
     root: Path
-    kinds: dict[str, list[Tensor]]
+    kinds: Mapping[str, Sequence[Tensor | None]]
     retention: Retention | None = None
 
     def final(self, samples_seen: int) -> Path:
@@ -73,7 +76,7 @@ class Writer:
     def begin(self, contents: list[Content], facts: dict[str, Any]) -> None:
         """Copy the tensors and start to write them (collective); a save that is still on its way is waited for.
 
-        facts: what the manifest says besides its own; needs `progress`.
+        facts: what the manifest says besides its own, or instead; needs `progress`.
         """
         self.finish()
         copies: dict[Path, dict[str, Tensor]] = {}
@@ -82,6 +85,7 @@ class Writer:
                 f"{kind}/{f.name}": self._copy(f"{kind}/{f.name}", tensor)
                 for kind, tensors in content.kinds.items()
                 for f, tensor in zip(self._partition.owned, tensors, strict=True)
+                if tensor is not None
             }
         if self._world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -155,6 +159,7 @@ class Writer:
             "rng_version": rng.VERSION,
             "optimizer_steps": partition.optimizer_steps(),
             "parameters": {k: list(v) for k, v in partition.shapes().items()},
+            "absent": {MOMENTS[1]: sorted(partition.matrices)},
             "written_by": software,
         }
 

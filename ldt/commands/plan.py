@@ -30,8 +30,8 @@ PRODUCTS_RATE, ATTENTION_RATE, MEMORY_RATE = 0.55, 0.2, 0.8
 """What large matrix products and flash attention reach of the data sheet's dense products, and elementwise operations
 of its memory's bandwidth."""
 
-LOADER_RATE = 40e6
-"""Normal numbers a second of one loader thread, which is what its time goes into: two a number of the latent, or one
+LOADER_RATE = 250e6
+"""Normal numbers a second for which one loader thread reads, draws and hashes: two a number of the latent, or one
 where there is no posterior to draw from (BENCHMARKS.md)."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from ldt import rng
 from ldt.config_fields import path_field, required_path_field
 from ldt.dist import SLOWEST_RANK_TIMEOUT, broadcast, process_group
 from ldt.errors import InputError
@@ -64,7 +65,7 @@ def run(config: VerifyJob) -> int:
     problems = changed_files(record)
     with process_group(timeout=SLOWEST_RANK_TIMEOUT) as world:
         with _directory(config.output, world.rank) as directory:
-            attempt(_again(config, directory), world, until=max(then))
+            attempt(_again(config, directory), world, max(then), begun_with(record))
             now = {line["samples_seen"]: line for line in read_jsonl(directory / "metrics.jsonl") if "digest" in line}
         problems += differences(then, now, config.train.global_batch, TOLERANCE[config.engine.precision])
         if world.rank == 0:
@@ -72,6 +73,15 @@ def run(config: VerifyJob) -> int:
                 print(f"differs: {problem}")
             print(f"{'another run than' if problems else f'the same run, {len(then)} logged steps of'}: {record}")
     return ANOTHER if problems else SAME
+
+
+def begun_with(record: Path) -> int:
+    """The version of the random numbers that a run began with: 2 where its first attempt says none."""
+    attempts = list(read_jsonl(record / "environment.jsonl"))
+    version = attempts[0].get("rng_version", 2) if attempts else rng.VERSION
+    if version not in rng.VERSIONS:
+        raise InputError(f"{record} was trained with random numbers of version {version}; use the ldt that wrote it")
+    return int(version)
 
 
 def _again(config: VerifyJob, directory: Path) -> TrainJob:

@@ -1,7 +1,7 @@
 """Everything random about a sample, as functions of (seed, purpose, key), and what the network is given of it.
 
 The key of a training sample is its global index. Ranks, threads, micro-batches, shard formats and time play no part,
-and the digest proves it: a sum over samples, so it does not depend on how they are divided either.
+which `ldt.data.digest` proves.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
-from ldt import rng
+from ldt import philox, rng
 from ldt.data.shards import Manifest, Records, Shards
 from ldt.rng import Purpose
 
@@ -101,7 +100,8 @@ class SampleDraws:
     label_drop: probability with which the condition is left out, for guidance. Of class and text together as many
     samples again lose only the class, and as many only the text, so that either can be asked for alone.
     condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored; mean_flow: the share
-    of samples that have a second time; target: whether the features of patches are read.
+    of samples that have a second time; target: whether the features of patches are read; version: of the random
+    numbers, that which the run began with.
     """
 
     seed: int
@@ -110,6 +110,7 @@ class SampleDraws:
     flips: bool = False
     mean_flow: float = 0.0
     target: bool = False
+    version: int = rng.VERSION
 
     @property
     def uses_text(self) -> bool:
@@ -123,35 +124,23 @@ class SampleDraws:
 
     def read(self, shards: Shards, samples: Located, text: bool) -> Records:
         """What is stored of the samples, of the mirrored image for those that are drawn so."""
-        flip_n = None
-        if self.flips:
-            flip_n = rng.bits(self.seed, Purpose.FLIP, samples.key_n, 1)[:, 0] >> np.uint64(63) == 1
+        flip_n = self._uniform(Purpose.FLIP, samples.key_n, 1)[:, 0] >= 0.5 if self.flips else None
         return shards.read(samples.shard_n, samples.sample_n, flip_n, text=text, target=self.target)
 
     def draw(self, batch: Batch, manifest: Manifest, records: Records, key_n: Ints) -> None:
-        """Write what was read, and everything random about it, into the first rows of a CPU batch.
+        """Write what was read, and everything random about it, into the first rows of a CPU batch."""
+        self.draw_all_but_latents(batch, manifest, records, key_n)
+        latent_nCHW, noise_nCHW = (x.numpy()[: len(key_n)] for x in (batch.latent_BCHW, batch.noise_BCHW))
+        std_nCHW = records.std_nCHW if manifest.posterior else None
+        self.draw_latents(latent_nCHW, noise_nCHW, key_n, records.mean_nCHW, std_nCHW, manifest.whitening)
 
-        latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same
-        bits. Without a posterior std is 0 and nothing is drawn.
-        """
+    def draw_all_but_latents(self, batch: Batch, manifest: Manifest, records: Records, key_n: Ints) -> None:
+        """Write all but latents and noise into the first rows of a CPU batch; the others are padding then."""
         n = len(key_n)
-        latent, shape = batch.latent_BCHW.numpy()[:n], (n, *manifest.latent_shape)
-        elements = int(np.prod(manifest.latent_shape))
-        if manifest.posterior:
-            posterior = rng.normal(self.seed, Purpose.POSTERIOR, key_n, elements).reshape(shape)
-            np.multiply(records.std_nCHW, posterior, out=latent)
-            latent += records.mean_nCHW
-        else:
-            latent[:] = records.mean_nCHW
-        mean, std = manifest.whitening
-        latent -= mean
-        latent /= std
-        batch.noise_BCHW.numpy()[:n] = rng.normal(self.seed, Purpose.NOISE, key_n, elements).reshape(shape)
-        batch.uniform_B.numpy()[:n] = _inside(rng.bits(self.seed, Purpose.TIMESTEP, key_n, 1)[:, 0])
+        batch.uniform_B.numpy()[:n] = _inside(self._uniform(Purpose.TIMESTEP, key_n, 1)[:, 0])
         if batch.second_B is not None:
-            has_n = rng.uniform(self.seed, Purpose.MEAN_FLOW, key_n, 1)[:, 0] < self.mean_flow
-            second_n = _inside(rng.bits(self.seed, Purpose.MEAN_FLOW, key_n, 2)[:, 1])
-            batch.second_B.numpy()[:n] = np.where(has_n, second_n, 0)
+            share_n, second_n = self._uniform(Purpose.MEAN_FLOW, key_n, 2).T
+            batch.second_B.numpy()[:n] = np.where(share_n < self.mean_flow, _inside(second_n), 0)
         no_label, no_text = self._dropped(key_n)
         batch.label_B.numpy()[:n] = np.where(no_label, len(manifest.classes), records.label_n)
         if batch.text is not None and records.text_n is not None:
@@ -160,52 +149,53 @@ class SampleDraws:
             text_n[no_text] = 0
         if batch.target is not None and records.target_n is not None:
             batch.target.numpy()[:n] = records.target_n
-        batch.index_B.numpy()[:n] = key_n
-        batch.weight_B.numpy()[:n] = 1.0
+        batch.index_B[n:], batch.weight_B[n:] = -1, 0.0
+        batch.index_B.numpy()[:n], batch.weight_B.numpy()[:n] = key_n, 1.0
+
+    def draw_latents(
+        self, latent_nCHW: Any, noise_nCHW: Any, key_n: Any, mean_nCHW: Any, std_nCHW: Any, whitening: Any
+    ) -> None:
+        """Write latent and noise, all of them arrays of numpy or all tensors of one device.
+
+        latent = (mean + std·ε − mean_C) / std_C, in float32 and in this order, so that every machine gets the same
+        bits. Without a posterior std is None and nothing is drawn for it.
+        """
+        if std_nCHW is None:
+            latent_nCHW[:] = mean_nCHW
+        else:
+            self._fill_normal(Purpose.POSTERIOR, key_n, latent_nCHW)
+            latent_nCHW *= std_nCHW
+            latent_nCHW += mean_nCHW
+        mean, std = whitening
+        latent_nCHW -= mean
+        latent_nCHW /= std
+        self._fill_normal(Purpose.NOISE, key_n, noise_nCHW)
 
     def _dropped(self, key_n: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which samples lose their class and which lose their text: bool [n] each."""
-        both, one = rng.uniform(self.seed, Purpose.CONDITION_DROP, key_n, 2).T
+        both, one = self._uniform(Purpose.CONDITION_DROP, key_n, 2).T
         no_label = no_text = both < self.label_drop
         if self.condition_on == "class_and_text":
             no_label, no_text = no_label | (one < self.label_drop), no_text | (one >= 1 - self.label_drop)
         return no_label, no_text
 
+    def _uniform(self, purpose: Purpose, key_n: Ints, n: int) -> NDArray[np.float64]:
+        numbers = rng if self.version == 2 else philox
+        return numbers.uniform(self.seed, purpose, key_n, n)
 
-def _inside(word_n: NDArray[np.uint64]) -> NDArray[np.floating[Any]]:
-    """Uniform numbers of 23 bits and a half: exact in float32, never 0 and never 1."""
-    return ((word_n >> np.uint64(41)) + 0.5) * 2.0**-23
+    def _fill_normal(self, purpose: Purpose, key_n: Any, out_nCHW: Any) -> None:
+        if len(key_n) == 0:
+            return
+        out_nN = out_nCHW.reshape(len(key_n), -1)
+        if isinstance(out_nN, torch.Tensor) and out_nN.is_cuda:
+            from ldt import philox_triton  # which a CPU's environment does not have
 
-
-def digest(batch: Batch, ordinal_n: Ints) -> int:
-    """Sum over the real rows of an xxh64 of all that the network could see of each, modulo 2⁶⁴, as a signed int64.
-
-    ordinal_n: each sample's place in the data set. Flip and posterior draw enter through the latent they made.
-    """
-    n = len(ordinal_n)
-    small = np.empty(n, [("ints", "<i8", 3), ("uniform", "<f4")])
-    small["ints"] = np.stack([batch.index_B.numpy()[:n], ordinal_n, batch.label_B.numpy()[:n]], axis=1)
-    small["uniform"] = batch.uniform_B.numpy()[:n]
-    large = [batch.latent_BCHW, batch.noise_BCHW] + [
-        x for x in (batch.text, batch.second_B, batch.target) if x is not None
-    ]
-    rows = [_rows_of(array) for array in (small, *(tensor.numpy()[:n] for tensor in large))]
-    total = 0
-    for row in zip(*rows, strict=True):
-        h = xxhash.xxh64()
-        for content in row:
-            h.update(content)
-        total += h.intdigest()
-    return (total + 2**63) % 2**64 - 2**63
+            philox_triton.fill_normal(self.seed, purpose, key_n, out_nN)
+        else:
+            numbers = rng if self.version == 2 else philox
+            numbers.fill_normal(self.seed, purpose, np.asarray(key_n), np.asarray(out_nN))
 
 
-def _rows_of(array: NDArray[Any]) -> list[memoryview]:
-    """The bytes of each row; much cheaper than indexing the array."""
-    content = array.reshape(-1).view(np.uint8).data
-    size = len(content) // max(len(array), 1)
-    return [content[i * size : (i + 1) * size] for i in range(len(array))]
-
-
-def digest_text(total: int) -> str:
-    """The sum over ranks, as it is logged: 16 hexadecimal digits."""
-    return f"{total % 2**64:016x}"
+def _inside(uniform_n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The numbers cut to 23 bits and a half: exact in float32, never 0 and never 1."""
+    return (np.floor(uniform_n * 2.0**23) + 0.5) * 2.0**-23

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ldt.cluster.gpus import use_device
-from ldt.data.batch import Batch, Located, SampleDraws, digest
+from ldt.data.batch import Batch, Ints, Located, SampleDraws
 from ldt.data.bucket_order import BucketOrder
 from ldt.data.buffer import Buffer, RankSlice
 from ldt.data.mixture import MixedOrder
@@ -70,14 +70,19 @@ class _Loader:
         self._pool = ThreadPoolExecutor(threads, "ldt-loader", initializer=use_device, initargs=(self.device,))
         self._buffers = [Buffer(shares, shards, self.device, draws) for _ in range(ahead + 1)]
 
-    def _run(self, fill: Callable[[int, Buffer], None], jobs: Iterable[int]) -> Iterator[tuple[int, Buffer, float]]:
-        """Fill a buffer for each job, several ahead; yield them in order with the seconds waited."""
+    def _run(
+        self, find: Callable[[int], tuple[int, Located, Ints, Ints]], jobs: Iterable[int]
+    ) -> Iterator[tuple[int, Buffer, float]]:
+        """Load a buffer for each job, several ahead; yield them in order with the seconds waited.
+
+        find: the bucket of a job, its samples, the numbers that the batch shows for them, and their places in the data.
+        """
 
         def work(item: tuple[int, Buffer]) -> None:
             job, buffer = item
+            bucket, samples, index_n, ordinal_n = find(job)
             buffer.wait_until_free()
-            fill(job, buffer)
-            buffer.send()
+            buffer.load(bucket, self.draws, samples, index_n, ordinal_n)
 
         items = zip(jobs, itertools.cycle(self._buffers), strict=False)
         done = prefetch(self._pool, work, items, depth=len(self._buffers) - 1)
@@ -88,6 +93,10 @@ class _Loader:
                 if item is None:
                     return
                 yield *item[0], time.perf_counter() - started
+
+    def use_random_numbers(self, version: int) -> None:
+        """Draw with this version, that of the run, from the next pass on."""
+        self.draws = replace(self.draws, version=version)
 
     def close(self) -> None:
         """Stop the threads; what they are doing is finished first."""
@@ -163,7 +172,7 @@ class Loader(_Loader):
 
     def steps(self, samples_seen: int = 0) -> Iterator[StepInputs]:
         """The steps from a global index on. Starting far into a run takes no longer than at its beginning."""
-        for first, buffer, waited in self._run(self._fill, self._positions(samples_seen)):
+        for first, buffer, waited in self._run(self._find, self._positions(samples_seen)):
             yield StepInputs(first, buffer.batches(), buffer.digest, waited, self.bucket_name(first))
 
     def check_position(self, samples_seen: int) -> None:
@@ -209,17 +218,12 @@ class Loader(_Loader):
         while len(self._asked) > 4096:
             self._asked.popitem(last=False)
 
-    def _fill(self, first: int, buffer: Buffer) -> None:
+    def _find(self, first: int) -> tuple[int, Located, Ints, Ints]:
         samples, bucket, shards = self._locations.of(first), self._bucket(first), self.shards
-        host = buffer.choose(bucket)
+        ordinal_n = self._start_of_shard[samples.shard_n] + samples.sample_n
         if isinstance(shards, BucketShards):
-            inside = samples._replace(shard_n=samples.shard_n - shards.first_S[bucket])
-            self.draws.fill(host, shards.views[bucket], inside)
-            for padding in (host.latent_BCHW, host.noise_BCHW):  # other buckets write there
-                padding[len(inside.key_n) :].zero_()
-        else:
-            self.draws.fill(host, shards, samples)
-        buffer.digest = digest(host, self._start_of_shard[samples.shard_n] + samples.sample_n)
+            samples = samples._replace(shard_n=samples.shard_n - shards.first_S[bucket])
+        return bucket, samples, samples.key_n, ordinal_n
 
 
 def views_of(shards: AnyShards) -> dict[str, Shards]:
@@ -273,19 +277,16 @@ class ValidationLoader(_Loader):
     def batches(self) -> Iterator[Batch]:
         """One pass; every rank yields the same number of batches of the same size."""
         size = self._whole.size
-        for _, buffer, _ in self._run(self._fill, range(0, self._whole.rows, size)):
+        for _, buffer, _ in self._run(self._find, range(0, self._whole.rows, size)):
             yield buffer.batches()[0]
 
-    def _fill(self, offset: int, buffer: Buffer) -> None:
-        start, host = self._whole.start + offset, buffer.choose(0)
+    def _find(self, offset: int) -> tuple[int, Located, Ints, Ints]:
+        start = self._whole.start + offset
         number_n = np.arange(start, max(start, min(start + self.shares[0].size, self._whole.stop)))
         shard_n = np.searchsorted(self._ends, number_n, "right")
         sample_n = number_n - (self._ends - self.shards.manifest.counts)[shard_n]
-        host.weight_B.zero_()
         number_n += self._first
-        self.draws.fill(host, self.shards, Located(VALIDATION_KEYS + number_n, shard_n, sample_n))
-        host.index_B.numpy()[:] = -1
-        host.index_B.numpy()[: len(number_n)] = number_n
+        return 0, Located(VALIDATION_KEYS + number_n, shard_n, sample_n), number_n, number_n
 
 
 class BucketValidation:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from ldt.data.batch import Batch, SampleDraws, digest
+from ldt.data.batch import Batch, SampleDraws
 from ldt.data.buffer import RankSlice
+from ldt.data.digest import digest
 from ldt.data.loader import LocationCache
 from ldt.data.mixture import MixedOrder
 from ldt.data.order import Order
@@ -48,7 +49,7 @@ def loader_stages(
 
     def sum_up() -> Action:
         samples, batch, _ = fixed()
-        return lambda: digest(batch, samples.sample_n)
+        return lambda: digest(batch, samples.sample_n, draws.version)
 
     def everything() -> Action:
         _, batch, _ = fixed()
@@ -56,7 +57,7 @@ def loader_stages(
         def step() -> None:
             samples = located()
             draws.fill(batch, shards, samples)
-            digest(batch, samples.sample_n)
+            digest(batch, samples.sample_n, draws.version)
 
         return step
 

@@ -37,6 +37,13 @@ class EngineConfig:
             )
 
 
+def stage_at_work(stage: int, precision: str, ranks: int) -> int:
+    """The ZeRO stage that is run. One process has nothing to share out: in float32 its stages 1 and 2 would only copy
+    every gradient and weight several times in a step, for the same results.
+    """
+    return 0 if ranks == 1 and precision == "fp32" and stage in (1, 2) else stage
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 1711.05101). Warm-up and decay are counted in samples.

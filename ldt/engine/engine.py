@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import World, all_reduce_sum
-from ldt.engine.config import EngineConfig, OptimizerConfig
+from ldt.engine.config import EngineConfig, OptimizerConfig, stage_at_work
 from ldt.engine.memory import BUCKET
 from ldt.engine.muon import Muon
 from ldt.engine.partition import Partition
@@ -80,6 +81,7 @@ class Engine:
         """micro_batches: the most that a step may have, on all ranks alike."""
         self.world = world
         self.micro_batches = micro_batches
+        config = replace(config, zero_stage=stage_at_work(config.zero_stage, config.precision, world.size))
         deepspeed = _import_deepspeed(world.device)
         denoiser.to(world.device)
         if config.compile:
@@ -103,11 +105,13 @@ class Engine:
                 optimizer=self._adam,
                 config=_deepspeed_config(config, micro_batches, parameter_count(denoiser), world.device),
             )
+        if world.size == 1 and config.zero_stage == 0:  # it would flatten all gradients and copy them back
+            self.deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self.deepspeed
         self.bare: nn.Module = self.deepspeed.module  # for passes without gradients of one rank alone; not at stage 3
-        self.partition = Partition(self.deepspeed, config.zero_stage)
+        self.partition = Partition(self.deepspeed, config.zero_stage, matrices)
         if matrices:
-            self._adam.muon = Muon(self.partition, matrices, world)
+            self._adam.muon = Muon(self.partition, matrices, world, config.precision)
         self.partition.init_optimizer_state(0)
         self.mark: Callable[[str], None] = lambda phase: None  # called when a phase of a step ends; benchmarks set it
 

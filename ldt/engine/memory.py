@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldt.diffusion.condition import Condition
+from ldt.engine.config import stage_at_work
 from ldt.errors import InputError
 from ldt.nn.build import build, checkpoint_blocks
 from ldt.nn.config import ModelConfig
@@ -40,13 +41,14 @@ def state_bytes(parameters: int, stage: int, precision: str, ranks: int, average
 
     precision: fp32 or bf16, that of the weights the network computes with; masters, moments and averages are fp32.
     """
+    stage = stage_at_work(stage, precision, ranks)
     width = 2 if precision == "bf16" else 4
     bucket = width * min(parameters, BUCKET)
     weights, master, moments = width * parameters, 4 * parameters, 8 * parameters
     average = 4 * averages * parameters // ranks
     if stage == 0:  # the weights are the masters; gradients, and a flat copy of them for the all-reduce
         persistent = master + moments + average
-        return State(persistent, persistent + 2 * master)
+        return State(persistent, persistent + (2 if ranks > 1 else 1) * master)
     if stage == 3:  # small models stay gathered from the forward to the backward pass
         persistent = (weights + master + moments) // ranks + average
         return State(persistent, persistent + 2 * weights + 2 * bucket + 2 * master // ranks)

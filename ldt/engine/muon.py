@@ -9,6 +9,7 @@ the matrices' size in float32 is sent in a step more than with AdamW. What is co
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,18 +24,19 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STEPS = 3
 
 
-def orthogonalised(update_RC: Tensor) -> Tensor:
-    """U·p(S)·Vᵀ of an update U·S·Vᵀ: singular values between about 0.6 and 1.2, but for the smallest [R, C].
+def orthogonalised(update_KSL: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """U·p(S)·Vᵀ of each update U·S·Vᵀ of a batch: singular values between about 0.6 and 1.2, but for the smallest.
 
-    Three steps of the quintic iteration x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x, from a Frobenius norm of 1.
+    update_KSL: float32, the short side before the long one; dtype: of the products. Three steps of the quintic
+    iteration x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x, from a Frobenius norm of 1.
     """
     a, b, c = NEWTON_SCHULZ
-    x_SL = update_RC.T if update_RC.shape[0] > update_RC.shape[1] else update_RC  # the short side first
-    x_SL = x_SL / (x_SL.norm() + 1e-12)
+    x_KSL = (update_KSL / (update_KSL.flatten(1).norm(dim=1)[:, None, None] + 1e-12)).to(dtype)
     for _ in range(STEPS):
-        gram_SS = x_SL @ x_SL.T
-        x_SL = a * x_SL + (b * gram_SS + c * gram_SS @ gram_SS) @ x_SL
-    return x_SL.T if update_RC.shape[0] > update_RC.shape[1] else x_SL
+        gram_KSS = x_KSL @ x_KSL.mT
+        gram_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
+        x_KSL = torch.baddbmm(x_KSL, gram_KSS, x_KSL, beta=a)
+    return x_KSL.float()
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -48,9 +50,14 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
 
 
 class Muon:
-    """Steps for the matrices of a partition. stacked: their names, and how many are stacked in each (qkv: 3)."""
+    """Steps for the matrices of a partition. stacked: their names, and how many are stacked in each (qkv: 3).
 
-    def __init__(self, partition: Partition, stacked: Mapping[str, int], world: World) -> None:
+    precision: the engine's. Under bf16 a GPU makes the products in bf16 as well, which is enough for them (Jordan et
+    al.); a float32 run stays one.
+    """
+
+    def __init__(self, partition: Partition, stacked: Mapping[str, int], world: World, precision: str) -> None:
+        self._dtype = torch.bfloat16 if precision == "bf16" and world.device.type == "cuda" else torch.float32
         self.world, self.stage, self.stacked = world, partition.stage, stacked
         self.shapes = {name: shape for name, shape in partition.shapes().items() if name in stacked}
         self.owners = {f.name: f.owner for f in partition.all if f.name in stacked}
@@ -73,7 +80,7 @@ class Muon:
             owner.mul_(1 - decay)
         names = [name for name, owner in self.owners.items() if self._is_in(owner, owners)]
         wholes = self._wholes(names, owners, ahead)
-        updates = self._exchange(names, {name: self._make(name, update_RC) for name, update_RC in wholes.items()})
+        updates = self._exchange(names, self._make(wholes))
         for f in self.fragments:
             if f.name in updates:
                 f.master.sub_(updates[f.name].view(-1)[f.start : f.start + f.count], alpha=lr)
@@ -98,11 +105,23 @@ class Muon:
         flat = torch.cat([parts[rank, offset : offset + count] for _, count, offset, rank in pieces])
         return flat.view(self.shapes[name])
 
-    def _make(self, name: str, update_RC: Tensor) -> Tensor:
-        """Orthogonalised, and longer where there are more rows than columns, so that the outputs change as much."""
-        parts = update_RC.chunk(self.stacked[name])
-        scale = max(1.0, parts[0].shape[0] / parts[0].shape[1]) ** 0.5
-        return scale * torch.cat([orthogonalised(part_RC) for part_RC in parts])
+    def _make(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Orthogonalised in batches of one shape, and longer where a matrix has more rows than columns, so that the
+        outputs change as much.
+        """
+        made = {name: torch.empty_like(update_RC) for name, update_RC in wholes.items()}
+        batches = defaultdict(list)
+        for name, update_RC in wholes.items():
+            count = self.stacked[name]
+            for source, target in zip(update_RC.chunk(count), made[name].chunk(count), strict=True):
+                rows, columns = source.shape
+                pair = (source, target) if rows <= columns else (source.T, target.T)
+                batches[min(rows, columns), max(rows, columns)].append((*pair, max(1.0, rows / columns) ** 0.5))
+        for matrices in batches.values():
+            results = orthogonalised(torch.stack([source for source, _, _ in matrices]), self._dtype)
+            for result, (_, target, scale) in zip(results, matrices, strict=True):
+                torch.mul(result, scale, out=target)
+        return made
 
     def _exchange(self, names: list[str], mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gather on every rank the updates that each rank computed."""

@@ -10,7 +10,7 @@ version moves them.
     stage 3     `optimizer.grad_position` does
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,15 @@ class Fragment:
 
 
 class Partition:
-    """The fragments of a DeepSpeed engine, and what is needed to write to them."""
+    """The fragments of a DeepSpeed engine, and what is needed to write to them.
 
-    def __init__(self, engine: Any, stage: int) -> None:
+    matrices: the parameters that Muon steps, which have a momentum and no second moment.
+    """
+
+    def __init__(self, engine: Any, stage: int, matrices: Collection[str] = ()) -> None:
         self.engine = engine
         self.stage = stage
+        self.matrices = frozenset(matrices)
         self.all = list(_FIND[stage](engine))
         self.owned = [f for f in self.all if f.count]
 
@@ -65,9 +69,9 @@ class Partition:
         return [Fragment(f.name, f.shape, 0, parameters[f.name].numel(), parameters[f.name], 0) for f in self.all]
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
-        """Adam's moments of a fragment: 1-D views."""
-        state = self._state(fragment)
-        return {k: fragment.slice_of(state[k]) for k in MOMENTS}
+        """Adam's moments of a fragment, of Muon's matrices the momentum alone: 1-D views."""
+        state, kinds = self._state(fragment), MOMENTS[:1] if fragment.name in self.matrices else MOMENTS
+        return {k: fragment.slice_of(state[k]) for k in kinds}
 
     def gradients(self) -> list[Tensor]:
         """This rank's share of the averaged gradient, between the last backward pass and the step.

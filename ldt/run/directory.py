@@ -13,6 +13,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+from ldt import rng
 from ldt.errors import NO_ROOM, by_reason
 from ldt.files import replacing
 from ldt.log import read_jsonl
@@ -24,9 +25,9 @@ SAMPLES = "samples"  # previews: one PNG each
 NEWEST_CELLS = "samples/newest.npz"  # the images of the newest preview
 
 
-def prepare(run_dir: Path, config_yaml: str, world_size: int) -> int:
+def prepare(run_dir: Path, config_yaml: str, world_size: int, rng_version: int = rng.VERSION) -> int:
     """Make the directory and record what this attempt is, all of it or nothing; returns its number, from 0."""
-    attempts = [*read_jsonl(run_dir / "environment.jsonl"), environment(world_size)]
+    attempts = [*read_jsonl(run_dir / "environment.jsonl"), environment(world_size) | {"rng_version": rng_version}]
     content = {
         "config.yaml": config_yaml,
         # written anew: a torn last line must not swallow the next one

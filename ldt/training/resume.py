@@ -28,8 +28,9 @@ ORDER = ("seed", "data.streams", "data.window", "data.sources", "train.global_ba
 
 def resume(
     config: TrainJob, fingerprint: str, spec: LatentSpec, partition: Partition, ema: ShardedEMA, world: World
-) -> tuple[TrainState, list[Path]]:
-    """The state to go on from, with the engine and the averages filled to match; and which checkpoints are damaged.
+) -> tuple[TrainState, int, list[Path]]:
+    """The state to go on from, with the engine and the averages filled to match; the version of the random numbers
+    that the run began with, 0 for a new run; and which checkpoints are damaged.
 
     Nothing in the run directory is changed; `cut_back` does that once the start is accepted. `fingerprint` identifies
     the data, which must be those of the checkpoint (collective).
@@ -38,12 +39,13 @@ def resume(
     if found is None:
         if config.train.init_from:
             start_from(Path(config.train.init_from), config, spec, partition, ema)
-        return TrainState(samples_seen=0, data_fingerprint=fingerprint), damaged
-    state = _continue(Checkpoint.read(found), config, fingerprint, partition, ema)
+        return TrainState(samples_seen=0, data_fingerprint=fingerprint), 0, damaged
+    checkpoint = Checkpoint.read(found)
+    state = _continue(checkpoint, config, fingerprint, partition, ema)
     logger.info("resuming at %s samples from %s", f"{state.samples_seen:,}", found)
     if config.train.init_from:
         logger.info("train.init_from=%s is not read: the run has checkpoints of its own", config.train.init_from)
-    return state, damaged
+    return state, checkpoint.manifest["rng_version"], damaged
 
 
 def cut_back(run_dir: Path, state: TrainState, damaged: list[Path]) -> None:

@@ -8,6 +8,7 @@ same command resumes.
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldt import log, tracking
+from ldt import log, rng, tracking
 from ldt.checkpoint.manifest import TrainState
 from ldt.checkpoint.restore import newest_whole
 from ldt.checkpoint.retention import Retention, remove_leftovers
 from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict, to_yaml
-from ldt.data.batch import Batch, digest_text
+from ldt.data.batch import Batch
+from ldt.data.digest import digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion import mean_flow
 from ldt.diffusion.condition import Condition
@@ -58,10 +60,11 @@ logger = log.get_logger(__name__)
 START_LIMITS = 4  # times engine.stall_seconds that a part of the start may take: a large checkpoint from a slow disk
 
 
-def attempt(config: TrainJob, world: World, until: int = 0) -> tuple[int, str, int]:
+def attempt(config: TrainJob, world: World, until: int = 0, rng_version: int = rng.VERSION) -> tuple[int, str, int]:
     """One attempt inside of a process group: exit code, what happened, samples seen. outcome.json says the same.
 
-    until: stop there as if it were the end, with the rates of the whole run; 0 for `train.total_samples`.
+    until: stop there as if it were the end, with the rates of the whole run; 0 for `train.total_samples`. rng_version:
+    the random numbers of a new run.
     """
     run_dir = Path(config.run_dir)
     with owned(run_dir, world) as owner:
@@ -75,7 +78,7 @@ def attempt(config: TrainJob, world: World, until: int = 0) -> tuple[int, str, i
                 check_shared(run_dir, world)
                 check_writable(run_dir, world)
                 with Watchdog(run_dir / "stalls", config.engine.stall_seconds, world, note_stall) as watchdog:
-                    trainer = Trainer(config, world, owner, watchdog, until)
+                    trainer = Trainer(config, world, owner, watchdog, until, rng_version)
                     code, message, seen = trainer.train()
         except BaseException as error:
             if trainer is None and isinstance(error, InputError):  # refused: the run stays as it was
@@ -100,7 +103,15 @@ class Trainer:
     Until everything is checked, and the attempt with it accepted, nothing in the run directory changes.
     """
 
-    def __init__(self, config: TrainJob, world: World, owner: Owner, watchdog: Watchdog, until: int = 0) -> None:
+    def __init__(
+        self,
+        config: TrainJob,
+        world: World,
+        owner: Owner,
+        watchdog: Watchdog,
+        until: int = 0,
+        rng_version: int = rng.VERSION,
+    ) -> None:
         self.config, self.world, self.run_dir, self.watchdog = config, world, Path(config.run_dir), watchdog
         watchdog.at("reading the data", START_LIMITS)
         self.batch, self.total = config.train.global_batch, config.train.total_samples
@@ -135,6 +146,7 @@ class Trainer:
         self.writer = Writer(self.engine.partition, world, owner.check)
         self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
         self.metrics, self.meter = self.run_dir / "metrics.jsonl", Meter()
+        self.rng_version = rng_version
         self.state, damaged = self._restore()
         self.loader.check_position(self.state.samples_seen)
         self.attempt = self.state.attempt = on_rank_zero(world, lambda: self._accept(damaged))
@@ -260,13 +272,19 @@ class Trainer:
     def _restore(self) -> tuple[TrainState, list[Path]]:
         self.watchdog.at("reading the checkpoint", START_LIMITS)
         fingerprint = self.shards.manifest.fingerprint
-        return resume(self.config, fingerprint, self.spec, self.engine.partition, self.ema, self.world)
+        state, begun_with, damaged = resume(
+            self.config, fingerprint, self.spec, self.engine.partition, self.ema, self.world
+        )
+        self.rng_version = begun_with or self.rng_version
+        for loader in (self.loader, *(self.validation.parts.values() if self.validation else ())):
+            loader.use_random_numbers(self.rng_version)
+        return state, damaged
 
     def _accept(self, damaged: list[Path]) -> int:
         """Write down that this attempt goes on with the run; returns its number. On rank 0, after all checks."""
         list(log.read_jsonl(self.run_dir / "environment.jsonl"))  # refuses before anything is changed, as the next line
         cut_back(self.run_dir, self.state, damaged)
-        return directory.prepare(self.run_dir, to_yaml(self.config), self.world.size)
+        return directory.prepare(self.run_dir, to_yaml(self.config), self.world.size, self.rng_version)
 
     def _roll_back(self) -> None:
         """Return to the newest checkpoint, pass over the bad positions, and save that this was done (collective)."""
@@ -288,13 +306,15 @@ class Trainer:
         contents = []
         if checkpoint:
             moments = [partition.moments(f) for f in partition.owned]
-            kinds = {"master": self._masters()} | {kind: [m[kind] for m in moments] for kind in MOMENTS}
+            stored: dict[str, Sequence[Tensor | None]] = {"master": self._masters(), **self.ema.tensors}
+            stored |= {kind: [m.get(kind) for m in moments] for kind in MOMENTS}
             retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_samples)
-            contents.append(Content(self.run_dir / "checkpoints", kinds | self.ema.tensors, retention))
+            contents.append(Content(self.run_dir / "checkpoints", stored, retention))
         if snapshot:
             contents.append(Content(self.run_dir / "ema", self.ema.tensors))
         facts = {
             "progress": asdict(self.state),
+            "rng_version": self.rng_version,
             "sampling": self.spec.to_json(),
             "config": to_dict(config),
             "averages": self.ema.describe(),
