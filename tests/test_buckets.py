@@ -181,6 +181,18 @@ def test_what_a_run_on_buckets_can_not_do_is_refused(pool, data, tmp_path, setti
     assert re.search(words, pool(1).run(refusal, settings=settings))
 
 
+def test_remote_buckets_are_the_same_run(pool, data, tmp_path):
+    settings = ["log.validation_every_samples=80", "train.total_samples=80"]
+    local, remote = [f"data.path={data}"], [f"data.path=file://{data}", f"data.cache_dir={tmp_path}/cache"]
+    runs = [
+        pool(ranks).run(train_case, settings=[*settings, f"run_dir={tmp_path}/{ranks}", *where])
+        for ranks, where in ((1, local), (2, remote))
+    ]
+    facts = [[(r["bucket"], r["digest"]) for r in run if "digest" in r] for run in runs]
+    assert len(facts[0]) == 10 and facts[0] == facts[1]
+    assert runs[0][-1]["validation_loss"] == pytest.approx(runs[1][-1]["validation_loss"], rel=1e-5)
+
+
 def test_one_of_several_sources_can_not_have_buckets(pool, data, tmp_path):
     settings = [f"run_dir={tmp_path}", f"data.sources.a.path={data}"]
     assert "give one of them here: 12x4, 8x16, 8x8" in pool(1).run(refusal, settings=settings)

@@ -1,5 +1,6 @@
 """engine.compile changes the speed of a run, not the run."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -9,10 +10,11 @@ from shard_data import write_shards
 from test_checkpoint import train_case
 from test_engine import BATCH, LR, MODEL, OPTIMIZER, STEPS, data, loss_B, reference
 
+from ldt.diffusion.condition import Condition
 from ldt.dist import World
 from ldt.engine.config import EngineConfig
 from ldt.engine.engine import Engine
-from ldt.nn.build import build
+from ldt.nn.build import build, compile_blocks
 
 
 def compiled_case(world: World, stage: int) -> list[float]:
@@ -60,3 +62,30 @@ def test_a_compiled_run_whose_blocks_are_recomputed_is_resumed_to_the_bit(fresh_
         assert [r[key] for r in parts] == [r[key] for r in whole], key
     assert [r["digest"] for r in whole] == [r["digest"] for r in eager]
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in eager], rel=1e-5)
+
+
+def buckets_case(world: World, shapes: list[tuple[int, int, int]]) -> tuple[list[float], int]:
+    """How far compiled blocks are from eager ones at each latent shape, in turn, and how many codes that took."""
+    counters = torch._dynamo.utils.counters
+    eager, compiled = (build(dataclasses.replace(MODEL, depth=1), shapes[0], 10, seed=0) for _ in range(2))
+    for model in (eager, compiled):
+        torch.nn.init.normal_(model.unpatchify.weight, generator=torch.Generator().manual_seed(0))
+    compile_blocks(compiled)
+    counters.clear()
+    far = []
+    for shape in shapes + shapes:  # the second time nothing is compiled
+        before = counters["frames"]["total"]
+        x_BCHW = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+        inputs = (x_BCHW, torch.tensor([0.2, 0.7]), Condition(torch.tensor([1, 2])))
+        with torch.no_grad():
+            far.append(float((compiled(*inputs) - eager(*inputs)).abs().max()))
+    frames = counters["frames"]
+    assert frames["ok"] == frames["total"], "it fell back to eager code somewhere"
+    assert frames["total"] == before, "a shape was compiled twice"
+    return far, frames["ok"]
+
+
+def test_blocks_are_compiled_once_a_bucket(fresh_pool):
+    far, codes = fresh_pool.run(buckets_case, shapes=[(4, 8, 8), (4, 4, 12)])
+    assert max(far) < 1e-4
+    assert codes == 2

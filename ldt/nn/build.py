@@ -15,9 +15,10 @@ from ldt.nn.text_shape import TextShape
 from ldt.nn.transformer import Transformer
 from ldt.nn.unet import UNet
 
-CODES = 64
+CODES = 1024
 """Compiled versions of a block: 4 kinds of block (first, with a skip from before, with one, last), each in training,
-validation and previews with and without guidance. Beyond dynamo's own limit of 8 it would run them eagerly."""
+validation and previews with and without guidance, and all of these for every bucket of latents. Beyond dynamo's own
+limits, 8 and 256, it would run them eagerly."""
 
 
 def build(
@@ -104,6 +105,7 @@ def compile_blocks(denoiser: nn.Module) -> None:
     warnings.filterwarnings("ignore", r"The .grad attribute of a Tensor that is not a leaf", UserWarning)
     dynamo = importlib.import_module("torch._dynamo")  # slow to import
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, CODES)
+    dynamo.config.accumulated_recompile_limit = max(dynamo.config.accumulated_recompile_limit, CODES)
     dynamo.assume_constant_result(choose_kernel)  # as a decorator it would import the compiler at every start
     parts = [m for m in denoiser.modules() if isinstance(m, Block)] if isinstance(denoiser, Transformer) else [denoiser]
     for block in parts:
