@@ -27,7 +27,7 @@ from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoder import Encoder
 from ldt.encoding.inputs import ImageInput, open_source
 from ldt.encoding.plan import Plan, hash_of
-from ldt.errors import InputError
+from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, replacing
 from ldt.models.autoencoder import Autoencoder
 from ldt.progress import pluralize
@@ -91,7 +91,7 @@ def _claim(output: Path, names: list[str]) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output={output} can't be made ({error.strerror}); choose another place") from None
+        raise by_reason(f"output={output} can't be made ({error.strerror}); choose another place", error) from None
 
 
 def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) -> NDArray[np.int32]:
