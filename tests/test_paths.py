@@ -15,7 +15,7 @@ from ldt.submit import SubmitJob
 
 NOT_PATHS = {
     "accept_changes", "buckets", "caption", "checkpoint", "classes", "cluster", "gpus", "guide_weights", "init_fresh",
-    "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "size", "slurm",
+    "init_resize", "label", "latent", "metrics", "micro_batch", "model", "name", "prompts", "size", "slurm", "target",
     "watch_job",
 }  # fmt: skip
 REMOTE = {"images.path", "data.path", "data.sources.NAME.path"}
