@@ -18,7 +18,9 @@ from capabilities import drop_overrides
 from ldt.dist import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "deepspeed", "torch._dynamo", "ldt.cli", "ldt.commands.train", "compiled_draws"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "deepspeed", "torch._dynamo", "ldt.cli", "ldt.commands.train", "compiled_draws"]
+)
 
 
 class Forked:
