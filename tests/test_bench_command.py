@@ -120,6 +120,10 @@ def test_encoding(latents, tmp_path, capsys):
         (["data", "x", "batch=-1"], "batch=-1 must be positive"),
         (["data"], "it needs arguments; usage: ldt bench data RUN|DIR"),
         (["encode", "index=x", "autoencoder=y"], "encodes nothing"),
+        (
+            ["encode", "images.path=x", "images.buckets=[32x32]", "autoencoder=y", "output=z", "images.fit=crop"],
+            "images.buckets are measured one by one",
+        ),
         ([], "there is no such command"),
     ],
 )

@@ -40,6 +40,10 @@ def run(config: BenchEncodeJob) -> int:
     """Print the table and the name of the bottleneck."""
     if config.index:
         raise InputError(f"index={config.index} encodes nothing; give images.path or latents")
+    if config.images.buckets:
+        raise InputError(
+            "images.buckets are measured one by one; give images.size of one of them, and images.fit, in their place"
+        )
     beside = Path(config.output).absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     with (
