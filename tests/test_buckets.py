@@ -193,6 +193,15 @@ def test_remote_buckets_are_the_same_run(pool, data, tmp_path):
     assert runs[0][-1]["validation_loss"] == pytest.approx(runs[1][-1]["validation_loss"], rel=1e-5)
 
 
+def test_losses_at_fixed_times_are_by_bucket_too(pool, data, tmp_path):
+    validation = ["log.validation_every_samples=80", "log.validation_times=7"]
+    settings = [f"data.path={data}", "train.total_samples=80", *validation]
+    runs = [pool(ranks).run(train_case, settings=[*settings, f"run_dir={tmp_path}/{ranks}"]) for ranks in (1, 2)]
+    one, two = (run[-1] for run in runs)
+    assert one["validation_loss_by_bucket"] == {"8x8": pytest.approx(one["validation_loss"], rel=1e-6)}  # it alone has
+    assert two["validation_loss_by_bucket"]["8x8"] == pytest.approx(one["validation_loss"], rel=1e-5)
+
+
 def test_one_of_several_sources_can_not_have_buckets(pool, data, tmp_path):
     settings = [f"run_dir={tmp_path}", f"data.sources.a.path={data}"]
     assert "give one of them here: 12x4, 8x16, 8x8" in pool(1).run(refusal, settings=settings)

@@ -36,6 +36,7 @@ from ldt.metrics.scores import CAPTIONS, METRICS
 from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
 from ldt.sampling.config import DrawConfig
 from ldt.sampling.draw import ImageModel, image_model, sample_images
+from ldt.training.config import TrainJob
 
 FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
 SCORE = "fd_efficientnet_lite0"
@@ -344,3 +345,9 @@ def test_images_that_are_not_square_are_compared_with_images_of_their_shape(
     assert square.images == other.images and square.hash != other.hash
     by_size = open_reference(settings(size="32x64"), loaded, detector, ALONE)
     assert by_size.hash == other.hash
+
+
+def test_the_config_of_every_run_is_taken() -> None:
+    """A section that a training has and an evaluation does not would refuse the saved config of every run."""
+    sections = {f.name for f in dataclasses.fields(TrainJob)}
+    assert sections <= {f.name for f in dataclasses.fields(EvaluateJob)}

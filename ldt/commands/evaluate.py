@@ -49,6 +49,7 @@ class EvaluateJob:
     data: Section = field(default_factory=dict)
     model: Section = field(default_factory=dict)
     objective: Section = field(default_factory=dict)
+    align: Section = field(default_factory=dict)
     train: Section = field(default_factory=dict)
     engine: Section = field(default_factory=dict)
     optimizer: Section = field(default_factory=dict)

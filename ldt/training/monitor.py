@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +49,49 @@ def validation_loss(
                 sums[1, p].index_add_(0, bin_B, batch.weight_B.double())
     total_PT, count_PT = all_reduce_sum(sums).cpu()
     by_time = zip(total_PT.sum(0), count_PT.sum(0), strict=True)
-    by_part = zip(parts, total_PT.sum(1), count_PT.sum(1), strict=True)
     out: dict[str, Any] = {
         "validation_loss": float(total_PT.sum() / count_PT.sum()),
         "validation_loss_by_time": [float(x / n) if n else None for x, n in by_time],
     }
     if "" not in parts:
-        out["validation_loss_by_bucket"] = {name: float(x / n) for name, x, n in by_part}
+        out["validation_loss_by_bucket"] = _by_bucket(parts, total_PT, count_PT)
     return out
 
 
 def fixed_time_loss(
     validation: ValidationLoader | BucketValidation, times: FixedTimes, denoiser: Denoiser, device: torch.device
 ) -> dict[str, Any]:
-    """The velocity's loss on as many held-out samples of each fixed time (collective)."""
-    samples = sum(part.shards.manifest.samples for part in validation.parts.values())
+    """The velocity's loss on as many held-out samples of each fixed time, and by bucket (collective)."""
+    parts = validation.parts
+    samples = sum(part.shards.manifest.samples for part in parts.values())
     counted = samples // times.count * times.count
-    sums = torch.zeros(times.count, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(parts), times.count, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for batch in (batch for part in validation.parts.values() for batch in part.batches()):
-            condition = Condition(label_B=batch.label_B, text=batch.text)
-            number_B = batch.index_B
-            loss_B = times.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, number_B, condition)
-            loss_B = torch.where((number_B >= 0) & (number_B < counted), loss_B.double(), 0.0)
-            sums.index_add_(0, number_B.clamp(min=0) % times.count, loss_B)
-    mean_K = (all_reduce_sum(sums).cpu() / (counted // times.count)).tolist()
-    return {
+        for p, part in enumerate(parts.values()):
+            for batch in part.batches():
+                condition = Condition(label_B=batch.label_B, text=batch.text)
+                number_B = batch.index_B
+                loss_B = times.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, number_B, condition)
+                counts_B = (number_B >= 0) & (number_B < counted)
+                time_B = number_B.clamp(min=0) % times.count
+                sums[0, p].index_add_(0, time_B, torch.where(counts_B, loss_B.double(), 0.0))
+                sums[1, p].index_add_(0, time_B, counts_B.double())
+    total_PK, count_PK = all_reduce_sum(sums).cpu()
+    mean_K = (total_PK.sum(0) / (counted // times.count)).tolist()
+    out: dict[str, Any] = {
         "validation_loss": float(np.mean(mean_K)),
         "validation_loss_by_time": mean_K,
         "validation_times": times.count,
     }
+    if "" not in parts:
+        out["validation_loss_by_bucket"] = _by_bucket(parts, total_PK, count_PK)
+    return out
+
+
+def _by_bucket(names: Iterable[str], total_PT: Tensor, count_PT: Tensor) -> dict[str, float]:
+    """The mean over all times of each bucket that has samples."""
+    by_part = zip(names, total_PT.sum(1).tolist(), count_PT.sum(1).tolist(), strict=True)
+    return {name: total / count for name, total, count in by_part if count}
 
 
 def preview_images(spec: LatentSpec) -> int:
