@@ -62,7 +62,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     path = Path(shutil.copytree(shared_run(tmp_path_factory), root / "first", ignore=MADE_FROM_IT))
     shards = read_manifest(path / "checkpoints" / "000000002000")["config"]["data"]["path"]
-    head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1}
+    head = read_head(Path(shards)) | {"image_size": 32, "image_channels": 1, "latent_shape": [4, 8, 8]}
     head["recipe"] |= {"validation_fraction": 0.1, "seed": 0, "number of images": 90}
     head["head_xxh64"] = head_hash(head)
     (root / "shards").mkdir()
