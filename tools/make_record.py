@@ -14,7 +14,7 @@ from ldt.commands.verify import HASHES, hash_file
 from ldt.log import read_jsonl
 
 FILES = ("config.yaml", "environment.jsonl", "metrics.jsonl", "evaluations.jsonl")
-KEPT = ("time", "command", "world_size", "hardware", "python", "ldt", "nodes", "git")
+KEPT = ("time", "command", "world_size", "hardware", "python", "ldt", "rng_version", "nodes", "git")
 """Of a line of environment.jsonl; the program of its command without its directory."""
 
 
@@ -37,7 +37,7 @@ def make_record(run: Path, record: Path) -> None:
 def anonymous(attempt: dict[str, Any]) -> dict[str, Any]:
     """What a line of environment.jsonl says of the run."""
     program, *words = attempt.get("command") or ["ldt"]
-    return {key: attempt.get(key) for key in KEPT} | {"command": [Path(program).name, *words]}
+    return {key: attempt[key] for key in KEPT if key in attempt} | {"command": [Path(program).name, *words]}
 
 
 if __name__ == "__main__":
