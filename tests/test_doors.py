@@ -17,8 +17,9 @@ from ldt.convert.weights import read
 from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
+from ldt.diffusion.guidance import as_predict
 from ldt.diffusion.objectives import Objective
-from ldt.diffusion.samplers import SAMPLERS, as_predict
+from ldt.diffusion.samplers import SAMPLERS
 from ldt.diffusion.schedules import time_of_step
 from ldt.errors import InputError
 from ldt.nn.build import build

@@ -14,9 +14,8 @@ from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
-from ldt.diffusion.guidance import Guide, class_guided, inner_guided
+from ldt.diffusion.guidance import Guide, as_predict, class_guided, inner_guided
 from ldt.diffusion.objectives import Objective
-from ldt.diffusion.samplers import as_predict
 from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import HeadConfig, ModelConfig

@@ -8,9 +8,9 @@ import torch
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import ObjectiveConfig, SamplerConfig
-from ldt.diffusion.guidance import class_guided
+from ldt.diffusion.guidance import as_predict, class_guided
 from ldt.diffusion.objectives import Objective, Prediction
-from ldt.diffusion.samplers import SAMPLERS, as_predict, sample, sampling_times
+from ldt.diffusion.samplers import SAMPLERS, sample, sampling_times
 from ldt.diffusion.schedules import SCHEDULES, Schedule, make_schedule
 from ldt.errors import InputError
 

@@ -10,12 +10,20 @@ Each is used inside the interval (guidance_low, guidance_high] of times alone (K
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldt.diffusion.condition import Condition
+from ldt.diffusion.config import SamplerConfig
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
+
+
+class Predict(Protocol):
+    """The network's opinion of (x0, ε) at t; with r, in terms of the mean velocity over [r, t]."""
+
+    def __call__(self, x_BCHW: Tensor, t: float, r: float | None = None, /) -> Prediction: ...
 
 
 def inner_guided(denoiser: Denoiser, scale: float) -> Denoiser:
@@ -69,3 +77,34 @@ class Guide:
             worse.x0_BCHW + self._scale * (better.x0_BCHW - worse.x0_BCHW),
             worse.eps_BCHW + self._scale * (better.eps_BCHW - worse.eps_BCHW),
         )
+
+
+def as_predict(
+    denoiser: Denoiser,
+    objective: Objective,
+    condition: Condition,
+    null_label: int,
+    config: SamplerConfig,
+    guide: Guide | None = None,
+) -> Predict:
+    """The sampler's view of a denoiser under a condition, with guidance where its interval says so.
+
+    The inner head's guidance acts on the prediction with and without the condition, then that of the class between
+    the two, then that of the guide on the result. Of mean velocities that of the class extrapolates just so.
+    """
+
+    def guided(net: Denoiser) -> Denoiser:
+        net = net if config.guidance_inner == 1 else inner_guided(net, config.guidance_inner)
+        return net if config.guidance == 1 else class_guided(net, null_label, config.guidance)
+
+    def predict(x_BCHW: Tensor, t: float, r: float | None = None) -> Prediction:
+        t_B = x_BCHW.new_full((len(x_BCHW),), t)
+        inside = config.guidance_low < t <= config.guidance_high
+        net = denoiser if r is None else averaged_to(denoiser, r)
+        y_BCHW = (guided(net) if inside else net)(x_BCHW, t_B, condition)
+        prediction = objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
+        if inside and guide is not None:
+            return guide.extrapolate(prediction, x_BCHW, t_B, condition)
+        return prediction
+
+    return predict

@@ -9,23 +9,15 @@ image. Coefficients are computed in float64; x keeps its dtype.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.config import SamplerConfig
-from ldt.diffusion.guidance import Guide, averaged_to, class_guided, inner_guided
+from ldt.diffusion.guidance import Guide, Predict, as_predict
 from ldt.diffusion.objectives import Denoiser, Objective, Prediction
 from ldt.diffusion.schedules import Schedule, shift_time
-
-
-class Predict(Protocol):
-    """The network's opinion of (x0, ε) at t; with r, in terms of the mean velocity over [r, t]."""
-
-    def __call__(self, x_BCHW: Tensor, t: float, r: float | None = None, /) -> Prediction: ...
-
 
 Noise = Callable[[int], Tensor]
 Sampler = Callable[[Predict, Schedule, Tensor, Sequence[float], Noise], Tensor]
@@ -172,37 +164,6 @@ def sample(
     times = sampling_times(config.steps, config.shift * objective.time_shift)
     x_BCHW = noise_BCHW * _number(objective.schedule.sigma, times[0])
     return SAMPLERS[config.sampler](predict, objective.schedule, x_BCHW, times, step_noise)
-
-
-def as_predict(
-    denoiser: Denoiser,
-    objective: Objective,
-    condition: Condition,
-    null_label: int,
-    config: SamplerConfig,
-    guide: Guide | None = None,
-) -> Predict:
-    """The sampler's view of a denoiser under a condition, with guidance where its interval says so.
-
-    The inner head's guidance acts on the prediction with and without the condition, then that of the class between
-    the two, then that of the guide on the result. Of mean velocities that of the class extrapolates just so.
-    """
-
-    def guided(net: Denoiser) -> Denoiser:
-        net = net if config.guidance_inner == 1 else inner_guided(net, config.guidance_inner)
-        return net if config.guidance == 1 else class_guided(net, null_label, config.guidance)
-
-    def predict(x_BCHW: Tensor, t: float, r: float | None = None) -> Prediction:
-        t_B = x_BCHW.new_full((len(x_BCHW),), t)
-        inside = config.guidance_low < t <= config.guidance_high
-        net = denoiser if r is None else averaged_to(denoiser, r)
-        y_BCHW = (guided(net) if inside else net)(x_BCHW, t_B, condition)
-        prediction = objective.predict(y_BCHW.to(x_BCHW.dtype), x_BCHW, t_B)
-        if inside and guide is not None:
-            return guide.extrapolate(prediction, x_BCHW, t_B, condition)
-        return prediction
-
-    return predict
 
 
 def _velocity(schedule: Schedule, prediction: Prediction, t: float) -> Tensor:
