@@ -17,16 +17,6 @@ TOOLS = str(Path(__file__).parents[1] / "tools")  # tests' own processes import 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOOLS, os.environ.get("PYTHONPATH")]))
 
 
-CLUSTER = ("test_slurm", "test_deepspeed")  # they start nodes of the same names
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n 2 --dist loadgroup` the tests of a file, and those of one cluster, stay in one process."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("cluster" if name in CLUSTER else name))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
     """`pool(n)` is a pool of n processes, started on first use and shared by the whole session."""

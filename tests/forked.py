@@ -23,6 +23,9 @@ CONTEXT.set_forkserver_preload(
 )
 
 
+PATH = [*sys.path]  # before a test adds what only it needs
+
+
 class Forked:
     """`python WORDS`, started; WORDS begin with `-m ldt` or with `-c CODE`."""
 
@@ -37,7 +40,7 @@ class Forked:
         self._directory = tempfile.TemporaryDirectory()
         self._said = [Path(self._directory.name) / name for name in ("stdout", "stderr")]
         keys = {"words": self.args, "env": dict(env), "cwd": cwd or Path.cwd(), "unprivileged": unprivileged}
-        self._process = CONTEXT.Process(target=_carry_out, kwargs=keys | {"said": self._said})
+        self._process = CONTEXT.Process(target=_carry_out, kwargs=keys | {"said": self._said, "path": PATH})
         self._process.start()
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -68,12 +71,15 @@ def run_ranks(count: int, *words: object, timeout: float = 300) -> list[subproce
     return [rank.finish(timeout) for rank in ranks]
 
 
-def _carry_out(words: list[str], env: dict[str, str], cwd: Path, unprivileged: bool, said: list[Path]) -> None:
+def _carry_out(
+    words: list[str], env: dict[str, str], cwd: Path, unprivileged: bool, said: list[Path], path: list[str]
+) -> None:
+    sys.path[:] = path
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    for stream, path in zip((sys.stdout, sys.stderr), said, strict=True):
-        with path.open("wb") as file:
+    for stream, destination in zip((sys.stdout, sys.stderr), said, strict=True):
+        with destination.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     if unprivileged:
         drop_overrides()

@@ -140,12 +140,14 @@ S
 
 hosts_block() {  # hosts_block add|remove : written in place (in a container /etc/hosts may be a mount)
   local tmp i; tmp=$(mktemp)
+  exec 8>/tmp/slurm_cluster.hosts.lock; flock -w 60 8 || die "another cluster holds /etc/hosts"
   awk -v b="# >>> $MARK" -v e="# <<< $MARK" '$0==b{s=1} !s{print} $0==e{s=0}' /etc/hosts >"$tmp"
   if [ "$1" = add ]; then
     { echo "# >>> $MARK"; for i in $(seq "$NODES"); do echo "$(node_ip "$i") $PREFIX$i"; done
       echo "# <<< $MARK"; } >>"$tmp"
   fi
   cmp -s "$tmp" /etc/hosts || cat "$tmp" >/etc/hosts
+  exec 8>&-
   rm -f "$tmp"
 }
 

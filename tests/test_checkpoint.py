@@ -137,7 +137,7 @@ def test_precision_and_shard_format_may_change_too(pool, data, fifty, tmp_path):
         settings = [f"run_dir={tmp_path}/run", f"data.path={path}", f"train.total_samples={total}"]
         log = pool(ranks).run(train_case, settings=[*settings, f"engine.precision={precision}"])
     assert [r["digest"] for r in log] == [r["digest"] for r in fifty["fp32"]]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty["fp32"]], rel=1e-2)
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty["fp32"]], rel=5e-2)
 
 
 def as_format_2(path: Path) -> None:
@@ -306,7 +306,9 @@ def test_starting_from_other_weights(pool, data, straight, tmp_path):
     write_shards(tmp_path / "larger", [40], latent_shape=(8, 2, 2))
     settings = [f"run_dir={tmp_path}/two", f"data.path={tmp_path}/larger", f"train.init_from={straight[0]}"]
     message = pool(1).run(refused_case, settings=settings)
-    assert "holds another model: parameter patchify.weight has shape [32, 16] there and [32, 32] here" in message
+    assert (
+        "holds another model: " in message and "patchify.weight has the shape [32, 16] there, [32, 32] here" in message
+    )
 
 
 def test_old_checkpoints_are_removed(pool, data, tmp_path):

@@ -30,7 +30,7 @@ from ldt.checkpoint.manifest import Damaged
 from ldt.cli import main
 from ldt.commands.report import ReportJob, gallery
 from ldt.config import to_yaml
-from ldt.convert import dit
+from ldt.convert import weights as foreign
 from ldt.data.images import prepare
 from ldt.data.images.open import open_images
 from ldt.data.latent_sources import open_latents
@@ -384,7 +384,7 @@ def test_latents_and_weights_of_other_projects(tmp_path: Path) -> None:
 
     for where, name in ((fast, "x_features/0.npy"), (fast, "x_labels/1.npy"), (archives, "1.npz")):
         survives(where / name, byte_damage((where / name).read_bytes(), CASES), read(where), least=0.3)
-    survives(weights, byte_damage(weights.read_bytes(), CASES), lambda: dit.read(weights), least=0.3)
+    survives(weights, byte_damage(weights.read_bytes(), CASES), lambda: foreign.read(weights), least=0.3)
 
 
 class Payload:
@@ -416,7 +416,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     acts: list[Callable[[], Any]] = [
         lambda: reference.load(file, FourFeatures()),  # type: ignore[arg-type]
         lambda: reference.Reference({}, 1, "x", file).features(),
-        lambda: dit.read(tmp_path / "dit.pt"),
+        lambda: foreign.read(tmp_path / "dit.pt"),
         lambda: Manifest.load(shards),
         lambda: open_latents(str(tmp_path / "latents"), 1.0),
     ]

@@ -150,7 +150,7 @@ def test_an_image_too_large_to_pad_is_refused():
         (lambda d: d / "missing", "missing does not exist"),
         (lambda d: d / "empty", "holds no images"),
         (lambda d: d / "packed", r"archives such as n01440764\.tar, no images; unpack"),
-        (lambda d: d / "file.txt", "neither a directory nor a tar, zip or parquet file"),
+        (lambda d: d / "file.txt", "neither a directory nor a tar, zip, parquet or .npz file"),
         (lambda d: "embedded:mnist", "no embedded image set embedded:mnist"),
         (lambda d: d / "mixed", "both in class directories and outside of them, such as stray.png"),
         (lambda d: d / "mixed2", "both in class directories and outside of them, such as stray.png"),

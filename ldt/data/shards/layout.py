@@ -11,14 +11,16 @@ network is to be aligned with, float16 [D, G, G], and with `flips` those of the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
 from ldt.nn.text_shape import TextShape
+
+if TYPE_CHECKING:
+    import torch
 
 LABEL, MOMENTS, FLIPPED, CAPTION, TEXT = "label", "moments", "moments_flipped", "caption", "text"
 TARGET, TARGET_FLIPPED = "target", "target_flipped"
@@ -26,7 +28,8 @@ TARGET_DTYPE = np.dtype("<f2")
 
 # numpy has no bfloat16: its bits are stored as unsigned integers and the manifest says what they are
 STORED: dict[str, np.dtype[Any]] = {"fp16": np.dtype("<f2"), "bf16": np.dtype("<u2"), "fp32": np.dtype("<f4")}
-_TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# names in torch, which is imported late: job scripts read manifests
+_TORCH = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,21 @@ class Layout:
         out |= {TARGET_FLIPPED: target} if self.target and self.flips else {}
         return out | ({TEXT: (self.text_dtype, self.text_shape)} if self.text else {})
 
-    def pack(self, moments: torch.Tensor) -> NDArray[np.generic]:
+    def pack(self, moments: "torch.Tensor") -> NDArray[np.generic]:
         """Moments of any shape as they are stored: a numpy array of STORED[dtype]."""
-        rounded = moments.detach().cpu().contiguous().to(_TORCH[self.dtype])
+        import torch
+
+        rounded = moments.detach().cpu().contiguous().to(getattr(torch, _TORCH[self.dtype]))
         return rounded.view(torch.uint16).numpy() if self.dtype == "bf16" else rounded.numpy()
 
     def unpack(self, raw_nb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Stored bytes of n samples as float32 [n, 2 or 1, C, H, W]."""
-        stored = torch.from_numpy(raw_nb.reshape(-1).view(STORED[self.dtype])).view(_TORCH[self.dtype])
-        return stored.to(torch.float32).numpy().reshape(-1, *self.moments_shape)
+        import torch
+
+        stored = torch.from_numpy(raw_nb.reshape(-1).view(STORED[self.dtype]))
+        return (
+            stored.view(getattr(torch, _TORCH[self.dtype])).to(torch.float32).numpy().reshape(-1, *self.moments_shape)
+        )
 
 
 @dataclass(frozen=True)
