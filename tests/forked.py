@@ -4,12 +4,13 @@ They are forked from one server a session, which has imported both and has neith
 tests of what a process says or leaves behind; those of launchers, start-up and imports start a real interpreter.
 """
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["pytest", "deepspeed", "torch._dynamo", "ldt.cli", "ldt.commands.train", "compiled_draws"]
 )
-
-
-PATH = [*sys.path]  # before a test adds what only it needs
 
 
 class Forked:
@@ -40,8 +38,9 @@ class Forked:
         self._directory = tempfile.TemporaryDirectory()
         self._said = [Path(self._directory.name) / name for name in ("stdout", "stderr")]
         keys = {"words": self.args, "env": dict(env), "cwd": cwd or Path.cwd(), "unprivileged": unprivileged}
-        self._process = CONTEXT.Process(target=_carry_out, kwargs=keys | {"said": self._said, "path": PATH})
-        self._process.start()
+        self._process = CONTEXT.Process(target=_carry_out, kwargs=keys | {"said": self._said})
+        with _without_packages_of_tests():
+            self._process.start()
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for its end; its exit code and everything that it said."""
@@ -71,10 +70,18 @@ def run_ranks(count: int, *words: object, timeout: float = 300) -> list[subproce
     return [rank.finish(timeout) for rank in ranks]
 
 
-def _carry_out(
-    words: list[str], env: dict[str, str], cwd: Path, unprivileged: bool, said: list[Path], path: list[str]
-) -> None:
-    sys.path[:] = path
+@contextlib.contextmanager
+def _without_packages_of_tests() -> Iterator[None]:
+    """Without what some tests add to the path, `.venv/peers` and its kin: the server and its children take it over."""
+    before = sys.path[:]
+    sys.path[:] = [path for path in before if Path(path).parent.name != ".venv"]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _carry_out(words: list[str], env: dict[str, str], cwd: Path, unprivileged: bool, said: list[Path]) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
