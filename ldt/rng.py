@@ -2,7 +2,7 @@
 
 The bits here are Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the key
 (seed, purpose), at counters that belong to one index alone. The order of the samples and the images of a checkpoint are
-drawn of them, and what training draws about a sample in runs of version 2; `ldt.philox` is version 3. Bits become
+drawn of them, and what training draws about a sample in runs of version 2; `ldt.data.philox` is version 3. Bits become
 uniforms and normals by operations that IEEE 754 defines exactly (+, ×, ÷, √, scaling by powers of two), so that no
 library upgrade, thread count or CPU type can change a single one of them. Golden tests pin the results; the version
 that a run began with stands in its checkpoints.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ldt import philox
+from ldt.data import philox
 
 philox.fill_normal(0, 0, np.arange(1), np.empty((1, 4), np.float32))
 philox.uniform(0, 0, np.arange(1), 1)

@@ -23,8 +23,8 @@ OWNERS = {
     "torch_fidelity": {"metrics.inception"},
     "matplotlib": {"reporting.png"},
     "markupsafe": {"reporting.html"},
-    "numba": {"philox", "data.digest"},
-    "triton": {"philox_triton"},
+    "numba": {"data.philox", "data.digest"},
+    "triton": {"data.philox_triton"},
 }
 
 

@@ -13,8 +13,8 @@ from ldt.config import load
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.samplers import sample
 from ldt.dist import World
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
 DIT = "{width: 32, depth: 2, heads: 2, conditioning: adaln_zero, positions: sincos, norm: layer, qk_norm: false,"

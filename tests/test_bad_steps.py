@@ -14,9 +14,9 @@ from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, RunError
 from ldt.log import read_jsonl
+from ldt.training.attempt import attempt
 from ldt.training.bad_steps import RECENT_LOSSES, BadSteps
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 BATCH, COUNTS, SPOILED = 8, [40, 24], 21
 SETTINGS = [

@@ -25,8 +25,8 @@ from ldt.dist import World, broadcast
 from ldt.errors import InputError
 from ldt.log import read_jsonl
 from ldt.run.outcome import STOPPED
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 BATCH = 8
 SETTINGS = [

@@ -12,8 +12,8 @@ from shard_data import write_bucket_shards, write_shards
 from ldt.config import load
 from ldt.dist import World, broadcast
 from ldt.log import read_jsonl
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 STEPS, BATCH = 20, 8  # 3 ranks do not divide the batch; 80 samples: two epochs
 SETTINGS = [

@@ -8,7 +8,8 @@ import pytest
 import torch
 from shard_data import make_loader, make_validation_loader, write_shards
 
-from ldt import philox, rng
+from ldt import rng
+from ldt.data import philox
 from ldt.data.batch import Located, SampleDraws
 from ldt.data.buffer import Buffer, RankSlice
 from ldt.data.digest import digest_text

@@ -15,8 +15,8 @@ from ldt.errors import InputError
 from ldt.nn.build import build, checkpoint_blocks
 from ldt.nn.config import HeadConfig, ModelConfig
 from ldt.nn.text_shape import TextShape
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 SHAPE = (4, 8, 8)
 TRANSFORMER = ModelConfig(width=64, depth=4, heads=2)

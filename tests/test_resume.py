@@ -19,9 +19,9 @@ from ldt.engine.learning_rate import learning_rate
 from ldt.errors import InputError
 from ldt.log import read_jsonl
 from ldt.run.identity import identity
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
 from ldt.training.resume import describe_changes
-from ldt.training.trainer import attempt
 
 SETTINGS = [
     "seed=5",

@@ -14,8 +14,8 @@ from ldt.commands.verify import STEPS, begun_with, differences
 from ldt.config import load
 from ldt.errors import InputError
 from ldt.log import read_jsonl
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
-from ldt.training.trainer import attempt
 
 SETTINGS = [
     "seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_batch=8", "optimizer.lr=3e-3",

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ldt import philox, philox_triton
+from ldt.data import philox, philox_triton
 from ldt.rng import Purpose
 
 CASES = [

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldt import philox
 from ldt import rng as rng_of_ldt
+from ldt.data import philox
 from ldt.data.batch import Batch, SampleDraws
 from ldt.data.buffer import RankSlice
 from ldt.data.digest import digest

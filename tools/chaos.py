@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from capabilities import drop_overrides
 from ranks import start_ranks
@@ -49,6 +50,7 @@ SETTINGS = [
 ]
 
 Ranks = list[subprocess.Popen[str]]
+Campaign = Callable[[Path, Sequence[str], int], Sequence[Any]]  # of a directory, the faults and a seed: its rounds
 
 
 class Failed(Exception):
@@ -69,22 +71,30 @@ class Round:
 
 def main() -> int:
     """Run the campaign; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=len(FAULTS))
+    return command(
+        __doc__, FAULTS, campaign, "every position exactly once, digests and losses those of the undisturbed run"
+    )
+
+
+def command(description: str | None, faults: Iterable[str], campaign: Campaign, promise: str) -> int:
+    """The command line of a campaign, that of chaos_encode.py too: run and count its rounds."""
+    known = list(faults)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=len(known))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="FAULT")
+    parser.add_argument("--faults", nargs="+", choices=known, default=known, metavar="FAULT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
         try:
-            faults = [arguments.faults[i % len(arguments.faults)] for i in range(arguments.rounds)]
-            rounds = campaign(Path(directory), faults, arguments.seed)
+            chosen = [arguments.faults[i % len(arguments.faults)] for i in range(arguments.rounds)]
+            rounds = campaign(Path(directory), chosen, arguments.seed)
         except Failed as error:
             print(f"broken: {error}")
             return 1
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in rounds], indent=1))
-    print(f"{len(rounds)} rounds, every position exactly once, digests and losses those of the undisturbed run")
+    print(f"{len(rounds)} rounds, {promise}")
     return 0
 
 

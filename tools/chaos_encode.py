@@ -7,23 +7,20 @@ again. If it ends well, the shards must be those that an undisturbed encoding of
 if it refuses the output because the images are others now, a new output must be those. Nothing else may happen.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from capabilities import drop_overrides
-from chaos import Failed, Ranks, finish, wait_for
+from chaos import Failed, Ranks, command, finish, wait_for
 from PIL import Image
 from ranks import start_ranks
 
@@ -49,22 +46,7 @@ class Round:
 
 def main() -> int:
     """Run the campaign; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=len(FAULTS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ldt-chaos-") as directory:
-        try:
-            faults = [list(FAULTS)[i % len(FAULTS)] for i in range(arguments.rounds)]
-            rounds = campaign(Path(directory), faults, arguments.seed)
-        except Failed as error:
-            print(f"broken: {error}")
-            return 1
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(r) for r in rounds], indent=1))
-    print(f"{len(rounds)} rounds, every complete output holds the images that are there, each once")
-    return 0
+    return command(__doc__, FAULTS, campaign, "every complete output holds the images that are there, each once")
 
 
 def campaign(root: Path, faults: Sequence[str], seed: int) -> list[Round]:

@@ -8,9 +8,9 @@ from ldt.config import to_yaml
 from ldt.dist import RENDEZVOUS_TIMEOUT_S, SLOWEST_RANK_TIMEOUT, process_group
 from ldt.run import directory, stop
 from ldt.run.preflight import compare_ranks
+from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
 from ldt.training.monitor import peak_memory
-from ldt.training.trainer import attempt
 
 __all__ = ["TrainJob", "run"]
 

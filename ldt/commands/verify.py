@@ -23,8 +23,8 @@ from ldt.dist import SLOWEST_RANK_TIMEOUT, broadcast, process_group
 from ldt.errors import InputError
 from ldt.files import parse_json
 from ldt.log import read_jsonl
+from ldt.training.attempt import attempt
 from ldt.training.config import CheckpointConfig, LogConfig, TrainJob
-from ldt.training.trainer import attempt
 
 STEPS = 50
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}

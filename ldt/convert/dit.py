@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldt.convert.weights import Converted, channels_first, rename
+from ldt.convert.weights import Converted, as_ours, rename
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.errors import InputError
 from ldt.nn.config import ModelConfig
@@ -92,11 +92,7 @@ def convert(theirs: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
         ours = rename(name, block[0], BLOCK_NAMES) if block else rename(name, "", NAMES)
         if ours is None:
             raise InputError(f"{name} is not part of a DiT")
-        if ours == "patchify.weight":
-            tensor = tensor.flatten(1)
-        elif ours.startswith("unpatchify."):
-            tensor = channels_first(tensor, model.patch)
-        out[ours] = tensor.float().contiguous()
+        out[ours] = as_ours(ours, tensor, model.patch).float().contiguous()
     return out
 
 

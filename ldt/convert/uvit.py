@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from ldt.convert.weights import Converted, channels_first, rename
+from ldt.convert.weights import Converted, as_ours, rename
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.errors import InputError
 from ldt.nn.config import ModelConfig
@@ -82,11 +82,8 @@ def convert(theirs: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
         ours = _renamed(name, half)
         if ours is None:
             raise InputError(f"{name} is not part of a U-ViT")
-        if ours == "patchify.weight":
-            tensor = tensor.flatten(1)
-        elif ours.startswith("unpatchify."):
-            tensor = channels_first(tensor, model.patch)
-        elif ours == "position":
+        tensor = as_ours(ours, tensor, model.patch)
+        if ours == "position":
             label, time = tensor[0, :1], tensor[0, 1:2]
             tensor = torch.cat([time, label, tensor[0, 2:]])
         out[ours] = tensor.float().contiguous()

@@ -61,6 +61,13 @@ def rename(name: str, prefix: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
+def as_ours(name: str, tensor: Tensor, patch: int) -> Tensor:
+    """A tensor in the shape and order that it has under our name: those of the first and of the last layer differ."""
+    if name == "patchify.weight":
+        return tensor.flatten(1)
+    return channels_first(tensor, patch) if name.startswith("unpatchify.") else tensor
+
+
 def channels_first(tensor: Tensor, patch: int) -> Tensor:
     """Rows of a last layer, whose patches have their channels last, in our order: channels, row, column."""
     return tensor.unflatten(0, (patch, patch, -1)).movedim(2, 0).flatten(0, 2)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldt import philox, rng
+from ldt import rng
+from ldt.data import philox
 from ldt.data.shards import Manifest, Records, Shards
 from ldt.rng import Purpose
 
@@ -188,7 +189,7 @@ class SampleDraws:
             return
         out_nN = out_nCHW.reshape(len(key_n), -1)
         if isinstance(out_nN, torch.Tensor) and out_nN.is_cuda:
-            from ldt import philox_triton  # which a CPU's environment does not have
+            from ldt.data import philox_triton  # which a CPU's environment does not have
 
             philox_triton.fill_normal(self.seed, purpose, key_n, out_nN)
         else:

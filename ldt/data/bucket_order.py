@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ldt import rng
-from ldt.data.mixture import Mixture
+from ldt.data.mixture import Mixture, locate_in
 from ldt.data.order import Ints, Order
 
 STRETCH = 64  # batches
@@ -52,12 +52,7 @@ class BucketOrder:
         """(shard, sample in shard) of each global index. Thread-safe."""
         batch_n, slot_n = np.divmod(np.asarray(index_n, np.int64), self.batch)
         bucket_n, nth_n = self.turn(batch_n)
-        shard_n, sample_n = np.empty_like(slot_n), np.empty_like(slot_n)
-        for bucket in np.unique(bucket_n).tolist():
-            here = np.flatnonzero(bucket_n == bucket)
-            shard, sample_n[here] = self.orders[bucket].locate_slots(nth_n[here], slot_n[here])
-            shard_n[here] = shard + self._first_S[bucket]
-        return shard_n, sample_n
+        return locate_in(self.orders, self._first_S, bucket_n, nth_n, slot_n)
 
     def _stretch(self, number: int) -> Ints:
         """The bucket of each batch of one stretch."""

@@ -94,10 +94,17 @@ class MixedOrder:
 
     def locate(self, index_n: ArrayLike) -> tuple[Ints, Ints]:
         """(shard, sample in shard) of each global index. Thread-safe."""
-        source_n, batch_n, slot_n = self.mixture.locate(index_n)
-        shard_n, sample_n = np.empty_like(slot_n), np.empty_like(slot_n)
-        for source in np.unique(source_n).tolist():
-            here = np.flatnonzero(source_n == source)
-            shard, sample_n[here] = self.orders[source].locate_slots(batch_n[here], slot_n[here])
-            shard_n[here] = shard + self._first_S[source]
-        return shard_n, sample_n
+        return locate_in(self.orders, self._first_S, *self.mixture.locate(index_n))
+
+
+def locate_in(orders: Sequence[Order], first_S: Ints, source_n: Ints, batch_n: Ints, slot_n: Ints) -> tuple[Ints, Ints]:
+    """(shard, sample in shard) of slots of batches of sources, each in the order of its source.
+
+    first_S: the number of each source's first shard among those of all.
+    """
+    shard_n, sample_n = np.empty_like(slot_n), np.empty_like(slot_n)
+    for source in np.unique(source_n).tolist():
+        here = np.flatnonzero(source_n == source)
+        shard, sample_n[here] = orders[source].locate_slots(batch_n[here], slot_n[here])
+        shard_n[here] = shard + first_S[source]
+    return shard_n, sample_n

@@ -4,7 +4,7 @@ As in `ldt.rng`, a draw is a function of (seed, purpose, index) alone. The bits 
 2011) under the key `seed`, at the counters (block, index, purpose); a block is four words, and word j of block b is
 number j·blocks + b of its row. Normals are made of them by the formulas of version 2, in operations that IEEE 754
 defines exactly and in one stated order: the compiler may neither reorder them nor contract them into fused
-multiply-adds, so that every CPU and `ldt/philox_triton.py` on a GPU draw the same bits.
+multiply-adds, so that every CPU and `ldt/data/philox_triton.py` on a GPU draw the same bits.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The normals of `ldt.philox` drawn on a GPU, bit for bit: a Triton kernel, in the same operations and order.
+"""The normals of `ldt.data.philox` drawn on a GPU, bit for bit: a Triton kernel, in the same operations and order.
 
 Division and root are the correctly rounded ones, and the compiler is told not to fuse multiplications with additions.
 Under TRITON_INTERPRET=1 the kernel runs on the CPU, which is how the tests compare it with numpy.
