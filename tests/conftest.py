@@ -12,6 +12,8 @@ import pytest
 import torch
 from pool import Pool
 
+pytest_plugins = ["cluster", "cluster_runs", "encoding_cases", "unprivileged"]  # their fixtures, for all files
+
 torch.set_num_threads(1)
 TOOLS = str(Path(__file__).parents[1] / "tools")  # tests' own processes import from there too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOOLS, os.environ.get("PYTHONPATH")]))

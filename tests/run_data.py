@@ -1,11 +1,9 @@
 """A small but complete run to sample from and to score: real checkpoints, autoencoder and images, nothing trained."""
 
 import json
-import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,15 +27,6 @@ from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
 CLASSES = ["boot", "coat", "shirt"]
-
-
-@pytest.fixture
-def kept_logger() -> Iterator[None]:
-    """Undo what the command line does to the logger: it would keep writing to this test's stderr."""
-    root = logging.getLogger("ldt")
-    before = root.handlers[:], root.level, root.propagate
-    yield
-    root.handlers[:], root.level, root.propagate = before
 
 
 def shared_run(factory: pytest.TempPathFactory) -> Path:

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from peers import peer
+from plans import ROOT, planned
 from run_data import randomised
 from safetensors.torch import save_file
 from shard_data import write_shards
-from test_checkpoint import refused_case, train_case
-from test_encode import autoencoder, encode, images  # noqa: F401  (fixtures)
-from test_plan import ROOT, planned
+from training_cases import refused_case, train_case
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
@@ -83,7 +82,7 @@ def test_its_place_in_the_grid_is_the_patchs():
 
 @pytest.mark.parametrize("format", ["tar", "mds"])
 @pytest.mark.parametrize("flips", [False, True])
-def test_encode_stores_the_networks_features_of_each_view(encode, images, tmp_path, format, flips):  # noqa: F811
+def test_encode_stores_the_networks_features_of_each_view(encode, images, tmp_path, format, flips):
     out = tmp_path / "out"
     assert encode(out, format=format, flips=flips, target="efficientnet_lite0", target_grid=2) == 0
     source, net = open_images(str(images)), make_patch_net("efficientnet_lite0", "", 2)
@@ -113,7 +112,7 @@ def test_encode_stores_the_networks_features_of_each_view(encode, images, tmp_pa
     assert encode(out, format=format, flips=flips, target="efficientnet_lite0", target_grid=1) == 2, "other settings"
 
 
-def test_both_formats_hold_the_same_data(encode, tmp_path):  # noqa: F811
+def test_both_formats_hold_the_same_data(encode, tmp_path):
     for format in ("tar", "mds"):
         assert encode(tmp_path / format, format=format, flips=True, target="efficientnet_lite0", target_grid=1) == 0
     one, other = (open_shards(tmp_path / format).manifest for format in ("tar", "mds"))
@@ -173,7 +172,7 @@ def test_any_timm_model_can_be_the_target(model, tmp_path):
         ),
     ],
 )
-def test_bad_targets_are_refused(encode, tmp_path, settings, message, capsys):  # noqa: F811
+def test_bad_targets_are_refused(encode, tmp_path, settings, message, capsys):
     assert encode(tmp_path / "out", **settings) == 2
     assert message in capsys.readouterr().err
 

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_data import kept_logger, shared_run
+from run_data import shared_run
 
 import ldt
 from ldt.cli import main
 from ldt.log import read_jsonl
-
-__all__ = ["kept_logger"]
 
 FAST = {"sampler": "euler", "steps": 2, "block": 5}
 

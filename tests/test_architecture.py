@@ -68,6 +68,16 @@ def test_nothing_from_files_is_executed(path):
         assert keywords.get("allow_pickle", "False") == "False", (path, node.lineno)
 
 
+def test_no_test_file_imports_another():
+    """What several need is in a module of its own, so that a test file can be read, moved and deleted alone."""
+    importing = {
+        path.name: found
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        if (found := sorted(name for name in imports(ast.parse(path.read_text())) if name.startswith("test_")))
+    }
+    assert not importing
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_modules_say_what_they_are(path):
     tree = ast.parse(path.read_text())

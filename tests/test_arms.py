@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from shard_data import write_shards
-from test_checkpoint import refused_case, train_case
+from training_cases import refused_case, train_case
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.config import load

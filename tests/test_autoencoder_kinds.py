@@ -6,12 +6,12 @@ RAE's encoder is transformers', which is installed apart: its case runs in a pro
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_autoencoders import BLOCKS, KINDS, make_kind
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,46 +23,6 @@ from ldt.models.autoencoder_kinds import KL as KL_ADAPTER
 from ldt.sampling.config import DrawConfig
 
 LIBRARIES = Path(__file__).parents[1] / ".venv" / "text"
-BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-KL = BLOCKS | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-DC = {f"{part}_block_out_channels": (8, 8, 16) for part in ("encoder", "decoder")}
-DC |= {f"{part}_layers_per_block": (1, 1, 1) for part in ("encoder", "decoder")}
-DC |= {f"{part}_qkv_multiscales": ((), (), ()) for part in ("encoder", "decoder")}
-QWEN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]}
-TINY = {f"{part}_block_out_channels": (8, 8, 8) for part in ("encoder", "decoder")}
-TINY |= {f"num_{part}_blocks": (1, 1, 1) for part in ("encoder", "decoder")}
-RAE = {
-    "encoder_type": "dinov2",
-    "encoder_hidden_size": 64,
-    "encoder_patch_size": 7,
-    "encoder_num_hidden_layers": 1,
-    "encoder_input_size": 28,
-    "decoder_hidden_size": 32,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 32,
-    "patch_size": 8,
-    "noise_tau": 0.8,
-}
-KINDS = {  # settings; channels, factor and posterior of the latents
-    "AutoencoderKL": (KL | {"latent_channels": 4}, (4, 4, True)),
-    "AutoencoderDC": (DC | {"latent_channels": 8, "attention_head_dim": 8}, (8, 4, False)),
-    "AutoencoderKLFlux2": (KL | {"latent_channels": 8, "sample_size": 32}, (8, 4, True)),
-    "AutoencoderKLQwenImage": (QWEN | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, (4, 4, True)),
-    "AutoencoderTiny": (TINY | {"latent_channels": 4}, (4, 4, False)),
-    "AutoencoderRAE": (RAE, (64, 8, False)),
-}
-
-
-def make(kind: str, path: Path, seed: int = 0) -> Path:
-    """A random autoencoder of that kind, saved; batch statistics are moved so that each tensor counts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import diffusers
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        getattr(diffusers, kind)(**KINDS[kind][0]).save_pretrained(path)
-    return path
 
 
 def theirs(kind: str, path: Path, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -91,7 +51,7 @@ def theirs(kind: str, path: Path, image: torch.Tensor) -> tuple[torch.Tensor, to
 
 def check(kind: str, root: Path) -> None:
     """Equal to the library's, the same twice, known by its hash, and as its facts say."""
-    path = make(kind, root / "one")
+    path = make_kind(kind, root / "one")
     ours = Autoencoder.load(str(path)).to("cpu")
     channels, factor, posterior = KINDS[kind][1]
     assert (ours.kind, ours.latent_channels, ours.downsample, ours.posterior) == (kind, channels, factor, posterior)
@@ -108,7 +68,7 @@ def check(kind: str, root: Path) -> None:
     assert difference.max() <= 1 and difference.mean() < 0.02
     assert torch.equal(ours.encode(image)[0], mean), "nothing is drawn at random"
     assert Autoencoder.load(str(path)).hash == ours.hash
-    assert Autoencoder.load(str(make(kind, root / "two", seed=1))).hash != ours.hash
+    assert Autoencoder.load(str(make_kind(kind, root / "two", seed=1))).hash != ours.hash
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "AutoencoderRAE"])
@@ -160,7 +120,7 @@ def test_a_representation_autoencoder_without_transformers_says_what_it_needs(tm
 
 def test_decoding_in_slices_is_decoding_each_slice(tmp_path):
     """The same bits as slices decoded alone: their number in a call is all that an image depends on."""
-    autoencoder = Autoencoder.load(str(make("AutoencoderTiny", tmp_path)))
+    autoencoder = Autoencoder.load(str(make_kind("AutoencoderTiny", tmp_path)))
     latent = torch.from_numpy(np.random.default_rng(0).normal(size=(7, 4, 8, 8)).astype(np.float32))
     sliced = autoencoder.decode(latent, at_once=3)
     assert torch.equal(sliced, torch.cat([autoencoder.decode(part) for part in latent.split(3)]))

@@ -5,10 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from encoding_cases import encode_case
+from invariance_cases import train_case
 from PIL import Image
-from test_encode import autoencoder  # noqa: F401
-from test_encode_buckets import encode_case
-from test_invariance import train_case
 
 import ldt
 from ldt.checkpoint.load import load_denoiser
@@ -30,7 +29,7 @@ SIZES = {"16x16": 14, "16x24": 10, "24x16": 8}  # images of each
 
 
 @pytest.fixture(scope="module")
-def root(pool, autoencoder, tmp_path_factory):  # noqa: F811
+def root(pool, autoencoder, tmp_path_factory):
     """Encoded buckets, and a run on them."""
     root, rng, number = tmp_path_factory.mktemp("buckets"), np.random.default_rng(0), 0
     for name, images in SIZES.items():

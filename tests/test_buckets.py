@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from invariance_cases import STEPS, train_case
 from pool import CaseFailed, Pool
 from shard_data import make_loader, write_bucket_shards, write_shards
-from test_invariance import STEPS, train_case
 
 from ldt.data.batch import Batch
 from ldt.data.buffer import RankSlice

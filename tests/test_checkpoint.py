@@ -10,50 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
+from checkpoint_files import rewrite_manifest, spoil, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shard_data import write_shards
+from training_cases import BATCH, SETTINGS, refused_case, train_case
 
 from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.load import load_denoiser
 from ldt.checkpoint.manifest import Damaged, listed, read_manifest
-from ldt.checkpoint.tensors import Reader, write_safetensors
+from ldt.checkpoint.tensors import write_safetensors
 from ldt.cli import INTERRUPTED, main
-from ldt.config import load
-from ldt.dist import World, broadcast
 from ldt.errors import InputError
 from ldt.log import read_jsonl
 from ldt.run.outcome import STOPPED
-from ldt.training.attempt import attempt
-from ldt.training.config import TrainJob
-
-BATCH = 8
-SETTINGS = [
-    "seed=5",
-    "model={width: 32, depth: 2, heads: 2}",
-    f"train.global_batch={BATCH}",
-    "optimizer.lr=3e-3",
-    f"log.every_samples={BATCH}",
-    "checkpoint.every_samples=80",
-    "checkpoint.keep=9",
-]
-
-
-def train_case(world: World, settings: list[str]) -> list[dict]:
-    """Train in this pool; the training lines of metrics.jsonl."""
-    config = load(TrainJob, None, SETTINGS + settings)
-    attempt(config, world)
-    return broadcast([r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
-
-
-def refused_case(world: World, settings: list[str]) -> str:
-    """The sentence with which the trainer refuses these settings."""
-    try:
-        attempt(load(TrainJob, None, SETTINGS + settings), world)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +45,6 @@ def straight(pool, data, tmp_path_factory):
 def copy(straight, tmp_path):
     """A copy of that run to spoil."""
     return Path(shutil.copytree(straight[0], tmp_path / "run"))
-
-
-def tensors(run_dir):
-    path = resolve(Path(run_dir))
-    reader = Reader(path, read_manifest(path))
-    return {kind: reader.full(kind) for kind in reader.manifest["tensors"]}
 
 
 @pytest.mark.parametrize(
@@ -220,13 +184,6 @@ def test_inspection_says_whole_damaged_or_not_ours(copy, tmp_path, capsys):
     assert "holds neither latent shards nor a checkpoint" in capsys.readouterr().err
 
 
-def spoil(checkpoint):
-    file = next(checkpoint.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(pool, data, straight, copy):
     spoil(copy / "checkpoints" / "000000000160")
     settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=160", "engine.zero_stage=1"]
@@ -273,14 +230,6 @@ def test_a_change_that_was_accepted_goes_on(pool, data, copy):
     settings = [f"run_dir={copy}", f"data.path={data}", "train.total_samples=168", "optimizer.lr=1e-3"]
     log = pool(1).run(train_case, settings=[*settings, "train.accept_changes=[optimizer.lr]"])
     assert [r["lr"] for r in log] == [3e-3] * 20 + [1e-3]
-
-
-def rewrite_manifest(path, without="", **changes):
-    manifest = json.loads((path / "manifest.json").read_text()) | changes
-    manifest.pop(without, None)
-    text = json.dumps(manifest).encode()
-    (path / "manifest.json").write_bytes(text)
-    (path / "manifest.xxh64").write_text(xxhash.xxh64(text).hexdigest())
 
 
 def test_a_newer_format_is_refused(copy):

@@ -10,16 +10,13 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+from contents import seen_by_training
 from make_compat import AFTER, BEFORE, SAMPLE, TRAIN
-from run_data import kept_logger
-from test_damage import everything
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
 from ldt.data.shards import open_shards
 from ldt.log import read_jsonl
-
-__all__ = ["kept_logger"]
 
 VERSIONS = sorted((Path(__file__).parent / "data").iterdir())
 versions = pytest.mark.parametrize("version", VERSIONS, ids=lambda p: p.name)
@@ -31,7 +28,7 @@ def test_shards_are_whole_and_say_the_same_in_both_formats(version: Path) -> Non
         assert main(["inspect", str(version / format)]) == 0
     tar, mds = (open_shards(version / format).manifest for format in ("tar", "mds"))
     assert tar.fingerprint == mds.fingerprint and tar.samples == 12 and tar.flips
-    assert everything(version / "tar")[-2:] == everything(version / "mds")[-2:]
+    assert seen_by_training(version / "tar")[-2:] == seen_by_training(version / "mds")[-2:]
 
 
 @versions

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_reference import BATCH, LR, MODEL, OPTIMIZER, STEPS, data, loss_B, reference
 from pool import Pool
 from shard_data import write_shards
-from test_checkpoint import train_case
-from test_engine import BATCH, LR, MODEL, OPTIMIZER, STEPS, data, loss_B, reference
+from training_cases import train_case
 
 from ldt.diffusion.condition import Condition
 from ldt.dist import World

@@ -6,27 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from contents import seen_by_training
 from shard_data import make_samples, write_shards
 
-from ldt.data.shards import adopt, open_shards
+from ldt.data.shards import adopt
 from ldt.data.shards.layout import Layout
 from ldt.data.shards.shard_writer import PACK, Origin, ShardWriter, read_sidecar, sidecar_path
 from ldt.data.shards.statistics import Sums
 from ldt.errors import InputError
 
 CASES = 60  # per file
-
-
-def everything(directory):
-    """All that training could see of the data."""
-    shards = open_shards(directory)
-    m = shards.manifest
-    shard = np.repeat(np.arange(len(m.counts)), m.counts)
-    records = shards.read(shard, np.concatenate([np.arange(n) for n in m.counts]))
-    return (
-        m.fingerprint, m.classes, m.class_counts, m.mean_C, m.std_C, m.autoencoder_hash, m.image_size,
-        m.image_channels, m.autoencoder, m.recipe, records.label_n.tolist(), records.moments_n2CHW.tobytes(),
-    )  # fmt: skip
 
 
 def damaged(good):
@@ -48,12 +37,12 @@ def damaged(good):
 def test_every_flip_and_cut_is_detected_or_harmless(tmp_path, format, file):
     write_shards(tmp_path, [5, 4, 6], format)
     path = tmp_path / (f"shard-00000001.{format}" if file == "shard" else file)
-    good, expected = path.read_bytes(), everything(tmp_path)
+    good, expected = path.read_bytes(), seen_by_training(tmp_path)
     detected = 0
     for case, (at, bad) in enumerate(damaged(good)):
         path.write_bytes(bad)
         try:
-            assert everything(tmp_path) == expected, f"{path.name}: case {case} at byte {at} went unnoticed"
+            assert seen_by_training(tmp_path) == expected, f"{path.name}: case {case} at byte {at} went unnoticed"
         except InputError as error:
             assert path.name in str(error)
             detected += 1
@@ -67,16 +56,16 @@ def test_shards_that_moved_are_named(tmp_path, format):
     keep = one.read_bytes()
     shutil.copy(two, one)  # a duplicate in another's place
     with pytest.raises(InputError, match="shard-00000001"):
-        everything(tmp_path)
+        seen_by_training(tmp_path)
     one.rename(tmp_path / f"renamed.{format}")
     with pytest.raises(InputError, match=r"shard-00000001.*missing"):
-        everything(tmp_path)
+        seen_by_training(tmp_path)
     one.mkdir()
     with pytest.raises(InputError, match="shard-00000001"):
-        everything(tmp_path)
+        seen_by_training(tmp_path)
     one.rmdir()
     one.write_bytes(keep)
-    everything(tmp_path)
+    seen_by_training(tmp_path)
 
 
 def test_a_damaged_sidecar_counts_as_none(tmp_path):

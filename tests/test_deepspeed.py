@@ -4,12 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import ROOT, slurm, slurm_session
-from test_slurm import check_same_run, plain, write_config
+from cluster import ROOT
+from cluster_runs import check_same_run, write_config
 
 from ldt.dist import free_port
-
-__all__ = ["plain", "slurm", "slurm_session"]
 
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed")]
 

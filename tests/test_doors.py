@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from dit_layout import dit_layout
 from run_data import make_autoencoder, randomised
 
 from ldt.checkpoint.load import Loaded, load_denoiser
@@ -34,38 +35,10 @@ with warnings.catch_warnings():
 WIDTH, DEPTH, HEADS, CLASSES = 32, 2, 4, 7
 
 
-def layout(width, depth, classes, rows, channels=4, patch=2):
-    """Names and shapes of a DiT file."""
-    out = {
-        "pos_embed": (1, rows * rows, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256),
-        "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width),
-        "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (classes + 1, width),
-        "final_layer.linear.weight": (patch * patch * 2 * channels, width),
-        "final_layer.linear.bias": (patch * patch * 2 * channels,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
-        "final_layer.adaLN_modulation.1.bias": (2 * width,),
-    }
-    for i in range(depth):
-        for name, shape in {
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            "mlp.fc1": (4 * width, width),
-            "mlp.fc2": (width, 4 * width),
-            "adaLN_modulation.1": (6 * width, width),
-        }.items():
-            out[f"blocks.{i}.{name}.weight"], out[f"blocks.{i}.{name}.bias"] = shape, shape[:1]
-    return out
-
-
 @pytest.fixture
 def theirs():
     g = torch.Generator().manual_seed(0)
-    shapes = layout(WIDTH, DEPTH, CLASSES, rows=4)
+    shapes = dit_layout(WIDTH, DEPTH, CLASSES, rows=4)
     tensors = {name: 0.2 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
     return tensors | {"pos_embed": sincos_2d(WIDTH, 4, 4)[None]}
 
@@ -117,7 +90,7 @@ def test_dit_weights_give_what_diffusers_gives(theirs):
 def test_the_public_layout_is_dit_xl_2():
     """Every name and shape of DiT-XL-2-256x256.pt has its place, none is left over."""
     with torch.device("meta"):
-        theirs = {name: torch.empty(shape) for name, shape in layout(1152, 28, 1000, rows=16).items()}
+        theirs = {name: torch.empty(shape) for name, shape in dit_layout(1152, 28, 1000, rows=16).items()}
         config = model_config(theirs)
         assert config == dit("XL/2")
         shapes = build(config, (4, 32, 32), 1000, seed=0).state_dict()

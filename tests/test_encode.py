@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tarfile
 import time
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from contents import files
+from encoding_cases import CLASSES, start_ranks
 from PIL import Image
 
 from ldt import cli
@@ -27,56 +27,7 @@ from ldt.encoding.plan import Plan
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 
-CLASSES = ["ant", "bee", "cat"]
 UNFINISHED_END = "ldt.encoding.encoder.Encoder._finish"
-
-
-@pytest.fixture(scope="session")
-def autoencoder(tmp_path_factory):
-    """A real AutoencoderKL, small and untrained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers import AutoencoderKL
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("autoencoder")
-    model.save_pretrained(path, safe_serialization=True)
-    return path
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(23):
-        directory = root / CLASSES[i * 3 // 23]
-        directory.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(directory / f"{i:03d}.png")
-    return root
-
-
-@pytest.fixture
-def encode(autoencoder, images, tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # process_group sets them
-        monkeypatch.setenv(name, {"WORLD_SIZE": "1"}.get(name, "0"))
-
-    def arguments(output: Path, **settings) -> list[str]:
-        keys = {"images.path": images, "images.size": 8, "images.fit": "pad", "autoencoder": autoencoder,
-                "output": output, "shard_samples": 5, "validation_fraction": 0.2, "batch": 2} | settings  # fmt: skip
-        return ["encode", *(f"{k}={v}" for k, v in keys.items())]
-
-    def run(output: Path, **settings) -> int:
-        return cli.main(arguments(output, **settings))
-
-    run.arguments = arguments
-    return run
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("format", ["tar", "mds"])
@@ -308,22 +259,6 @@ def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
     if total > 20:
         assert np.diff(held_out).max() <= 2 * total / len(held_out) + 1
         assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
-
-
-def start_ranks(
-    arguments: list[str], ranks: int, program: tuple[str, ...] = ("-m", "ldt"), stderr: int = subprocess.DEVNULL
-) -> list[subprocess.Popen]:
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r),
-                              "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                              "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=stderr,
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "goal", "ranks"), [("tar", 1, 1), ("mds", 4, 3)])  # goal: shards there at the kill

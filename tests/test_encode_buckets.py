@@ -8,20 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from contents import files
+from encoding_cases import encode_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_encode import autoencoder, files  # noqa: F401
 
 from ldt import cli
-from ldt.config import load
 from ldt.data.images import open_encoded, prepare
 from ldt.data.images.bucket_rule import Size, choose, is_enlarged, kept
 from ldt.data.shards import open_shards
 from ldt.data.shards.buckets import read_buckets
-from ldt.dist import World
-from ldt.encoding.buckets import encode_buckets
-from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 
@@ -95,7 +92,7 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(images, autoencoder, tmp_path):  # noqa: F811
+def arguments(images, autoencoder, tmp_path):
     def make(out: Path, **changes: object) -> list[str]:
         given = {
             "images.path": images, "images.buckets": f"[{','.join(BUCKETS)}]", "images.fit": "crop",
@@ -107,7 +104,7 @@ def arguments(images, autoencoder, tmp_path):  # noqa: F811
     return make
 
 
-def test_every_image_is_in_its_bucket_once_cropped_and_encoded(arguments, images, autoencoder, tmp_path, capsys):  # noqa: F811
+def test_every_image_is_in_its_bucket_once_cropped_and_encoded(arguments, images, autoencoder, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["encode", *arguments(out, dtype="fp32")]) == 0
     said = capsys.readouterr()
@@ -145,10 +142,6 @@ def test_every_image_is_in_its_bucket_once_cropped_and_encoded(arguments, images
 def _all(shards):
     counts = shards.manifest.counts
     return np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])
-
-
-def encode_case(world: World, settings: list[str]) -> None:
-    encode_buckets(load(EncodeJob, None, settings), world)
 
 
 def test_any_number_of_ranks_and_a_restart_make_the_same_files(pool, arguments, tmp_path):

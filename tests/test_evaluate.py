@@ -14,7 +14,7 @@ import pytest
 import torch
 from peers import random_inception
 from pool import Pool
-from run_data import kept_logger, shared_run
+from run_data import shared_run
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
@@ -41,8 +41,6 @@ from ldt.training.config import TrainJob
 FAST: dict[str, Any] = {"images": 21, "sampler": "euler", "steps": 2, "block": 8}
 SCORE = "fd_efficientnet_lite0"
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-__all__ = ["kept_logger"]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +154,6 @@ def test_a_result_of_replaced_weights_is_not_believed(run_dir: Path, settings: C
     assert score(run_dir, settings())[SCORE] > 0
 
 
-@pytest.mark.usefixtures("kept_logger")
 def test_by_the_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = [f"evaluate.{k}={v}" for k, v in {**FAST, "cache_dir": tmp_path / "cache"}.items()]
     assert main(["evaluate", str(run_dir), *keys]) == 0

@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from checkpoint_files import tensors
 from safetensors.torch import load_file
-from test_checkpoint import data, refused_case, tensors, train_case
+from shard_data import write_shards
+from training_cases import refused_case, train_case
 
 from ldt.checkpoint.checkpoint import resolve, results_of
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
 
-__all__ = ["data"]
-
 TRACKED = 0.07
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_shards(path, [40, 23])
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from contents import seen_by_training
 from damage import byte_damage, json_damage, line_damage
 from PIL import Image
 from run_data import shared_run
 from safetensors.torch import load_file
 from shard_data import write_shards
-from test_damage import everything
 
 from ldt import log
 from ldt.checkpoint.load import load_denoiser, read_weights
@@ -268,7 +268,7 @@ def test_shards_whose_hashes_are_right(tmp_path: Path, format: str, posterior: b
 
     def look() -> None:
         main(["inspect", str(tmp_path)])
-        everything(tmp_path)
+        seen_by_training(tmp_path)
 
     def seal(changed: dict[str, Any]) -> str:
         return json.dumps(changed | {"head_xxh64": head_hash(changed)} if isinstance(changed, dict) else changed)

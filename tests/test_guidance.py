@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from resume_cases import resume_case
 from run_data import randomised, shared_run
 from shard_data import write_shards
-from test_resume import case
 
 from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser
@@ -128,7 +128,7 @@ def test_training_with_an_inner_head_is_the_same_at_any_world_and_stage(pool, da
     for ranks in (1, 2):
         run = tmp_path / str(ranks)
         settings = [f"run_dir={run}", f"data.path={data}", "model.depth=3", "model.inner_head=1"]
-        end, lines, _ = pool(ranks).run(case, settings=[*settings, f"engine.zero_stage={stage}"])
+        end, lines, _ = pool(ranks).run(resume_case, settings=[*settings, f"engine.zero_stage={stage}"])
         assert not end
         logs.append(lines)
         assert any(k.startswith("inner.") for k, _ in load_denoiser(run).denoiser.named_parameters())
@@ -185,7 +185,7 @@ def test_bad_guidance_is_refused(run, settings, message, capsys):
 
 
 def test_a_guide_of_other_data_is_refused(run, pool, data, tmp_path, capsys):
-    end, *_ = pool(1).run(case, settings=[f"run_dir={tmp_path}/other", f"data.path={data}"])
+    end, *_ = pool(1).run(resume_case, settings=[f"run_dir={tmp_path}/other", f"data.path={data}"])
     assert not end
     assert main(["evaluate", str(run), f"evaluate.guide={tmp_path}/other", "evaluate.guide_scale=2"]) == 2
     assert "has another latent_shape than" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_a_width_is_reconstructed_from_the_guides_own_run(pool, data, tmp_path):
     """Nobody else can choose it afterwards: as `ldt export --ema-width` gives it."""
     run = tmp_path / "run"
     settings = [f"run_dir={run}", f"data.path={data}", "ema.snapshot_every_samples=8", "optimizer.lr=1e-2"]
-    end, *_ = pool(1).run(case, settings=[*settings, "train.total_samples=160"])
+    end, *_ = pool(1).run(resume_case, settings=[*settings, "train.total_samples=160"])
     assert not end
     assert main(["export", str(run), "--ema-width", "0.07", "--to", str(tmp_path / "model")]) == 0
     exported, reconstructed = load_denoiser(tmp_path / "model"), load_denoiser(run, "0.07")

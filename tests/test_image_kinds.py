@@ -17,9 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import streaming_package
+from contents import files
+from encoding_cases import start_ranks
 from PIL import Image
 from run_data import make_autoencoder
-from test_encode import files, start_ranks
 
 from ldt import rng
 from ldt.cli import main

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dit_layout import dit_layout
 from run_data import make_autoencoder, make_images
-from test_doors import layout
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
@@ -41,7 +41,7 @@ def linear(shapes, name, out, inner, bias=True):
 
 
 def dit_shapes(output):
-    shapes = layout(WIDTH, DEPTH, CLASSES, ROWS)
+    shapes = dit_layout(WIDTH, DEPTH, CLASSES, ROWS)
     linear(shapes, "final_layer.linear", 4 * output, WIDTH)
     return shapes
 
@@ -227,7 +227,7 @@ def test_the_public_sizes():
         shapes = build(config, (4, 32, 32), 1000, seed=0).state_dict()
         converted = CONVERTERS["uvit"](theirs, 0)
         assert {k: v.shape for k, v in converted.tensors.items()} == {k: v.shape for k, v in shapes.items()}
-        small = layout(1152, 28, 1000, 16, channels=32, patch=1)
+        small = dit_layout(1152, 28, 1000, 16, channels=32, patch=1)
         theirs = {n: torch.empty(s) for n, s in small.items() if ".mlp.f" not in n}
         theirs |= {"final_layer.linear.weight": torch.empty(32, 1152), "final_layer.linear.bias": torch.empty(32)}
         for i in range(28):

@@ -11,8 +11,8 @@ import forked
 import numpy as np
 import pytest
 import torch
+from engine_reference import gather
 from shard_data import write_shards
-from test_engine import gather
 
 from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser

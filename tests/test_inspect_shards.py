@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from shard_data import write_shards
-from test_encode import autoencoder, encode, images  # noqa: F401
 
 from ldt import cli
 
 
-def test_whole_shards_are_described_and_drawn(encode, tmp_path, capsys):  # noqa: F811
+def test_whole_shards_are_described_and_drawn(encode, tmp_path, capsys):
     assert encode(tmp_path / "out", flips=True) == 0
     grid = tmp_path / "grid.png"
     assert cli.main(["inspect", str(tmp_path / "out"), f"grid={grid}"]) == 0

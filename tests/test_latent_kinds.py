@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shard_data import make_loader, write_shards
-from test_autoencoder_kinds import make
-from test_checkpoint import refused_case, train_case
+from tiny_autoencoders import make_kind
+from training_cases import refused_case, train_case
 
 from ldt import cli
 from ldt.api import load
@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make("AutoencoderTiny", tmp_path_factory.mktemp("tiny") / "vae")
+    return make_kind("AutoencoderTiny", tmp_path_factory.mktemp("tiny") / "vae")
 
 
 def arguments(autoencoder, images, output, **settings) -> list[str]:
@@ -64,7 +64,7 @@ def everything(directory, flip=None):
 @pytest.mark.parametrize("whitening", ["channel", "element"])
 @pytest.mark.parametrize(("kind", "format", "flips"), CASES)
 def test_latents_are_stored_as_they_are_and_whitened_as_said(encode, tmp_path, kind, format, flips, whitening, capsys):
-    autoencoder = make(kind, tmp_path / "vae")
+    autoencoder = make_kind(kind, tmp_path / "vae")
     out = tmp_path / "out"
     assert encode(autoencoder, out, format=format, flips=flips, whitening=whitening) == 0
     shards, _ = everything(out)

@@ -10,7 +10,6 @@ import streaming_package
 import torch
 import webdataset
 from shard_data import make_loader, make_samples, write_shards
-from test_encode import autoencoder  # noqa: F401
 
 from ldt import cli
 from ldt.data.shards import mds, open_shards
@@ -23,7 +22,7 @@ COUNTS = [6, 6, 5]
 
 
 @pytest.fixture
-def index(autoencoder, monkeypatch):  # noqa: F811
+def index(autoencoder, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, {"WORLD_SIZE": "1"}.get(name, "0"))
     return lambda directory: cli.main(["encode", f"index={directory}", f"autoencoder={autoencoder}"])

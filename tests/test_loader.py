@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from contents import assert_same_rows
 from shard_data import make_loader, make_validation_loader, write_shards
 
 from ldt import rng
@@ -48,20 +49,13 @@ def collect(path, ranks=1, steps=8, start=0, **settings):
     return rows, [digest_text(d) for d in digests]
 
 
-def assert_same(rows, others):
-    assert len(rows) == len(others)
-    for row, other in zip(rows, others, strict=True):
-        for name in row:
-            np.testing.assert_array_equal(row[name], other[name], err_msg=name)
-
-
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
 def test_steps_do_not_depend_on_ranks_or_micro_batches(data, ranks, micro_batch):
     rows, digests = collect(data / "tar")
     assert [int(r["index_B"]) for r in rows] == list(range(64))
     others, other_digests = collect(data / "tar", ranks=ranks, micro_batch=micro_batch)
-    assert_same(rows, others)
+    assert_same_rows(rows, others)
     assert digests == other_digests
 
 
@@ -69,7 +63,7 @@ def test_steps_do_not_depend_on_ranks_or_micro_batches(data, ranks, micro_batch)
 def test_steps_do_not_depend_on_threads_or_format(data, settings):
     rows, digests = collect(data / "tar")
     others, other_digests = collect(data / "mds", **settings)
-    assert_same(rows, others)
+    assert_same_rows(rows, others)
     assert digests == other_digests
 
 
@@ -77,7 +71,7 @@ def test_resume_anywhere_with_other_ranks(data):
     rows, digests = collect(data / "tar", steps=12)
     for start in (1, 3, 4, 9):
         others, other_digests = collect(data / "mds", ranks=3, steps=12 - start, start=start * 8, micro_batch=2)
-        assert_same(rows[start * 8 :], others)
+        assert_same_rows(rows[start * 8 :], others)
         assert digests[start:] == other_digests
 
 
@@ -88,7 +82,7 @@ def test_another_global_batch_from_any_index_on(data, start):
     alone, digests = collect(data / "tar", steps=steps, start=start, batch=5)
     together, other_digests = collect(data / "mds", ranks=3, steps=steps, start=start, batch=5, micro_batch=1)
     assert digests == other_digests
-    assert_same(alone, together)
+    assert_same_rows(alone, together)
     index = [int(row["index_B"]) for row in alone]
     assert index == list(range(start, start + 5 * steps))
     order = Order(COUNTS, SETTINGS["seed"], 5, SETTINGS["streams"], SETTINGS["window"])
@@ -189,7 +183,7 @@ def test_validation_shows_each_sample_once_with_fixed_draws(data, ranks, limit):
     assert len({tuple(map(len, p[0])) for p in by_rank}) == 1  # same number, same shapes
     for turn in range(2):
         rows = real([b for p in by_rank for b in p[turn]])
-        assert_same(reference, rows)
+        assert_same_rows(reference, rows)
     records = open_shards(data / "tar").read(*[np.array(v) for v in zip(*LOCATIONS[: len(reference)], strict=True)])
     assert [int(r["label_B"]) for r in reference] == records.label_n.tolist()
 

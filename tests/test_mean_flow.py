@@ -4,10 +4,10 @@ at any world."""
 import numpy as np
 import pytest
 import torch
+from plans import ROOT, planned
 from run_data import randomised, shared_run
 from shard_data import write_shards
-from test_checkpoint import train_case
-from test_plan import ROOT, planned
+from training_cases import train_case
 
 from ldt import rng
 from ldt.cli import main

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engine import BATCH, MODEL, data, distance, gather, loss_B
+from engine_reference import BATCH, MODEL, data, distance, gather, loss_B
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldt.dist import World, all_gather

@@ -12,7 +12,7 @@ import webdataset  # noqa: F401
 from PIL import Image
 from run_data import make_autoencoder
 from shard_data import write_shards
-from unprivileged import as_nobody, public_path  # noqa: F401
+from unprivileged import as_nobody
 
 from ldt import cli
 from ldt.commands import encode, evaluate, export, inspect, report, sample, status, train  # noqa: F401
@@ -33,7 +33,7 @@ def outcome(*arguments):
 
 
 @pytest.fixture
-def data(public_path):  # noqa: F811
+def data(public_path):
     for i in range(6):
         (public_path / "images" / "ant").mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((32, 32), i, np.uint8)).save(public_path / "images" / "ant" / f"{i}.png")

@@ -1,33 +1,17 @@
 """`ldt plan` against closed forms, published throughputs, and what the trainer really does."""
 
-import functools
-from pathlib import Path
-
 import pytest
+from plans import ROOT, planned
 from shard_data import write_shards
 
 from ldt.cli import main
 from ldt.commands import plan
-from ldt.config import load
 from ldt.engine import roofline
 from ldt.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 XL2 = ROOT / "configs/imagenet256/dit_xl2.yaml"
 FOLDERS = ("imagenet256", "imagenet512", "recipes", "study", "text")
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in FOLDERS)
-
-
-@functools.cache
-def measured(path):
-    return plan.measure(load(plan.PlanJob, path, ()))
-
-
-def planned(path, *settings, stage=None):
-    config = load(plan.PlanJob, path, settings)
-    model = plan.measure(config) if any(s.startswith("latent=") for s in settings) else measured(path)
-    stage = config.engine.zero_stage if stage is None else stage
-    return config, model, plan.place(config, model, config.nodes, stage)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import forked
 import pytest
+from contents import everything
 from run_data import shared_run
-from test_refused import everything
 
 from ldt.run import directory, outcome
 

@@ -1,14 +1,15 @@
 """A start that is refused leaves its run as it was: every file, and every name in the directory."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import forked
 import pytest
+from checkpoint_files import rewrite_manifest, spoil
+from contents import everything
 from shard_data import write_shards
-from test_checkpoint import SETTINGS, refused_case, rewrite_manifest, spoil, train_case
+from training_cases import SETTINGS, refused_case, train_case
 
 from ldt.checkpoint.manifest import listed
 
@@ -31,14 +32,6 @@ def trained(pool, data, tmp_path_factory):
 @pytest.fixture
 def run_dir(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def everything(directory: Path) -> dict[str, str]:
-    """Each name under a directory, with a hash of its content."""
-    return {
-        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "directory"
-        for p in directory.rglob("*")
-    }
 
 
 def nothing(run_dir: Path) -> None:

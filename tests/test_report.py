@@ -20,7 +20,7 @@ import yaml
 from browser import Browser
 from numpy.typing import NDArray
 from PIL import Image
-from run_data import CLASSES, kept_logger, shared_run
+from run_data import CLASSES, shared_run
 
 from ldt.checkpoint.manifest import read_manifest
 from ldt.cli import main
@@ -46,8 +46,6 @@ from ldt.reporting.reach import by_config, reaches
 from ldt.run import directory, outcome
 from ldt.run.directory import NEWEST_CELLS
 from ldt.training.config import DataConfig, TrainJob
-
-__all__ = ["kept_logger"]
 
 HOSTILE = "</script><script>window.stolen=1</script><img src=x onerror=window.stolen=1>&\"'"
 COLUMNS = 4

@@ -1,36 +1,23 @@
 """A changed config on resume: every accepted change is carried out rightly, or refused in a sentence."""
 
-import logging
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from resume_cases import resume_case
 from shard_data import write_shards
 
 from ldt.checkpoint.checkpoint import Checkpoint, resolve
 from ldt.checkpoint.tensors import Reader
 from ldt.config import load, to_dict
-from ldt.dist import World, broadcast
 from ldt.engine.config import OptimizerConfig
 from ldt.engine.learning_rate import learning_rate
-from ldt.errors import InputError
-from ldt.log import read_jsonl
 from ldt.run.identity import identity
-from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
 from ldt.training.resume import describe_changes
 
-SETTINGS = [
-    "seed=5",
-    "model={width: 32, depth: 2, heads: 2}",
-    "train.global_batch=8",
-    "optimizer.lr=3e-3",
-    "log.every_samples=8",
-    "train.total_samples=40",
-]
 OTHER_MODEL = "holds another model"
 UNTRACKED = "an average can't begin there"
 GOES_ON = ""
@@ -106,24 +93,6 @@ TABLE = {
 }
 
 
-def case(world: World, settings: list[str]) -> list:
-    """Train in this pool: the sentence of a refusal, the losses by samples seen, and what was said on the way."""
-    config, said, end = load(TrainJob, None, SETTINGS + settings), [], ""
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    root = logging.getLogger("ldt")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        attempt(config, world)
-    except InputError as error:
-        end = str(error)
-    finally:
-        root.removeHandler(handler)
-    lines = [r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r]
-    return broadcast([end, {r["samples_seen"]: [r["loss"], r["lr"], r["digest"]] for r in lines}, said])
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
@@ -135,7 +104,7 @@ def data(tmp_path_factory):
 def run_dir(pool, data, tmp_path_factory):
     """A run of 40 samples."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    end, lines, _ = pool(1).run(case, settings=[f"run_dir={path}", f"data.path={data}"])
+    end, lines, _ = pool(1).run(resume_case, settings=[f"run_dir={path}", f"data.path={data}"])
     assert not end and len(lines) == 5
     return path
 
@@ -153,7 +122,7 @@ def test_an_accepted_change_is_carried_out_or_refused(key, pool, data, run_dir, 
     settings += [] if key == "data.sources" else [f"data.path={data}"]
     accept = ["data.sources", "data.sources.a.weight" if key == "data.sources" else key]
     accept += [word.split("=")[0] for word in needed]
-    end, lines, said = pool(1).run(case, settings=[*settings, f"train.accept_changes=[{','.join(accept)}]"])
+    end, lines, said = pool(1).run(resume_case, settings=[*settings, f"train.accept_changes=[{','.join(accept)}]"])
     if refusal:
         assert refusal in end
         assert max(map(int, lines)) == 40
@@ -168,9 +137,9 @@ def test_an_accepted_change_is_carried_out_or_refused(key, pool, data, run_dir, 
 
 def test_without_being_accepted_the_change_is_refused_with_the_way_to_accept_it(pool, data, run_dir):
     settings = [f"run_dir={run_dir}", f"data.path={data}"]
-    end, *_ = pool(1).run(case, settings=[*settings, "seed=6", "train.bad_steps=2"])
+    end, *_ = pool(1).run(resume_case, settings=[*settings, "seed=6", "train.bad_steps=2"])
     assert "train.accept_changes=[seed,train.bad_steps]" in end
-    end, *_ = pool(1).run(case, settings=[*settings, "ema.widths=[0.05,0.1,0.2]"])
+    end, *_ = pool(1).run(resume_case, settings=[*settings, "ema.widths=[0.05,0.1,0.2]"])
     assert UNTRACKED in end and "accept_changes" not in end, "what would not help is not recommended"
 
 
@@ -180,7 +149,7 @@ def test_averages_are_found_by_what_they_are_and_not_by_their_names(widths, pool
     copy = shutil.copytree(run_dir, tmp_path / "run")
     settings = [f"run_dir={copy}", f"data.path={data}", f"ema.widths={widths}", "train.accept_changes=[ema.widths]"]
     end, *_ = pool(1).run(
-        case,
+        resume_case,
         settings=[
             *settings,
             "train.total_samples=48",
@@ -217,7 +186,7 @@ def test_another_global_batch_goes_on_alike_at_any_world(pool, data, run_dir, tm
         copy = shutil.copytree(run_dir, tmp_path / str(ranks))
         settings = [f"run_dir={copy}", f"data.path={data}", "train.global_batch=6", "train.total_samples=100"]
         settings += ["log.every_samples=1"]
-        end, lines, _ = pool(ranks).run(case, settings=[*settings, "train.accept_changes=[train.global_batch]"])
+        end, lines, _ = pool(ranks).run(resume_case, settings=[*settings, "train.accept_changes=[train.global_batch]"])
         assert not end
         logs.append({seen: digest for seen, (_, _, digest) in lines.items()})
     assert logs[0] == logs[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_data import kept_logger, make_autoencoder, shared_run
+from run_data import make_autoencoder, shared_run
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main
@@ -21,8 +21,6 @@ from ldt.sampling.draw import ImageModel, block_ids, image_model, labels_of, loa
 
 CPU = torch.device("cpu")
 FAST = {"sampler": "euler", "steps": 3, "block": 8}
-
-__all__ = ["kept_logger"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,6 @@ def test_folder(run_dir: Path, model: ImageModel, tmp_path: Path) -> None:
         run(config)
 
 
-@pytest.mark.usefixtures("kept_logger")
 def test_grid_by_the_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(run_dir), "images=7", "sampler=euler", "steps=2", "block=8"]) == 0
     output = run_dir / "samples" / "grid-000000002000.png"

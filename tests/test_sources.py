@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from contents import assert_same_rows
 from shard_data import make_loader, make_validation_loader, write_shards
-from test_checkpoint import refused_case, train_case
-from test_loader import assert_same
+from training_cases import refused_case, train_case
 
 from ldt import cli
 from ldt.checkpoint.checkpoint import resolve
@@ -57,10 +57,10 @@ def test_steps_do_not_depend_on_ranks_or_formats(root, ranks, settings):
     rows, digests = collect(mixed(root))
     assert [int(r["index_B"]) for r in rows] == list(range(320))
     others, other_digests = collect(mixed(root, a="mds"), ranks, **settings)
-    assert_same(rows, others)
+    assert_same_rows(rows, others)
     assert digests == other_digests
     later, _ = collect(mixed(root, b="mds"), ranks, steps=7, start=33 * 8)
-    assert_same(rows[33 * 8 :], later)
+    assert_same_rows(rows[33 * 8 :], later)
 
 
 def test_rows_are_the_sources_samples_each_once_an_epoch(root):

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from run_data import make_autoencoder, opened
 from shard_data import make_loader
-from test_checkpoint import refused_case, train_case
+from training_cases import refused_case, train_case
 
 from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_reference import BATCH, LR, data, distance, gather, loss_B
 from pool import Pool
-from test_engine import BATCH, LR, data, distance, gather, loss_B
 
 from ldt.diffusion.condition import Condition
 from ldt.dist import World
