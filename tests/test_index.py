@@ -11,6 +11,7 @@ import pytest
 import streaming_package
 import webdataset
 from run_data import make_autoencoder
+from shard_data import write_shards
 
 from ldt.cli import main
 from ldt.data.shards import Manifest, open_shards
@@ -131,6 +132,17 @@ def test_other_columns_of_mds_are_named(vae, tmp_path, capsys, columns, change, 
     assert index(write_mds(tmp_path / "shards", columns, rows), vae) == 2
     error = capsys.readouterr().err
     assert said in error and "index it again" not in error
+
+
+@pytest.mark.parametrize("format", ["tar", "mds"])
+def test_targets_of_an_unknown_network_are_refused(vae, tmp_path, capsys, format):
+    """Nothing in a shard says which network they are of; left out in silence, `align.weight` would miss them."""
+    write_shards(tmp_path, [5], format, latent_shape=SHAPE, target=(5, 2, 2))
+    for file in ("manifest.json", "shards.npy"):
+        (tmp_path / file).unlink()
+    assert index(tmp_path, vae) == 2
+    assert "holds features to align with (.target), and nothing in it says which network" in capsys.readouterr().err
+    assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("format", ["tar", "mds"])

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, make_index
+from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, make_index, refuse_targets
 from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
@@ -61,6 +61,7 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
         raise InputError(
             f"shard {name}: sample {key} has no .{MOMENTS}{NPY} (float array [2, C, H, W]), but {[*members]}"
         )
+    refuse_targets([member.removesuffix(NPY) for member in members], name)
     dtype, shape, _ = _header(content, *members[MOMENTS + NPY], f"shard {name}: {key}.{MOMENTS}{NPY}")
     known = {stored: d for d, stored in STORED.items()}
     if dtype not in known or len(shape) != 4 or shape[0] not in (1, 2):

@@ -8,7 +8,7 @@ UTF-8, of any length, and with a text encoder what that makes of it: token numbe
 network is to be aligned with, float16 [D, G, G], and with `flips` those of the mirrored image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
 if TYPE_CHECKING:
@@ -131,6 +132,15 @@ def make_index(
     assert place.keys() == layout.arrays.keys(), place.keys()
     flipped_n, text_n, *targets = (place.get(name) for name in (FLIPPED, TEXT, TARGET, TARGET_FLIPPED))
     return Index(label_n, place[MOMENTS], flipped_n, text_n, caption_n2, *targets)
+
+
+def refuse_targets(arrays: Collection[str], shard: str) -> None:
+    """Refuse a shard of another writer with targets among its arrays: it does not say by which network."""
+    if TARGET in arrays:
+        raise InputError(
+            f"shard {shard} holds features to align with (.{TARGET}), and nothing in it says which network made them; "
+            "encode the images with target=, or write the shards again without them"
+        )
 
 
 @dataclass(frozen=True)

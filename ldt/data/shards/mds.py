@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.shards.layout import CAPTION, FLIPPED, LABEL, MOMENTS, STORED, TEXT, Index, Layout, Samples, make_index
+from ldt.data.shards.layout import (
+    CAPTION,
+    FLIPPED,
+    LABEL,
+    MOMENTS,
+    STORED,
+    TEXT,
+    Index,
+    Layout,
+    Samples,
+    make_index,
+    refuse_targets,
+)
 from ldt.errors import InputError
 from ldt.nn.text_shape import TextShape
 
@@ -84,6 +96,7 @@ def find_layout(content: NDArray[np.uint8], name: str) -> Layout:
         raise InputError(f"shard {name} is damaged or without samples; remove it")
     columns = _read_columns(bytes(content[8 + 4 * n : int(content[4:8].view("<u4")[0])]), name)
     encodings = {k: str(encoding) for k, encoding, _ in columns}
+    refuse_targets(encodings, name)
     kind, _, rest = encodings.get(MOMENTS, "").partition(":")
     dtype, _, text = rest.partition(":")
     shape = [int(v) for v in text.split(",") if v.isdigit()]
