@@ -165,14 +165,14 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def same_facts(blobs: Sequence[Blob], tables: Sequence[Table]) -> dict[str, Any]:
+def same_facts(blobs: Sequence[Blob], facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The facts of all files, which must be the first one's; `InputError` names the one of another schema."""
-    first = tables[0].facts
-    for blob, table in zip(blobs, tables, strict=True):
-        other = next((k for k in first if table.facts[k] != first[k]), "")
+    first = facts[0]
+    for blob, one in zip(blobs, facts, strict=True):
+        other = next((k for k in first if one[k] != first[k]), "")
         if other:
             raise InputError(
-                f"{blob.name} is of another schema than {blobs[0].name} ({other}: {table.facts[other]!r} and "
+                f"{blob.name} is of another schema than {blobs[0].name} ({other}: {one[other]!r} and "
                 f"{first[other]!r}); give files of one data set"
             )
     return first
