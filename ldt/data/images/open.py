@@ -118,20 +118,32 @@ def _source(path: str, kind: str, opened: list[Blob], tables: list[Table], field
     beside = opened[0].name.rpartition("/")[0] or "."
     facts, sizes = [table.facts for table in tables], [len(table) for table in tables]
     table = Table.joined(tables)
-    if kind == "parquet":
-        table.facts = parquet.same_facts(opened, facts)
-        return parquet.ParquetImages(path, opened, table, beside)
+    if kind in ("parquet", "mds"):
+        table.facts = same_facts(opened, facts)
+        of_columns = parquet.ParquetImages if kind == "parquet" else mds_images.MDSImages
+        return of_columns(path, opened, table, beside)
     some = next((i for i, size in enumerate(sizes) if size), 0)
     table.facts = dict(facts[some])
     for blob, size, one in zip(opened, sizes, facts, strict=True):
         if size and one["labels"] != table.facts["labels"]:
             raise InputError(f"{blob.name} has no labels like those of {opened[some].name}; give files of one data set")
-    if kind == "mds":
-        return mds_images.MDSImages(path, opened, table, beside)
     places = [one[LABELS] for one in facts]
     table.facts |= {LABELS: places if any(places) else [], "unread": _unread(opened, facts)}
     check_captions(table, path, fields)
     return archives.ArchiveImages(path, opened, table, beside, kind == "zip", fields.caption)
+
+
+def same_facts(opened: Sequence[Blob], facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of all files, which must be the first one's; `InputError` names the one of another schema."""
+    first = facts[0]
+    for blob, one in zip(opened, facts, strict=True):
+        other = next((k for k in first if one[k] != first[k] and k != parquet.LARGEST), "")
+        if other:
+            raise InputError(
+                f"{blob.name} is of another schema than {opened[0].name} ({other}: {one[other]!r} and "
+                f"{first[other]!r}); give files of one data set"
+            )
+    return first | {k: max(one[k] for one in facts) for k in first if k == parquet.LARGEST}
 
 
 def _unread(opened: list[Blob], facts: list[dict[str, Any]]) -> list[str]:
