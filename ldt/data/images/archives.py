@@ -4,14 +4,17 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from ldt.data.images.blobs import Blob
-from ldt.data.images.listed import LABELS, ListedImages
-from ldt.data.images.listing import Table
-from ldt.data.images.members import JSON_VALUE, Fields, Members, texts_of
+import numpy as np
+
+from ldt.data.images import zip_directory
+from ldt.data.images.blobs import AHEAD, Blob
+from ldt.data.images.labels_file import LABELS
+from ldt.data.images.listed import ListedImages
+from ldt.data.images.listing import Ints, Table
+from ldt.data.images.members import JSON_VALUE, Fields, Members, Read, captions_in
 from ldt.errors import InputError
-from ldt.files import parse_json
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip file, APPNOTE 4.3.7
 
@@ -44,24 +47,19 @@ def index_zip(blob: Blob, fields: Fields) -> Table:
     """The images in a zip file, by the directory at its end."""
     members = Members(blob.name, fields)
     try:
-        with blob.stream() as stream, zipfile.ZipFile(stream) as archive:
-            twice = {entry.filename for entry in archive.infolist()}
-            for entry in archive.infolist():
-                if entry.is_dir():
-                    continue
-                name = relative(blob.name, entry.filename)
-                if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise InputError(
-                        f"{blob.name}: {name} is encrypted or packed otherwise than by deflate; make the zip file again"
-                    )
-                if (entry.external_attr >> 16) & 0o170000 == 0o120000:
-                    raise InputError(f"{blob.name} has a link, {name}; make it with the files themselves")
-                stored = -1 if entry.compress_type == zipfile.ZIP_STORED else entry.compress_size
-                read = _zip_reader(blob, entry.header_offset, entry.file_size, stored)
-                members.add(name, entry.header_offset, entry.file_size, stored, read)
-            if len(twice) < len(archive.infolist()):
-                raise InputError(f"{blob.name} has members of the same name twice; make the zip file again")
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, NotImplementedError, struct.error) as error:
+        for entry in zip_directory.entries(blob):
+            if entry.name.endswith("/"):
+                continue
+            name = relative(blob.name, entry.name)
+            if entry.flags & 1 or entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InputError(
+                    f"{blob.name}: {name} is encrypted or packed otherwise than by deflate; make the zip file again"
+                )
+            if entry.mode & 0o170000 == 0o120000:
+                raise InputError(f"{blob.name} has a link, {name}; make it with the files themselves")
+            stored = -1 if entry.method == zipfile.ZIP_STORED else entry.compressed
+            members.add(name, entry.offset, entry.size, stored, _zip_reader(blob, entry.offset, entry.size, stored))
+    except (ValueError, struct.error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{blob.name} is not a whole zip file ({error}); make it again") from None
@@ -87,12 +85,13 @@ class ArchiveImages(ListedImages):
 
     def remarks(self) -> list[str]:
         """Also warns of names that are in several files: the same images may be in the set twice."""
-        twice = self.names.repeated() if len(self._blobs) > 1 else []
-        if not twice:
+        twice = self.names.repeated() if len(self._blobs) > 1 else np.zeros(0, np.int64)
+        if not len(twice):
             return super().remarks()
         return [
             *super().remarks(),
-            f"{len(twice):,} names stand in several files, such as {self.names[twice[0]]}: is an image there twice?",
+            f"{len(twice):,} names stand in several files, such as {self.names[int(twice[0])]}: is an image there "
+            "twice?",
         ]
 
     def name(self, i: int) -> str:
@@ -106,39 +105,42 @@ class ArchiveImages(ListedImages):
         n = self.table.numbers
         stored, form = divmod(int(n["caption_form"][i]), 2)
         content = self._read(self._blob(i), int(n["caption_offset"][i]), int(n["caption_size"][i]), stored - 1)
-        if form != JSON_VALUE:
-            return [content]
-        try:
-            return [text.encode() for text in texts_of(parse_json(content)[self._caption_key])]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"the .json beside {self.name(i)} has no readable {self._caption_key}; write it again"
-            ) from None
+        return captions_in(content, self._caption_key, self.name(i)) if form == JSON_VALUE else [content]
 
-    def _labels_file(self) -> bytes:
-        return self._read(self._blobs[0], *self.table.facts[LABELS])
+    def _labels_files(self) -> Iterator[tuple[Ints, bytes, str]]:
+        for part, place in enumerate(self.table.facts[LABELS]):
+            number_n = np.flatnonzero(self.table.numbers["part"] == part)
+            if not len(number_n):
+                continue
+            blob = self._blobs[part]
+            if not place:
+                raise InputError(
+                    f"{blob.name} has no {LABELS}, and others of {self.where} have; add it, or take it away from those"
+                )
+            yield number_n, self._read(blob, *place), f"{blob.name}/{LABELS}"
 
     def _blob(self, i: int) -> Blob:
         return self._blobs[int(self.table.numbers["part"][i])]
 
     def _read(self, blob: Blob, offset: int, size: int, stored: int) -> bytes:
-        return _zip_reader(blob, offset, size, stored)() if self._zipped else blob.read(offset, size)
+        return _zip_reader(blob, offset, size, stored)(-1) if self._zipped else blob.read(offset, size)
 
 
-def _reader(blob: Blob, offset: int, size: int) -> Callable[[], bytes]:
-    return lambda: blob.read(offset, size)
+def _reader(blob: Blob, offset: int, size: int) -> Read:
+    return lambda limit: blob.read(offset, size if limit < 0 else min(size, limit))
 
 
-def _zip_reader(blob: Blob, offset: int, size: int, stored: int) -> Callable[[], bytes]:
-    def read() -> bytes:
-        start = stored_at(blob, offset)
+def _zip_reader(blob: Blob, offset: int, size: int, stored: int) -> Read:
+    def read(limit: int) -> bytes:
+        start, wanted = stored_at(blob, offset), size if limit < 0 else min(size, limit)
         if stored < 0:
-            return blob.read(start, size)
+            return blob.read(start, wanted)
+        packed = blob.read(start, stored if limit < 0 else min(stored, AHEAD))
         try:
-            content = zlib.decompress(blob.read(start, stored), wbits=-15, bufsize=size)
+            content = zlib.decompressobj(-15).decompress(packed, wanted) if wanted else b""
         except zlib.error as error:
             raise InputError(f"{blob.name} is damaged at byte {offset} ({error}); make the zip file again") from None
-        if len(content) != size:
+        if len(content) != wanted:
             raise InputError(f"{blob.name} is damaged at byte {offset}; make the zip file again")
         return content
 

@@ -10,7 +10,6 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -21,6 +20,7 @@ from ldt.paths import is_remote
 
 AHEAD = 1 << 22  # bytes read at once while an index is made
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+CHOICE = re.compile(r"\{([^{},]*,[^{}]*)\}")
 
 
 class Blob(ABC):
@@ -72,7 +72,7 @@ class RemoteBlob(Blob):
         self.name = address
         self._fs, self._path = filesystem(address)
         try:
-            facts = _ask(lambda: self._fs.info(self._path), address)
+            facts = ask(lambda: self._fs.info(self._path), address)
         except FileNotFoundError:
             raise InputError(f"{address} does not exist; check the address") from None
         if not isinstance(facts.get("size"), int):
@@ -84,7 +84,7 @@ class RemoteBlob(Blob):
         stop = min(offset + size, self.size)
         if stop <= offset:
             return b""
-        return bytes(_ask(lambda: self._fs.cat_file(self._path, start=offset, end=stop), self.name))
+        return bytes(ask(lambda: self._fs.cat_file(self._path, start=offset, end=stop), self.name))
 
 
 class _Stream(io.RawIOBase):
@@ -126,43 +126,52 @@ def filesystem(address: str):  # type: ignore[no-untyped-def]
         raise InputError(f"{address} can't be opened ({error}); install fsspec's back-end for it") from None
 
 
+def without_query(path: str) -> str:
+    """An http address without what follows its `?`, as presigned ones have it."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several: `*`, `?`, `[…]`, or `{00000..00999}`."""
-    return RANGE.search(path) is not None or (glob.has_magic(path) and not os.path.lexists(path))
+    """Whether a path stands for several: `*`, `?`, `[…]`, `{00000..00999}` or `{train,test}`."""
+    if os.path.lexists(path):
+        return False
+    named = without_query(path)
+    return RANGE.search(named) is not None or CHOICE.search(named) is not None or glob.has_magic(named)
 
 
 def expand(pattern: str) -> list[str]:
     """The paths that a pattern stands for, sorted; `InputError` where one of a range is not there."""
-    counted = RANGE.search(pattern)
-    if counted:
-        first, last = counted.groups()
-        if int(last) < int(first):
-            raise InputError(f"{pattern} counts down; write the smaller number first")
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        numbers = range(int(first), int(last) + 1)
-        parts = [f"{pattern[: counted.start()]}{n:0{width}d}{pattern[counted.end() :]}" for n in numbers]
-        return [path for part in parts for path in (expand(part) if is_pattern(part) else [part])]
-    if is_remote(pattern):
+    counted, listed = RANGE.search(pattern), CHOICE.search(pattern)
+    if counted or listed:
+        found = [path for part in _parts(pattern) for path in (expand(part) if is_pattern(part) else [part])]
+    elif is_remote(pattern):
         fs, path = filesystem(pattern)
-        found = [fs.unstrip_protocol(p) for p in _ask(lambda: fs.glob(path), pattern)]
+        found = [fs.unstrip_protocol(p) for p in ask(lambda: fs.glob(path), pattern)]
     else:
         found = glob.glob(pattern, recursive=True)
     if not found:
         raise InputError(f"{pattern} stands for no file; check the path")
-    return sorted(found)
+    if directory := next((p for p in found if not is_remote(p) and os.path.isdir(p)), ""):
+        raise InputError(
+            f"{pattern} stands for directories such as {directory}; give the one that holds them as images.path"
+        )
+    return found if counted or listed else sorted(found)
 
 
-def list_directory(path: str) -> Iterator[str]:
-    """The files directly in a directory at an address, sorted; nothing where it is none."""
-    fs, inside = filesystem(path)
-    try:
-        entries = _ask(lambda: fs.ls(inside, detail=True), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in sorted(entries, key=lambda e: str(e["name"])):
-        if entry.get("type") == "file" and entry["name"].rstrip("/") != inside.rstrip("/"):
-            yield str(fs.unstrip_protocol(entry["name"]))
+def _parts(pattern: str) -> list[str]:
+    """What the first braces of a pattern stand for."""
+    if listed := CHOICE.search(pattern):
+        return [f"{pattern[: listed.start()]}{part}{pattern[listed.end() :]}" for part in listed[1].split(",")]
+    counted = RANGE.search(pattern)
+    assert counted is not None
+    first, last = counted.groups()
+    if int(last) < int(first):
+        raise InputError(f"{pattern} counts down; write the smaller number first")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    numbers = range(int(first), int(last) + 1)
+    return [f"{pattern[: counted.start()]}{n:0{width}d}{pattern[counted.end() :]}" for n in numbers]
 
 
-def _ask(action, what: str):  # type: ignore[no-untyped-def]
+def ask(action, what: str):  # type: ignore[no-untyped-def]
+    """What the other side answers: failures are tried again, and what stays is said in a sentence."""
     return persist(lambda: within(STALLED, action), what)

@@ -24,6 +24,11 @@ def decode(content: bytes, name: str) -> Image.Image:
             "remove it (an encoding then needs a new output)",
             error,
         ) from None
+    return checked(image, name, deep)
+
+
+def checked(image: Image.Image, name: str, deep: bool) -> Image.Image:
+    """The image, if it is one that can be converted; deep: whether it has more than 8 bits a channel."""
     if deep:
         raise InputError(f"image {name} has more than 8 bits a channel; convert it to 8 bits")
     if image.mode not in MODES:

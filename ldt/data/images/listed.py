@@ -2,24 +2,26 @@
 
 import re
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldt import rng
 from ldt.data.images.decode import decode, upright
-from ldt.data.images.listing import Table
+from ldt.data.images.labels_file import LABELS, labels_in
+from ldt.data.images.listing import Ints, Table
 from ldt.data.images.names import SUFFIXES
 from ldt.data.images.source import ImageSource
 from ldt.data.shards.remote import Remote
 from ldt.errors import InputError
-from ldt.files import MOST_CLASSES, class_names, named_classes, natural, parse_json
+from ldt.files import MOST_CLASSES, class_names, named_classes
 from ldt.paths import is_remote
 
 SINGLE_CLASS = "images"
-LABELS = "dataset.json"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+READ = " and ".join(METADATA[:2])
 IMG2DATASET = re.compile(r"\d{5,}(_stats\.json|\.parquet)")
 VALUE = "value"
 """Of a table's facts `labels`: the classes are values given for each image, not the directories that they lie in."""
@@ -49,13 +51,13 @@ class ListedImages(ImageSource):
         """Each directory is a class, in the order of their names."""
         self.classes = tuple(sorted(self.table.classes))
         self._number([self.classes.index(c) for c in self.table.classes])
-        if SINGLE_CLASS in self.classes and len(self.classes) > 0:
-            ours = np.flatnonzero(self._labels == self.classes.index(SINGLE_CLASS)).tolist()
-            outside = [i for i in ours if "/" not in self.names[i]]
+        if SINGLE_CLASS in self.classes:  # which images outside of class directories are of, if there are no others
+            outside = np.flatnonzero(self.names.depths() == 0)
+            outside = outside[self._labels[outside] == self.classes.index(SINGLE_CLASS)]
             if 0 < len(outside) < len(self.names):
                 raise InputError(
                     f"{self.where} has images both in class directories and outside of them, such as "
-                    f"{self.names[outside[0]]}; move these"
+                    f"{self.names[int(outside[0])]}; move these"
                 )
 
     def _take_values(self) -> None:
@@ -76,21 +78,18 @@ class ListedImages(ImageSource):
         self._number([self.classes.index(c) for c in given])
 
     def _take_labels_file(self) -> None:
-        """Read labels from `dataset.json`: {"labels": [[file, class number], …]}, or null for images of one class."""
-        file = f"{self.where}/{LABELS}"
+        """Read labels from `dataset.json`, of which each of several archives has its own."""
         self.barren = ()
-        try:
-            labels = parse_json(self._labels_file())["labels"]
-            known = None if labels is None else dict(labels)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f'{file} is not readable ({error}); it needs {{"labels": [[file, class number], …]}}, or remove it'
-            ) from None
-        if not known:
-            self.classes, self._labels = (SINGLE_CLASS,), np.zeros(len(self.names), np.int32)
-            return
-        self._labels = np.array([_label_in(known, name, file) for name in self.names], np.int32)
-        self._name_numbers(int(self._labels.max()))
+        self._labels = np.zeros(len(self.names), np.int32)
+        labelled = False
+        for number_n, content, file in self._labels_files():
+            found = labels_in(content, self.names.take(number_n), file)
+            if found is not None:
+                self._labels[number_n], labelled = found, True
+        if labelled:
+            self._name_numbers(int(self._labels.max()))
+        else:
+            self.classes = (SINGLE_CLASS,)
 
     def _number(self, numbers: list[int]) -> None:
         """Set the labels of all images: `numbers` are those of the table's classes."""
@@ -145,15 +144,21 @@ class ListedImages(ImageSource):
     def remarks(self) -> list[str]:
         """Also warns of an image that lies deeper than the directory of its class."""
         by_directory = self.classes[self.label(0)] == self.names[0].partition("/")[0]
-        nested = next((n for n in self.names if n.count("/") > 1), "") if by_directory else ""
-        if not nested:
-            return super().remarks()
+        nested_n = np.flatnonzero(self.names.depths() > 1) if by_directory else np.zeros(0, np.int64)
+        unread = self.table.facts.get("unread")
         return [
             *super().remarks(),
-            f"images lie deeper than the directory of their class, such as {nested}: they are of class "
-            f"{nested.partition('/')[0]}; if the classes are further down, stop and give the directory right above "
-            "them as images.path",
+            *([f"{unread[0]} is not read: {READ} are, in the directory images.path itself"] if unread else []),
+            *([self._nested(self.names[int(nested_n[0])])] if len(nested_n) else []),
         ]
+
+    @staticmethod
+    def _nested(name: str) -> str:
+        return (
+            f"images lie deeper than the directory of their class, such as {name}: they are of class "
+            f"{name.partition('/')[0]}; if the classes are further down, stop and give the directory right above "
+            "them as images.path"
+        )
 
     @abstractmethod
     def content(self, i: int) -> bytes:
@@ -163,14 +168,6 @@ class ListedImages(ImageSource):
     def _captions(self, i: int) -> list[bytes]:
         """The captions of image i, which has one or several."""
 
-    def _labels_file(self) -> bytes:
-        """The content of `dataset.json`; sources that can't have one are refused as if theirs were empty."""
-        return b""
-
-
-def _label_in(known: dict[str, Any], name: str, file: str) -> int:
-    if name not in known:
-        raise InputError(f"{file} has no label for {name}; add it, or remove the image")
-    if not natural(known[name]) or known[name] >= MOST_CLASSES:
-        raise InputError(f"{file} has {known[name]!r} as the label of {name}; labels are class numbers from 0")
-    return int(known[name])
+    def _labels_files(self) -> Iterator[tuple[Ints, bytes, str]]:
+        """The content of every `dataset.json`, its name, and the numbers of the images that it is about."""
+        raise NotImplementedError

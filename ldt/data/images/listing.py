@@ -1,4 +1,4 @@
-"""A list of images as arrays: about 80 bytes for an image and its name, so that ten million fit into memory.
+"""A list of images as arrays: 64 bytes for an image besides its name, so that ten million fit into memory.
 
 No image has a Python object of its own: names lie one after another in one block of bytes, numbers in arrays.
 """
@@ -47,11 +47,17 @@ class Names:
         """The permutation that sorts them, by bytes, which is the order of their characters."""
         return np.argsort(self._padded(), kind="stable")
 
-    def repeated(self) -> list[int]:
+    def repeated(self) -> Ints:
         """The positions of names that have occurred before."""
         padded = self._padded()
         order = np.argsort(padded, kind="stable")
-        return np.sort(order[1:][padded[order][1:] == padded[order][:-1]]).tolist()
+        padded = padded[order]
+        return np.sort(order[1:][padded[1:] == padded[:-1]])
+
+    def depths(self) -> Ints:
+        """How many directories each name, as a path, lies below."""
+        slash_n = np.flatnonzero(np.frombuffer(self.content, np.uint8) == ord("/"))
+        return np.bincount(np.searchsorted(self.end_n, slash_n, "right"), minlength=len(self))
 
     def _padded(self) -> NDArray[np.bytes_]:
         """All names, each as long as the longest."""
@@ -70,16 +76,37 @@ class Names:
         """The names at these positions, in this order."""
         size_n = np.diff(self.end_n, prepend=0)[order]
         start_n = np.concatenate([[0], self.end_n[:-1]])[order] if len(self) else self.end_n
-        out = bytearray()
-        for start, size in zip(start_n.tolist(), size_n.tolist(), strict=True):
-            out += self.content[start : start + size]
+        content, out = np.frombuffer(self.content, np.uint8), bytearray()
+        for first in range(0, len(order), CHUNK):
+            sizes, starts = size_n[first : first + CHUNK], start_n[first : first + CHUNK]
+            within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            out += content[np.repeat(starts, sizes) + within].tobytes()
         return Names(out, np.cumsum(size_n))
+
+    def positions(self, wanted: "Names") -> Ints:
+        """Where each of other names is among these, −1 where it is not; of equal ones it is the last."""
+        if not len(self) or not len(wanted):
+            return np.full(len(wanted), -1)
+        padded, others = self._padded(), wanted._padded()
+        order = np.argsort(padded, kind="stable")
+        found = order[np.searchsorted(padded, others, "right", order) - 1]
+        return np.where(padded[found] == others, found, -1)
 
     @classmethod
     def joined(cls, parts: Sequence["Names"]) -> "Names":
+        """One after another. The parts are used up: all of them twice would be the most memory of an index."""
         starts = np.cumsum([0, *(len(p.content) for p in parts)])
-        ends = [p.end_n + start for p, start in zip(parts, starts.tolist(), strict=False)]
-        return cls(b"".join(bytes(p.content) for p in parts), np.concatenate(ends))
+        end_n = np.concatenate([p.end_n + start for p, start in zip(parts, starts.tolist(), strict=False)])
+        content = bytearray()
+        for part in parts:
+            content += part.content
+            part.content, part.end_n = b"", part.end_n[:0]
+        return cls(content, end_n)
+
+
+def numbers_of(order: Ints) -> Iterator[int]:
+    """The numbers in an array as Python's, a few at a time."""
+    return (i for first in range(0, len(order), CHUNK) for i in order[first : first + CHUNK].tolist())
 
 
 @dataclass
@@ -93,7 +120,7 @@ class Table:
     names: Names
     label_n: NDArray[np.int32]
     classes: list[str]
-    numbers: dict[str, Ints]
+    numbers: dict[str, NDArray[Any]]
     left_out: Counter[str] = field(default_factory=Counter)
     barren: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -137,14 +164,20 @@ class Table:
 
     @classmethod
     def joined(cls, parts: Sequence["Table"]) -> "Table":
-        """The images of several files, one after another; `part` says which file each comes from."""
+        """The images of several files, one after another; `part` says which file each comes from.
+
+        The parts are used up, column by column, so that no more than one of those is in memory twice.
+        """
+        if len(parts) == 1:
+            return parts[0]
         classes: dict[str, int] = {}
-        labels = []
+        labels, counts = [], [len(p) for p in parts]
         for part in parts:
             renumber = np.array([classes.setdefault(c, len(classes)) for c in part.classes] or [0], np.int32)
             labels.append(renumber[part.label_n])
-        numbers = {name: np.concatenate([p.numbers[name] for p in parts]) for name in NUMBERS}
-        numbers["part"] = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+            part.label_n = part.label_n[:0]
+        numbers = {name: np.concatenate([p.numbers.pop(name) for p in parts]) for name in NUMBERS}
+        numbers["part"] = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
         left_out: Counter[str] = sum((p.left_out for p in parts), Counter())
         barren = sorted({name for p in parts for name in p.barren} - {*classes})
         names = Names.joined([p.names for p in parts])
@@ -176,8 +209,9 @@ class Listing:
 
     def table(self) -> Table:
         """The images that were added, in the order in which they came."""
-        numbers = {name: np.array(column, np.int64) for name, column in self._numbers.items()}
-        names = Names(bytes(self._names), np.array(self._ends, np.int64))
+        numbers: dict[str, NDArray[Any]] = {n: np.array(column, np.int64) for n, column in self._numbers.items()}
+        numbers["part"] = numbers["part"].astype(np.int32)
+        names = Names(self._names, np.array(self._ends, np.int64))
         return Table(
             names, np.array(self._labels, np.int32), [*self._classes], numbers, self.left_out, sorted(self.barren)
         )

@@ -8,14 +8,16 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from ldt.data.images.blobs import Blob
+from ldt.data.images.decode import checked
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields
 from ldt.errors import InputError
 
-IMAGE_KINDS = ("jpeg", "png", "bytes")
+IMAGE_KINDS = ("jpeg", "png", "bytes", "pil")
 INTEGERS = {"int": "<i8"} | {f"{u}int{8 * n}": f"<{u or 'i'}{n}" for u in ("", "u") for n in (1, 2, 4, 8)}
 CAPTIONS = ("caption", "text")
 
@@ -52,6 +54,7 @@ def index_mds(blob: Blob, fields: Fields) -> Table:
         listing.add(f"{i:09d}", value, size, int(offsets[i]) + at, -1, text)
     table = listing.table()
     table.facts = {"labels": VALUE if label else "", "image": image, "label": label, "caption": caption}
+    table.facts["encoding"] = kinds[image]
     return table
 
 
@@ -68,6 +71,9 @@ class MDSImages(ListedImages):
     def key(self, i: int) -> str:
         return f"{int(self.table.numbers['part'][i])} {self.names[i]}"
 
+    def image(self, i: int) -> Image.Image:
+        return pixels(self.content(i), self.name(i)) if self.table.facts["encoding"] == "pil" else super().image(i)
+
     def content(self, i: int) -> bytes:
         return self._blob(i).read(int(self.table.numbers["offset"][i]), int(self.table.numbers["size"][i]))
 
@@ -77,6 +83,17 @@ class MDSImages(ListedImages):
 
     def _blob(self, i: int) -> Blob:
         return self._blobs[int(self.table.numbers["part"][i])]
+
+
+def pixels(content: bytes, name: str) -> Image.Image:
+    """An image of the encoding `pil`: width, height and length of the mode's name (uint32), the mode, the pixels."""
+    try:
+        width, height, length = np.frombuffer(content[:12], "<u4").tolist()
+        mode = content[12 : 12 + length].decode("ascii")
+        image = Image.frombytes(mode, (width, height), content[12 + length :])
+    except (ValueError, KeyError) as error:  # UnicodeDecodeError is a ValueError
+        raise InputError(f"image {name} is not readable ({error}); write it again") from None
+    return checked(image, name, mode[0] in "IF")
 
 
 def _head(blob: Blob) -> tuple[int, np.ndarray, list[tuple[str, str, int | None]]]:

@@ -17,16 +17,19 @@ from ldt.data.images.bucket_rule import Size, choose
 from ldt.data.images.chosen import Chosen, of_classes
 from ldt.data.images.embedded import CROPPED, EMBEDDED, CroppedFashionMNIST, FashionMNIST
 from ldt.data.images.folder import ImageFolder
+from ldt.data.images.labels_file import LABELS
 from ldt.data.images.listing import Table
-from ldt.data.images.members import USUAL, Fields
+from ldt.data.images.members import USUAL, Fields, check_captions
+from ldt.data.images.names import SUFFIXES, suffix
 from ldt.data.images.npz import NpzImages
 from ldt.data.images.source import ImageSource
-from ldt.errors import InputError, RunError, file_error
+from ldt.data.images.tree import Entry, open_tree
+from ldt.errors import InputError, RunError
 from ldt.files import write_atomic
 from ldt.paths import is_remote
 
 logger = log.get_logger(__name__)
-VERSION = 2  # of what an index holds
+VERSION = 3  # of what an index holds
 THREADS = 8
 INDEXERS: dict[str, Callable[[Blob, Fields], Table]] = {
     "tar": archives.index_tar,
@@ -34,7 +37,9 @@ INDEXERS: dict[str, Callable[[Blob, Fields], Table]] = {
     "parquet": parquet.index_parquet,
     "mds": mds_images.index_mds,
 }
+ARCHIVES = tuple(f".{kind}" for kind in INDEXERS)
 MAGIC = {"zip": (b"PK\3\4", b"PK\5\6"), "parquet": (b"PAR1",)}
+PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")  # gzip, zstd, bzip2, xz
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".mds.zstd", ".mds.gz", ".zst")
 
 
@@ -95,7 +100,7 @@ def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
         return NpzImages(path)
     files = _files(path)
     if not files:
-        return ImageFolder(Path(path), fields)
+        return ImageFolder(open_tree(path), fields)
     opened = _in_parallel(blobs.open_blob, files)
     kinds = [kind_of(blob) for blob in opened]
     if len(set(kinds)) > 1:
@@ -111,51 +116,81 @@ def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:
 
 def _source(path: str, kind: str, opened: list[Blob], tables: list[Table], fields: Fields) -> ImageSource:
     beside = opened[0].name.rpartition("/")[0] or "."
+    facts, sizes = [table.facts for table in tables], [len(table) for table in tables]
     table = Table.joined(tables)
-    if kind == "parquet":
-        table.facts = parquet.same_facts(opened, tables)
-        return parquet.ParquetImages(path, opened, table, beside)
-    table.facts = dict(tables[0].facts)
-    for blob, one in zip(opened, tables, strict=True):
-        if one.facts["labels"] != table.facts["labels"] and len(one):
-            raise InputError(f"{blob.name} has no labels like those of {opened[0].name}; give files of one data set")
-    if kind == "mds":
-        return mds_images.MDSImages(path, opened, table, beside)
-    if len(opened) > 1:
-        table.facts["dataset.json"] = []
+    if kind in ("parquet", "mds"):
+        table.facts = same_facts(opened, facts)
+        of_columns = parquet.ParquetImages if kind == "parquet" else mds_images.MDSImages
+        return of_columns(path, opened, table, beside)
+    some = next((i for i, size in enumerate(sizes) if size), 0)
+    table.facts = dict(facts[some])
+    for blob, size, one in zip(opened, sizes, facts, strict=True):
+        if size and one["labels"] != table.facts["labels"]:
+            raise InputError(f"{blob.name} has no labels like those of {opened[some].name}; give files of one data set")
+    places = [one[LABELS] for one in facts]
+    table.facts |= {LABELS: places if any(places) else [], "unread": _unread(opened, facts)}
+    check_captions(table, path, fields)
     return archives.ArchiveImages(path, opened, table, beside, kind == "zip", fields.caption)
+
+
+def same_facts(opened: Sequence[Blob], facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of all files, which must be the first one's; `InputError` names the one of another schema."""
+    first = facts[0]
+    for blob, one in zip(opened, facts, strict=True):
+        other = next((k for k in first if one[k] != first[k] and k != parquet.LARGEST), "")
+        if other:
+            raise InputError(
+                f"{blob.name} is of another schema than {opened[0].name} ({other}: {one[other]!r} and "
+                f"{first[other]!r}); give files of one data set"
+            )
+    return first | {k: max(one[k] for one in facts) for k in first if k == parquet.LARGEST}
+
+
+def _unread(opened: list[Blob], facts: list[dict[str, Any]]) -> list[str]:
+    return [f"{blob.name}/{name}" for blob, one in zip(opened, facts, strict=True) for name in one["unread"]][:5]
 
 
 def _files(path: str) -> list[str]:
     """The files that hold the images of a path; none for a directory that holds them itself."""
     if blobs.is_pattern(path):
         return blobs.expand(path)
-    if is_remote(path):
-        inside = [p for p in blobs.list_directory(path) if p.endswith(tuple(f".{kind}" for kind in INDEXERS))]
-        return inside or [path]
-    where = Path(path)
-    if not where.exists():
-        raise InputError(
-            f"image path {path} does not exist; give a directory of images, a tar, zip or parquet file, or {EMBEDDED}"
-        )
-    if not where.is_dir():
+    if not is_remote(path):
+        if not Path(path).exists():
+            raise InputError(
+                f"image path {path} does not exist; give a directory of images, a tar, zip or parquet file, or "
+                f"{EMBEDDED}"
+            )
+        if not Path(path).is_dir():
+            return [path]
+    elif blobs.without_query(path).endswith((*ARCHIVES, *COMPRESSED)):  # not asked for: it could be taken for a page
         return [path]
-    try:
-        names = sorted(n for n in os.listdir(where) if not n.startswith("."))
-    except OSError as error:
-        raise file_error(f"directory {path}", error, "check it") from None
-    if any((where / n).is_dir() for n in names):  # img2dataset's parquet files lie beside its directories
+    entries = sorted(entry for entry in open_tree(path).entries() if not entry.name.startswith("."))
+    if is_remote(path) and not entries:
+        return [path]  # a file, or nothing
+    return _archives(path.rstrip("/"), entries)
+
+
+def _archives(path: str, entries: list[Entry]) -> list[str]:
+    """The files in a directory that hold images, if it is one of those."""
+    names = [entry.name for entry in entries]
+    if any(entry.is_directory for entry in entries):  # img2dataset's parquet files lie beside its directories
         return []
     held = {kind: [n for n in names if n.endswith(f".{kind}")] for kind in INDEXERS}
     if held["tar"] and held["parquet"]:  # img2dataset's, of what it has loaded
         held["parquet"] = []
-    found = [f"{path}/{n}" for kind in INDEXERS for n in held[kind]]
+    found = [n for kind in INDEXERS for n in held[kind]]
     if class_tar := next((n for n in names if re.fullmatch(r"n\d{8}\.tar", n)), ""):  # ImageNet's, each of one class
         raise InputError(f"{path} holds archives such as {class_tar}, no images; unpack each as its class directory")
     packed = next((n for n in names if n.endswith(COMPRESSED)), "")
     if packed and not found:
         raise InputError(f"{path} holds compressed files such as {packed}; unpack them to .tar or .mds first")
-    return found
+    image = next((n for n in names if suffix(n) in SUFFIXES), "")
+    if found and image:
+        raise InputError(
+            f"{path} mixes kinds of files: images such as {image}, and {found[0]}; move one of them, or give the "
+            f"others by a pattern such as {path}/*.{found[0].rpartition('.')[2]}"
+        )
+    return [f"{path}/{n}" for n in found]
 
 
 def kind_of(blob: Blob) -> str:
@@ -170,6 +205,8 @@ def kind_of(blob: Blob) -> str:
         return "mds"
     if blob.name.endswith(".tar") or _is_old_tar(head):
         return "tar"
+    if head.startswith(PACKED):
+        raise InputError(f"{blob.name} is compressed as a whole; unpack it first, to a .tar for example")
     raise InputError(
         f"image path {blob.name} is neither a directory nor a tar, zip, parquet or .npz file or an MDS shard (it "
         f"begins with {head[:16]!r}); give one of these, or {EMBEDDED}"

@@ -13,7 +13,8 @@ from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields, texts_of
 from ldt.errors import InputError, by_reason
 
-GROUPS_KEPT = 4  # row groups of images that are in memory at a time
+KEPT = 1 << 30  # bytes of row groups that are in memory at a time, if there is more than one
+LARGEST = "bytes of the largest row group"
 CAPTIONS = ("caption", "text")
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
@@ -66,12 +67,29 @@ def index_parquet(blob: Blob, fields: Fields) -> Table:
             row += 1
     table = listing.table()
     table.facts = {"labels": VALUE if label else "", "image": image, "caption": caption, "names": names}
+    table.facts |= {"others": [c for c in binary_columns(columns) if c != image], LARGEST: _largest(file, image)}
     return table
+
+
+def binary_columns(columns: dict[str, str]) -> list[str]:
+    """The columns that may hold images: bytes, or Hugging Face's struct around them."""
+    return [c for c, kind in columns.items() if kind in ("binary", "large_binary") or "bytes: binary" in kind]
+
+
+def _largest(file: Any, column: str) -> int:
+    """Bytes of the images in the largest row group."""
+    groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+    return max((_size(group, column) for group in groups), default=0)
+
+
+def _size(group: Any, column: str) -> int:
+    parts = (group.column(c) for c in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in parts if c.path_in_schema.split(".")[0] == column)
 
 
 def image_column(blob: Blob, columns: dict[str, str]) -> str:
     """The column that holds image bytes."""
-    binary = [c for c, kind in columns.items() if kind in ("binary", "large_binary") or "bytes: binary" in kind]
+    binary = binary_columns(columns)
     usual = [c for c in IMAGES if c in binary] or [c for c in binary if columns[c].startswith("struct")] or binary
     if not usual:
         raise InputError(
@@ -108,6 +126,18 @@ class ParquetImages(ListedImages):
         else:
             super()._name_numbers(largest)
 
+    def remarks(self) -> list[str]:
+        """Also says which of several columns the images are, and when row groups take much memory."""
+        facts, out = self.table.facts, super().remarks()
+        if facts["others"]:
+            out.append(f"images are the column {facts['image']}; {', '.join(facts['others'])} may hold some too")
+        if facts[LARGEST] > KEPT:
+            out.append(
+                f"a row group holds {facts[LARGEST] / 1e9:.1f} GB of images, which are read at once; write the files "
+                "again with row_group_size=1000 to save memory"
+            )
+        return out
+
     def name(self, i: int) -> str:
         return f"row {int(self.names[i])} of {self._blobs[self._file(i)].name}"
 
@@ -142,7 +172,7 @@ class ParquetImages(ListedImages):
                     self._files = {file: open_file(self._blobs[file])}
                 read = _read_group(self._files[file], self._blobs[file], group, column)
                 self._groups[key] = read
-                if len(self._groups) > 2 * GROUPS_KEPT:
+                while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
             return self._groups[key]
@@ -163,16 +193,3 @@ def _column(file: Any, blob: Blob, group: int, name: str) -> list[Any]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def same_facts(blobs: Sequence[Blob], tables: Sequence[Table]) -> dict[str, Any]:
-    """The facts of all files, which must be the first one's; `InputError` names the one of another schema."""
-    first = tables[0].facts
-    for blob, table in zip(blobs, tables, strict=True):
-        other = next((k for k in first if table.facts[k] != first[k]), "")
-        if other:
-            raise InputError(
-                f"{blob.name} is of another schema than {blobs[0].name} ({other}: {table.facts[other]!r} and "
-                f"{first[other]!r}); give files of one data set"
-            )
-    return first
