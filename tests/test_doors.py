@@ -45,9 +45,10 @@ def theirs():
 
 def in_diffusers(w):
     """The same weights in diffusers' model, mapped here by hand."""
+    outputs, classes = len(w["final_layer.linear.bias"]) // 4, len(w["y_embedder.embedding_table.weight"]) - 1
     model = DiTTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=8, num_layers=DEPTH,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=CLASSES, norm_eps=1e-6,
+        num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=outputs,
+        num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_eps=1e-6,
     )  # fmt: skip
     state = {"pos_embed.proj.weight": w["x_embedder.proj.weight"], "pos_embed.proj.bias": w["x_embedder.proj.bias"]}
     for kind in ("weight", "bias"):
