@@ -17,9 +17,10 @@ from PIL import Image
 from ldt import cli
 from ldt.data.images import open_encoded, prepare
 from ldt.data.images.bucket_rule import Size, choose, is_enlarged, kept
-from ldt.data.shards import open_shards
+from ldt.data.shards import Manifest, open_shards
 from ldt.data.shards.buckets import read_buckets
 from ldt.errors import InputError
+from ldt.log import read_jsonl
 from ldt.models.autoencoder import Autoencoder
 
 BUCKETS = ["8x8", "16x16", "8x12", "12x8"]  # height first
@@ -163,7 +164,7 @@ def test_any_number_of_ranks_and_a_restart_make_the_same_files(pool, arguments, 
         ({"images.buckets": "[8x8,7x8]"}, "sides divisible by 2, not 7x8"),
         ({"images.size": 8}, "images.size=8 and images.buckets are both given"),
         ({"whitening": "element"}, "whitening=element is by statistics of one latent shape"),
-        ({"images.on_error": "skip"}, "images.on_error=skip is for one images.size"),
+        ({"target": "efficientnet_lite0"}, "target=efficientnet_lite0 has one grid of patches, and images.buckets"),
         ({"images.fit": "pad"}, "fits into none of images.buckets=8x8,16x16,8x12,12x8"),
     ],
 )
@@ -171,6 +172,56 @@ def test_wrong_buckets_are_refused(arguments, tmp_path, capsys, changes, words):
     assert cli.main(["encode", *arguments(tmp_path / "out", **changes)]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+@pytest.fixture
+def spoiled(images, tmp_path):
+    """The images and three that can't be read: one without a header, one cut off after it, one too large to pad."""
+    copy = shutil.copytree(images, tmp_path / "spoiled")
+    noise = np.random.default_rng(1).integers(0, 255, (12, 8), np.uint8)
+    (copy / "ant" / "no_image.png").write_bytes(b"no image")
+    Image.fromarray(noise).save(copy / "ant" / "cut.png")
+    content = (copy / "ant" / "cut.png").read_bytes()
+    (copy / "ant" / "cut.png").write_bytes(content[: len(content) // 2])
+    return copy
+
+
+def test_unreadable_images_are_skipped_where_asked(pool, arguments, spoiled, tmp_path, capsys):
+    """The rest is as if they had never been there; each is named with its reason, once."""
+    assert cli.main(["encode", *arguments(tmp_path / "stopped", **{"images.path": spoiled})]) == 2
+    assert f"image {spoiled}/ant/no_image.png is not readable" in capsys.readouterr().err
+    out, plain, skip = tmp_path / "out", tmp_path / "plain", {"images.path": spoiled, "images.on_error": "skip"}
+    assert cli.main(["encode", *arguments(out, **skip)]) == 0
+    said = capsys.readouterr().err
+    assert f"left out, as they could not be read: 1 image, named in {out}/left_out.jsonl" in said
+    assert f"left out, as they could not be read: 1 image, named in {out}/12x8/left_out.jsonl" in said
+    left = {path: list(read_jsonl(path)) for path in sorted(out.rglob("left_out.jsonl"))}
+    assert [(path.parent.name, line["image"]) for path, lines in left.items() for line in lines] == [
+        ("12x8", "ant/cut.png"),
+        ("out", "ant/no_image.png"),
+    ]
+    assert all("is not readable" in line["reason"] for lines in left.values() for line in lines)
+    assert cli.main(["encode", *arguments(plain)]) == 0
+    for name in BUCKETS:
+        ours, theirs = (Manifest.load(root / name) for root in (out, plain))
+        assert ours.samples == theirs.samples and ours.recipe["images.on_error"] == "skip"
+        with pytest.raises(InputError, match="encoded without the unreadable images"):
+            open_encoded(ours.recipe)
+    assert list(read_buckets(out).values()) == list(read_buckets(plain).values()), "the same samples"
+    ranks = tmp_path / "ranks"
+    pool(2).run(encode_case, settings=arguments(ranks, **skip))
+    assert read_buckets(ranks) == read_buckets(out)
+    assert {p: c for p, c in files(ranks).items() if "left" in p} == {
+        p: c for p, c in files(out).items() if "left" in p
+    }
+
+
+def test_images_that_no_bucket_holds_are_skipped_where_asked(arguments, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["encode", *arguments(out, **{"images.fit": "pad", "images.on_error": "skip"})]) == 0
+    lines = list(read_jsonl(out / "left_out.jsonl"))
+    assert len(lines) == SHAPES.count((20, 19)) + SHAPES.count((30, 20))
+    assert all("fits into none of images.buckets=8x8,16x16,8x12,12x8" in line["reason"] for line in lines)
 
 
 def test_other_buckets_want_another_output(arguments, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """Images of several sizes and aspect ratios: sorted into buckets, each of which is encoded as data of its own.
 
 Which image belongs to which bucket is a function of its size and of `images.buckets` (`ldt.data.images.bucket_rule`).
-The sizes are measured by all ranks together and kept in the output, so that a restart does not measure again. Every
-bucket is then a directory with its own shards, manifest and held-out split, as resumable as any; `buckets.json`, which
-names them, comes last.
+The sizes are measured by all ranks together, from the files' headers where these are enough, and kept in the output, so
+that a restart does not measure again. Every bucket is then a directory with its own shards, manifest and held-out
+split, as resumable as any; `buckets.json`, which names them, comes last.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from ldt.data.shard_files import BUCKETS
 from ldt.data.shards.buckets import write_buckets
 from ldt.data.shards.manifest import Manifest
 from ldt.dist import World, all_gather, broadcast, on_rank_zero, together
-from ldt.encoding.config import EncodeJob
-from ldt.encoding.encoder import Encoder
+from ldt.encoding.config import EncodeJob, ImagesConfig
+from ldt.encoding.encoder import LEFT_OUT, Encoder, say_left_out, write_left_out
 from ldt.encoding.inputs import ImageInput, open_source
 from ldt.encoding.plan import Plan, hash_of
 from ldt.errors import InputError, by_reason
@@ -51,15 +51,19 @@ def encode_buckets(config: EncodeJob, world: World) -> None:
     output, sizes = Path(config.output), config.images.sizes
     on_rank_zero(world, lambda: _claim(output, [str(size) for size in sizes]))
     source = open_source(config, world)
-    buckets = sort(source, measure(source, config, output, world), sizes, config.images.fit)
+    buckets, unsorted = sort(source, measure(source, config, output, world), config.images)
     if world.rank == 0:
         for line in describe(buckets, sizes):
             logger.info("%s", line)
+        say_left_out(output, unsorted)
+    on_rank_zero(world, lambda: write_left_out(output, unsorted))
     autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
-    plans = [
-        Plan(config, autoencoder, ImageInput(config, autoencoder, bucket.source, bucket.size, world), world)
-        for bucket in buckets
-    ]
+
+    def plan_of(bucket: Bucket) -> Plan:
+        images = ImageInput(config, autoencoder, bucket.source, bucket.size, world, len(unsorted))
+        return Plan(config, autoencoder, images, world)
+
+    plans = [plan_of(bucket) for bucket in buckets]
     for bucket, plan in zip(buckets, plans, strict=True):
         Encoder(config, world, plan, output / str(bucket.size)).run()
 
@@ -83,7 +87,7 @@ def _claim(output: Path, names: list[str]) -> None:
     """Refuse an output that holds something else, such as buckets of other sizes."""
     there = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
     for name in there:
-        if name not in (*names, BUCKETS) and not name.startswith(SIZES):
+        if name not in (*names, BUCKETS, LEFT_OUT) and not name.startswith(SIZES):
             raise InputError(
                 f"output={output} already holds {name}, which is none of images.buckets={','.join(names)}; choose "
                 "another output or delete it"
@@ -95,7 +99,10 @@ def _claim(output: Path, names: list[str]) -> None:
 
 
 def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) -> NDArray[np.int32]:
-    """Height and width of every image, int32 [N, 2]; `InputError` names one that can't be read (collective)."""
+    """Height and width of every image, int32 [N, 2] (collective).
+
+    `InputError` names one that can't be read; where these are skipped, it is 0 × 0.
+    """
     names = on_rank_zero(world, lambda: hash_of(f"{source.key(i)} {source.size(i)}" for i in range(len(source))))
     file = output / f"{SIZES}{names}.npy"
     known = broadcast(_read(file, len(source)) if world.rank == 0 else None)
@@ -103,8 +110,12 @@ def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) 
         return known
 
     def size_of(i: int) -> tuple[int, int]:
-        image = source.image(i)
-        return image.height, image.width
+        try:
+            return source.shape(i)
+        except InputError:
+            if config.images.on_error == "skip":
+                return 0, 0
+            raise
 
     def mine() -> list[tuple[int, int]]:
         numbers = range(world.rank, len(source), world.size)
@@ -142,11 +153,25 @@ def _read(file: Path, images: int) -> NDArray[np.int32] | None:
     return found if found.shape == (images, 2) and found.dtype == np.int32 else None
 
 
-def sort(source: ImageSource, size_N2: NDArray[np.int32], sizes: list[Size], fit: str) -> list[Bucket]:
-    """The buckets that have images, in the order of `sizes`."""
+def sort(
+    source: ImageSource, size_N2: NDArray[np.int32], wanted: ImagesConfig
+) -> tuple[list[Bucket], list[tuple[str, str]]]:
+    """The buckets that have images, in the order of `wanted.sizes`; names of images that have none, and why not.
+
+    `InputError` instead of the latter unless they are to be skipped.
+    """
+    sizes, fit = wanted.sizes, wanted.fit
     different, inverse = np.unique(size_N2, axis=0, return_inverse=True)
     images = [Size(*pair) for pair in different.tolist()]
-    chosen = [choose(image, sizes, fit) for image in images]
+    chosen, reasons = [], {}
+    for image in images:
+        try:
+            chosen.append(choose(image, sizes, fit) if image.height else -1)
+        except InputError as error:
+            if wanted.on_error != "skip":
+                raise
+            chosen.append(-1)
+            reasons[image] = str(error)
     counts = np.bincount(inverse.ravel(), minlength=len(images)).tolist()
     bucket_N, out = np.array(chosen)[inverse.ravel()], []
     for k, size in enumerate(sizes):
@@ -159,7 +184,19 @@ def sort(source: ImageSource, size_N2: NDArray[np.int32], sizes: list[Size], fit
             facts["enlarged"] = sum(n for s, n in here if is_enlarged(s, size))
             facts["kept"] = round(float(sum(n * kept(s, size) for s, n in here) / total), 4)
         out.append(Bucket(size, Chosen(source, np.flatnonzero(bucket_N == k)), facts))
-    return out
+
+    def reason(i: int) -> str:
+        return reasons.get(Size(*size_N2[i].tolist())) or _why_unreadable(source, i)
+
+    return out, [(source.key(i), reason(i)) for i in np.flatnonzero(bucket_N < 0).tolist()]
+
+
+def _why_unreadable(source: ImageSource, i: int) -> str:
+    try:
+        source.shape(i)
+    except InputError as error:
+        return str(error)
+    return "could not be read when it was measured; to have it too, encode into a new output"
 
 
 def describe(buckets: list[Bucket], sizes: list[Size]) -> Iterator[str]:

@@ -38,11 +38,6 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         if self.buckets and self.size:
             raise InputError(f"images.size={self.size} and images.buckets are both given; leave one of them out")
-        if self.buckets and self.on_error == "skip":
-            raise InputError(
-                "images.on_error=skip is for one images.size; with images.buckets an unreadable image is named: "
-                "replace or remove it"
-            )
         if repeated := [size for size, n in Counter(self.sizes).items() if n > 1]:
             raise InputError(f"images.buckets names {repeated[0]} twice; name it once")
 

@@ -5,6 +5,7 @@ the same files, and running the command again after a stop or a kill goes on wit
 """
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,7 @@ class Encoder:
         )
         if self.plan.text and images.captioned < len(images):
             logger.warning("%s of %s images have a caption", f"{images.captioned:,}", f"{len(images):,}")
-        if self.plan.input.unreadable:
-            logger.warning(
-                "%s could not be read and are left out: %s",
-                f"{len(self.plan.input.unreadable):,} images",
-                self.output / LEFT_OUT,
-            )
+        say_left_out(self.output, self.plan.input.unreadable)
         for remark in images.remarks():
             logger.warning("%s", remark)
 
@@ -121,9 +117,7 @@ class Encoder:
             raise by_reason(
                 f"output={self.output} can't be made ({error.strerror}); choose another place", error
             ) from None
-        lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in self.plan.input.unreadable]
-        if lines:
-            write_atomic(self.output / LEFT_OUT, "".join(lines).encode())
+        write_left_out(self.output, self.plan.input.unreadable)
         write_atomic(marker, json.dumps(self.plan.recipe(), indent=1).encode())
         return False
 
@@ -270,6 +264,20 @@ class Encoder:
             f"next: ldt inspect {self.output} grid=grid.png; ldt train configs/{example}.yaml data.path={self.output}"
         )
         print(f"latent shards: {self.output}")
+
+
+def write_left_out(output: Path, unreadable: Sequence[tuple[str, str]]) -> None:
+    """Note the names of images that are left out, and why."""
+    lines = [json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in unreadable]
+    if lines:
+        write_atomic(output / LEFT_OUT, "".join(lines).encode())
+
+
+def say_left_out(output: Path, unreadable: Sequence[tuple[str, str]]) -> None:
+    """Warn of images that are left out."""
+    if unreadable:
+        images = pluralize(len(unreadable), "image", "images")
+        logger.warning("left out, as they could not be read: %s, named in %s", images, output / LEFT_OUT)
 
 
 def _short(value: Any) -> str:

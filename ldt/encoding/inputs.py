@@ -49,12 +49,21 @@ class Input(ABC):
 
 
 class ImageInput(Input):
-    """Images that go through the autoencoder; a content is uint8 [H, W, C]."""
+    """Images that go through the autoencoder; a content is uint8 [H, W, C].
+
+    without: how many images are left out before, for they belong to no bucket.
+    """
 
     def __init__(
-        self, config: EncodeJob, autoencoder: Autoencoder, source: ImageSource, size: Size, world: World
+        self,
+        config: EncodeJob,
+        autoencoder: Autoencoder,
+        source: ImageSource,
+        size: Size,
+        world: World,
+        without: int = 0,
     ) -> None:
-        self._config, self._autoencoder = config, autoencoder
+        self._config, self._autoencoder, self._without = config, autoencoder, without
         self.source: ImageSource = source
         self.path, self.size, self.unreadable = config.images.path, size, []
         autoencoder.check_size(*size)
@@ -80,7 +89,8 @@ class ImageInput(Input):
         wanted = self._config.images
         chosen = {f"images.{key}": getattr(wanted, key) for key in ("label", "caption", "exif", "on_error", "classes")}
         out = {key: value for key, value in chosen.items() if value and value not in ("ignore", "stop")}
-        return out | ({"unreadable images left out": len(self.unreadable)} if wanted.on_error == "skip" else {})
+        left_out = self._without + len(self.unreadable)
+        return out | ({"unreadable images left out": left_out} if wanted.on_error == "skip" else {})
 
     def _leave_out_unreadable(self, world: World) -> None:
         """Look at every image, all ranks together, and go on without those that can't be encoded."""

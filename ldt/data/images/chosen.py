@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ldt.data.images.bucket_rule import Size
 from ldt.data.images.source import ImageSource
 from ldt.errors import InputError
 
@@ -40,6 +41,9 @@ class Chosen(ImageSource):
 
     def image(self, i: int) -> Image.Image:
         return self._source.image(int(self._number_n[i]))
+
+    def shape(self, i: int) -> Size:
+        return self._source.shape(int(self._number_n[i]))
 
     def size(self, i: int) -> int:
         return self._source.size(int(self._number_n[i]))

@@ -4,12 +4,16 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from ldt.data.images.bucket_rule import Size
 from ldt.errors import InputError, by_reason
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 MODE = {1: "L", 3: "RGB"}
+HEADERS = ("JPEG", "MPO", "WEBP", "PNG")
+"""Formats whose header says how large the decoded image is. (Others may change it while they decode, as ICO and TIFF.)
+All but PNG, where it may follow the pixels, also say there how the image is turned."""
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -54,6 +58,25 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     if image.format == "PPM":
         return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
     return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def shape_of(content: bytes, name: str, turn: bool) -> Size:
+    """Height and width of the image in a file's content, from its header where that is enough.
+
+    turn: of the image turned as its EXIF says. `InputError` where even this can't be read; a header alone does not show
+    that the rest is damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format in HEADERS and not (turn and image.format == "PNG"):
+                size = Size(image.height, image.width)
+                sideways = turn and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                return Size(size.width, size.height) if sideways else size
+    except Exception:  # Pillow raises a dozen types over a damaged file, which `decode` puts into words
+        pass
+    whole = decode(content, name)
+    whole = upright(whole) if turn else whole
+    return Size(whole.height, whole.width)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ldt import rng
-from ldt.data.images.decode import decode, upright
+from ldt.data.images.bucket_rule import Size
+from ldt.data.images.decode import decode, shape_of, upright
 from ldt.data.images.labels_file import LABELS, labels_in
 from ldt.data.images.listing import Ints, Table
 from ldt.data.images.names import SUFFIXES
@@ -128,6 +129,9 @@ class ListedImages(ImageSource):
     def image(self, i: int) -> Image.Image:
         image = decode(self.content(i), self.name(i))
         return upright(image) if self.turn else image
+
+    def shape(self, i: int) -> Size:
+        return shape_of(self.content(i), self.name(i), self.turn)
 
     def caption(self, i: int) -> str:
         if self.table.numbers["caption_offset"][i] < 0:

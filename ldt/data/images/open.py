@@ -31,6 +31,7 @@ from ldt.paths import is_remote
 logger = log.get_logger(__name__)
 VERSION = 3  # of what an index holds
 THREADS = 8
+MEASURED_TOGETHER = 4096  # images
 INDEXERS: dict[str, Callable[[Blob, Fields], Table]] = {
     "tar": archives.index_tar,
     "zip": archives.index_zip,
@@ -72,6 +73,25 @@ def index_share(path: str, fields: Fields, index_dir: str, rank: int, ranks: int
 
 def open_encoded(recipe: dict[str, Any]) -> ImageSource:
     """The images that data with this recipe were encoded from; `InputError` where they can't be told any more."""
+    if "images.buckets" in recipe:
+        return open_encoded_buckets(recipe)[Size(*recipe["images.size"])]
+    return _encoded(recipe)
+
+
+def open_encoded_buckets(recipe: dict[str, Any]) -> dict[Size, ImageSource]:
+    """The images of all buckets, one of which has this recipe, by their sizes."""
+    source, sizes = _encoded(recipe), [Size.parse(text, "images.buckets") for text in recipe["images.buckets"]]
+    bucket_N = np.empty(len(source), np.int64)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(source), MEASURED_TOGETHER):
+            numbers = range(start, min(start + MEASURED_TOGETHER, len(source)))
+            shapes = pool.map(source.shape, numbers)
+            bucket_N[numbers.start : numbers.stop] = [choose(shape, sizes, recipe["images.fit"]) for shape in shapes]
+    return {size: Chosen(source, np.flatnonzero(bucket_N == k)) for k, size in enumerate(sizes)}
+
+
+def _encoded(recipe: dict[str, Any]) -> ImageSource:
+    """All images of a recipe, of which a bucket has some."""
     if recipe.get("unreadable images left out"):
         raise InputError(
             f"the data were encoded without the unreadable images of {recipe['images.path']}; give images that can all "
@@ -79,14 +99,7 @@ def open_encoded(recipe: dict[str, Any]) -> ImageSource:
         )
     fields = Fields(recipe.get("images.label", ""), recipe.get("images.caption", ""))
     turn, classes = recipe.get("images.exif") == "turn", recipe.get("images.classes", ())
-    source = open_images(recipe["images.path"], fields, turn=turn, classes=classes, seed=recipe.get("seed", 0))
-    if "images.buckets" not in recipe:
-        return source
-    buckets = [Size.parse(text, "images.buckets") for text in recipe["images.buckets"]]
-    mine, fit = buckets.index(Size(*recipe["images.size"])), recipe["images.fit"]
-    images = map(source.image, range(len(source)))
-    bucket_N = np.array([choose(Size(image.height, image.width), buckets, fit) for image in images])
-    return Chosen(source, np.flatnonzero(bucket_N == mine))
+    return open_images(recipe["images.path"], fields, turn=turn, classes=classes, seed=recipe.get("seed", 0))
 
 
 def _open(path: str, fields: Fields, index_dir: str) -> ImageSource:

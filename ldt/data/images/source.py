@@ -5,6 +5,8 @@ from collections import Counter
 
 from PIL import Image
 
+from ldt.data.images.bucket_rule import Size
+
 
 class ImageSource(ABC):
     """Images with a class each. `classes` are names in label order; `len` is the number of images.
@@ -39,6 +41,11 @@ class ImageSource(ABC):
     @abstractmethod
     def image(self, i: int) -> Image.Image:
         """Image i, decoded; `InputError` names a file that is not a readable image."""
+
+    def shape(self, i: int) -> Size:
+        """Height and width of image i as `image` gives it; of many formats without decoding it."""
+        image = self.image(i)
+        return Size(image.height, image.width)
 
     def size(self, i: int) -> int:
         """Bytes of the file of image i as it is now."""
