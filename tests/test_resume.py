@@ -56,6 +56,7 @@ TABLE = {
     "model.unet.head_channels": ("16", GOES_ON),
     "model.unet.context": ("64", GOES_ON),
     "model.interval": ("true", OTHER_MODEL),
+    "model.size_conditioning": ("true", OTHER_MODEL),
     "model.inner_head": ("1", OTHER_MODEL),
     "model.head.depth": ("1", OTHER_MODEL),
     "model.head.width": ("64", GOES_ON),  # plays no part without a head

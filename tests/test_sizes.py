@@ -78,6 +78,7 @@ COUNTED = [
     (ModelConfig(width=48, depth=2, heads=4, condition_on="text"), TEXT),
     (ModelConfig(width=48, depth=3, heads=4, inner_head=1), None),
     (ModelConfig(width=48, depth=3, heads=4, interval=True), None),
+    (ModelConfig(width=48, depth=3, heads=4, size_conditioning=True), None),
     (ModelConfig(width=48, depth=3, heads=4, inner_head=1, head=HeadConfig(1, 64, 2)), None),
     (dataclasses.replace(uvit("S/4"), inner_head=2), None),
     (ModelConfig(width=48, depth=3, heads=4, inner_head=1, conditioning="adaln_zero", learned_sigma=True), None),

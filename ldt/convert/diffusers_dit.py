@@ -38,6 +38,7 @@ NEEDED = {
     "qkv_bias": True,
     "long_skips": False,
     "output_convolution": False,
+    "size_conditioning": False,
     "time": "steps",
     "time_frequencies": "diffusers",
     "time_embedding": "mlp",

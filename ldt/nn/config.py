@@ -73,7 +73,8 @@ class ModelConfig:
     (`rope_sincos`). `learned_sigma`: as many output channels again, which nothing here trains or uses: for weights from
     elsewhere. `activation_checkpointing`: keep only what enters each block and compute the rest again in the backward
     pass. `value_residual`: every block's values are mixed with the first one's (Zhou et al. 2410.17897). `interval`: it
-    is also told over which time back from t a velocity is averaged, for `objective.mean_flow`. `inner_head`: after how
+    is also told over which time back from t a velocity is averaged, for `objective.mean_flow`. `size_conditioning`: and
+    how high and wide the latent is, for data in buckets. `inner_head`: after how
     many blocks a second output is read and trained, for `guidance_inner` (0: none). `head`: wide blocks at the end.
     `unet` belongs to name=unet, which ignores the Transformer's keys.
     """
@@ -104,6 +105,7 @@ class ModelConfig:
     attention: str = choice("auto", "sdpa", "cudnn", "flash", "reference")
     activation_checkpointing: bool = False
     interval: bool = False
+    size_conditioning: bool = False
     inner_head: int = 0
     head: HeadConfig = section(HeadConfig)
     unet: UNetConfig = section(UNetConfig)
@@ -137,6 +139,8 @@ class ModelConfig:
                 "model.interval=true needs model.name=transformer, model.time=unit (or continuous) and "
                 "model.inner_head=0"
             )
+        if self.size_conditioning and self.name != "transformer":
+            raise InputError("model.size_conditioning=true needs model.name=transformer, which takes several sizes")
         if self.head.depth:
             self._check_head()
         if self.name == "unet" and self.attention not in ("auto", "sdpa"):

@@ -59,6 +59,25 @@ class TimeSinusoids(nn.Module):
         return sinusoids(network_time(t_B, self.clock), self.width, self.spacing)
 
 
+class SizeEmbedding(nn.Module):
+    """Height and width of a latent → [1, D], to be added to the time's: SDXL's target size (Podell et al. 2307.01952).
+
+    Sinusoids of both through one perceptron. The sizes that an image had before, and where it was cropped, which SDXL
+    tells too, would have to be stored of every sample.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(2 * FREQUENCIES, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        weight = self.up.weight
+        sides = [torch.full((1,), float(side), device=weight.device) for side in (height, width)]
+        waves = torch.cat([sinusoids(side, FREQUENCIES) for side in sides], dim=-1)
+        return self.down(F.silu(self.up(waves.to(weight.dtype))))
+
+
 class TextEmbedding(nn.Module):
     """Token numbers int64 [B, M] or features [B, M, F] → tokens [B, M, D], with learned positions."""
 

@@ -109,6 +109,8 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     if config.inner_head:
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
     total += ((config.time_embedding == "mlp") + config.interval) * (256 * D + D * D)
+    if config.size_conditioning:
+        total += 512 * D + D * D
     if config.long_skips:
         total += config.depth // 2 * N * 2 * D * D
     if config.output_convolution:

@@ -19,7 +19,7 @@ from ldt.nn.align import Projector
 from ldt.nn.attention import Padding, choose_kernel, padding_of
 from ldt.nn.block import Block, Modulation, PositionsByGrid, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
-from ldt.nn.embedding import AxialRotary, Rotation, TextEmbedding, TimeEmbedding, TimeSinusoids
+from ldt.nn.embedding import AxialRotary, Rotation, SizeEmbedding, TextEmbedding, TimeEmbedding, TimeSinusoids
 from ldt.nn.inner_head import InnerHead
 from ldt.nn.text_shape import TextShape
 from ldt.nn.wide_head import WideHead
@@ -71,6 +71,7 @@ class Transformer(nn.Module):
             self.unpatchify = nn.Linear(config.width, output * config.patch**2)
         self.convolution = nn.Conv2d(output, output, 3, padding=1) if config.output_convolution else None
         self.interval = TimeEmbedding(config.width, config.time, config.time_frequencies) if config.interval else None
+        self.size = SizeEmbedding(config.width) if config.size_conditioning else None
         if config.init == "dit":
             self._init_as_dit()
         else:
@@ -89,6 +90,8 @@ class Transformer(nn.Module):
         if self.interval is not None:
             nn.init.normal_(self.interval.up.weight, std=0.02)
             nn.init.zeros_(self.interval.down.weight)
+        if self.size is not None:
+            nn.init.zeros_(self.size.down.weight)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         for module in self.modules():
@@ -130,6 +133,8 @@ class Transformer(nn.Module):
         time_BD = self.time(t_B)
         if self.interval is not None:
             time_BD = time_BD + self.interval(torch.zeros_like(t_B) if r_B is None else t_B - r_B)
+        if self.size is not None:
+            time_BD = time_BD + self.size(*x_BCHW.shape[2:])
         modulation_B1D = padding = None
         if self.config.conditioning == "in_context":
             before_BMD, mask_BM = self._tokens(time_BD, condition)
