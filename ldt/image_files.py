@@ -46,6 +46,16 @@ def class_rows(image_NHWC: NDArray[np.uint8], label_N: Labels, most_rows: int = 
     return [image_NHWC[i : i + columns] for i in range(0, len(image_NHWC), columns)]
 
 
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other on white."""
+    canvas = Image.new(pictures[0].mode, (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    return canvas
+
+
 def titled(picture: Image.Image, titles: Sequence[str], width: int = 200) -> Image.Image:
     """A picture of as many rows of the same height, with a title to the left of each."""
     canvas = Image.new("RGB", (picture.width + width, picture.height), "white")

@@ -49,6 +49,13 @@ class ImageModel:
     text: TextEncoder | None = None
     guide: Guide | None = None
 
+    def at(self, shape: tuple[int, int, int]) -> "ImageModel":
+        """The same for latents of another shape, of which it knows no buckets."""
+        height = shape[1] * self.spec.image_size // self.spec.latent_shape[1]
+        spec = replace(self.spec, latent_shape=shape, image_size=height, buckets={})
+        guide = self.guide and self.guide.at(shape)
+        return replace(self, spec=spec, objective=self.objective.at(shape), guide=guide)
+
     @property
     def examples(self) -> list[tuple[int, str]]:
         """Labels and captions that images are drawn of unless others are given; none for a denoiser of classes."""
@@ -89,9 +96,7 @@ def resized(model: ImageModel, trained: dict[str, Any], size: str) -> ImageModel
         )
     check_shapes(config, spec.shapes | {f"size={size}": shape})
     model.autoencoder.check_size(*pixels)
-    guide = model.guide and model.guide.at(shape)
-    other = replace(spec, latent_shape=shape, image_size=pixels.height, buckets={})
-    return replace(model, spec=other, objective=model.objective.at(shape), guide=guide)
+    return model.at(shape)
 
 
 def examples_of(spec: LatentSpec) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ from ldt.diffusion.condition import Condition
 from ldt.diffusion.fixed_times import FixedTimes
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, all_gather, all_reduce_sum, on_rank_zero
-from ldt.image_files import class_grid, write_cells, write_picture
+from ldt.image_files import class_grid, stacked, write_cells, write_picture
 from ldt.models.text_encoder import KnownCaptions, TextEncoder, reload_text_encoder
 from ldt.run.directory import NEWEST_CELLS, SAMPLES
 from ldt.sampling.config import ImageConfig
@@ -95,8 +95,9 @@ def _by_bucket(names: Iterable[str], total_PT: Tensor, count_PT: Tensor) -> dict
 
 
 def preview_images(spec: LatentSpec) -> int:
-    """How many images a preview shows."""
-    return min(10, len(spec.classes)) * PREVIEW_COLUMNS
+    """How many images a preview shows, of each bucket where there are several: fewer, and at least a row."""
+    rows = min(10, len(spec.classes))
+    return max(1, rows // len(spec.shapes)) * PREVIEW_COLUMNS
 
 
 def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder | None:
@@ -117,16 +118,25 @@ def preview_text(spec: LatentSpec, uses_text: bool, world: World) -> TextEncoder
 
 
 def draw_preview(model: ImageModel, settings: ImageConfig, world: World, run_dir: Path, samples_seen: int) -> None:
-    """Write a grid of samples, always of the same noise and labels, and its images beside it (collective)."""
+    """Write a grid of samples, always of the same noise and labels, and its images beside it (collective).
+
+    Of data in buckets the picture has a grid of each, below each other, and the images are those of the largest.
+    """
     images = preview_images(model.spec)
     mine = -(-images // world.size)  # the same number on every rank: ZeRO-3 gathers weights together
-    drawn = sample_images(model, range(world.rank * mine, (world.rank + 1) * mine), settings)
-    blocks = all_gather(drawn.numpy())
+    ids, label_N = range(world.rank * mine, (world.rank + 1) * mine), default_labels(model, range(images), settings)
+    grids = []
+    for shape in model.spec.shapes.values():
+        blocks = all_gather(sample_images(model.at(shape), ids, settings).numpy())
+        if world.rank != 0:
+            continue
+        image_NHWC = np.concatenate(blocks)[:images]
+        grids.append(class_grid(image_NHWC, label_N))
+        if shape == model.spec.latent_shape:
+            (run_dir / SAMPLES).mkdir(exist_ok=True)
+            write_cells(run_dir / NEWEST_CELLS, image_NHWC, label_N, samples_seen)
     if world.rank == 0:
-        image_NHWC, label_N = np.concatenate(blocks)[:images], default_labels(model, range(images), settings)
-        (run_dir / SAMPLES).mkdir(exist_ok=True)
-        write_cells(run_dir / NEWEST_CELLS, image_NHWC, label_N, samples_seen)
-        write_picture(run_dir / SAMPLES / f"{samples_seen:012d}.png", class_grid(image_NHWC, label_N))
+        write_picture(run_dir / SAMPLES / f"{samples_seen:012d}.png", stacked(grids))
 
 
 class Meter:
