@@ -24,14 +24,16 @@ from ldt.data.images import prepare
 from ldt.data.images.open import open_images
 from ldt.dist import World
 from ldt.errors import InputError
+from ldt.evaluation.compared import blocks_of, parts_of
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.scorer import make_features, open_reference
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.feature_store import FeatureStore
 from ldt.metrics.frechet import frechet_distance
+from ldt.metrics.image_set import ImageSet
 from ldt.metrics.reference import load as load_reference
-from ldt.metrics.reference import reference_of_images
+from ldt.metrics.reference import reference_of
 from ldt.metrics.scores import CAPTIONS, METRICS
 from ldt.metrics.set_metrics import inception_score, kernel_distance, precision_recall
 from ldt.sampling.config import DrawConfig
@@ -175,7 +177,8 @@ def test_reference_cache_knows_its_content(original: Path, tmp_path: Path) -> No
     detector = make_detector("efficientnet_lite0")
 
     def open_it(fit: str = "pad", size: int = 32) -> tuple[str, int]:
-        reference = reference_of_images(str(images), size, 1, fit, detector, tmp_path / "cache", ALONE)
+        sets = [ImageSet(open_images(str(images)), size, size, 1, fit)]
+        reference = reference_of(sets, detector, tmp_path / "cache", ALONE)
         return reference.hash, len(list((tmp_path / "cache").glob("*.npz")))
 
     first = open_it()
@@ -220,12 +223,13 @@ def test_an_interrupted_evaluation_makes_only_what_is_missing(
     """Blocks that a killed job left are kept, a damaged one is made again, and the numbers are the same."""
     model, detector, config = _model(run_dir), make_detector("efficientnet_lite0"), settings()
     store = FeatureStore(tmp_path / "work")
-    assert make_features(config, model, detector, store, ALONE) == 3
+    blocks = blocks_of(parts_of(config, model.spec), config.block)
+    assert len(list(make_features(config, blocks, {"": model}, detector, store, ALONE).pieces("features"))) == 3
     files = sorted(store.directory.iterdir())
     before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     files[0].unlink()
     files[1].write_bytes(before[1][0][:100])
-    make_features(config, model, detector, store, ALONE)
+    make_features(config, blocks, {"": model}, detector, store, ALONE)
     after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     assert [a[0] for a in after] == [b[0] for b in before]
     assert [a[1] == b[1] for a, b in zip(after, before, strict=True)] == [False, False, True]

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from ldt.config_fields import choice, path_field
 from ldt.data.images.npz import holds_images
-from ldt.data.shard_files import HEAD
+from ldt.data.shard_files import BUCKETS, HEAD
 from ldt.errors import InputError
 from ldt.sampling.config import DrawConfig
+
+ALL = "all"  # sizes
 
 
 @dataclass
@@ -33,7 +35,8 @@ class EvaluateConfig(DrawConfig, MeasureConfig):
 
     `checkpoint`: newest, all, or one's number of samples. `reference`: real images (all that images.path takes, brought
     to size by `fit`), latent shards (the images behind them) or an .npz of statistics; empty for the images that the
-    run's data were encoded from. `output`: the evaluations.jsonl to write, empty for the run's.
+    run's data were encoded from. `size`: that of one bucket, or `all` (the same as none) for all buckets of the run,
+    each with its share of the images, in one score. `output`: the evaluations.jsonl to write, empty for the run's.
     """
 
     images: int = 50_000
@@ -41,6 +44,10 @@ class EvaluateConfig(DrawConfig, MeasureConfig):
     reference: str = path_field()
     fit: str = choice("as_encoded", "crop", "pad")
     output: str = path_field()
+
+    def check_size(self) -> None:
+        if self.size != ALL:
+            super().check_size()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +64,9 @@ class EvaluateConfig(DrawConfig, MeasureConfig):
 
 def is_images(reference: str) -> bool:
     """Whether a reference is a set of images, rather than statistics, latent shards or the run's own data."""
-    return bool(reference) and not is_statistics(reference) and not (Path(reference) / HEAD).exists()
+    if not reference or is_statistics(reference):
+        return False
+    return not any((Path(reference) / name).exists() for name in (HEAD, BUCKETS))
 
 
 def is_statistics(reference: str) -> bool:

@@ -6,8 +6,10 @@ image ids, so that they do not depend on the number of processes.
 """
 
 import hashlib
+import itertools
 import json
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,18 @@ from ldt import log
 from ldt.checkpoint.load import Loaded
 from ldt.checkpoint.manifest import versions
 from ldt.config import to_dict
-from ldt.data.images import ImageSource, open_encoded, open_images
-from ldt.data.images.bucket_rule import Size
-from ldt.data.shards.manifest import read_head
 from ldt.dist import World, broadcast, on_rank_zero
 from ldt.errors import InputError
-from ldt.evaluation.config import EvaluateConfig, is_images, is_statistics
+from ldt.evaluation.compared import Block, blocks_of, parts_of, real_images
+from ldt.evaluation.config import EvaluateConfig, is_statistics
 from ldt.files import natural, parse_json, replacing, schema_error, write_json
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore, StoredFeatures
 from ldt.metrics.features import store_features
-from ldt.metrics.reference import Reference, reference_of_images
+from ldt.metrics.reference import Reference, reference_of
 from ldt.metrics.reference import load as load_reference
 from ldt.metrics.scores import CAPTIONS, captions_of, compute, score_names
-from ldt.sampling.draw import ImageModel, block_ids, examples_of, image_model, load_guide, resized, sample_images
+from ldt.sampling.draw import ImageModel, examples_of, image_model, load_guide, resized, sample_images
 
 logger = log.get_logger(__name__)
 
@@ -58,68 +58,30 @@ SILENT_UNLESS_CHANGED = {"guidance_inner": 1.0, "guide_scale": 1.0, "size": ""}
 
 def open_reference(config: EvaluateConfig, loaded: Loaded, detector: Detector, world: World) -> Reference:
     """Statistics of the real images to compare with."""
-    path, fit = config.reference, config.fit
+    path = config.reference
     if CAPTIONS in config.metrics:
-        asked_captions(config, loaded)  # refuses before any work
+        asked_captions(loaded, [])  # refuses before any work
     if is_statistics(path):
         if CAPTIONS in config.metrics:
             raise InputError(f"reference={path} holds no captions; give images as reference, or leave {CAPTIONS} out")
         return load_reference(Path(path), detector)
-    if is_images(path):
-        images = open_images(path)
-    else:
-        data = loaded.config.get("data", {})
-        if not path and not data:
-            raise InputError(
-                f"{loaded.path} does not know which data it was trained on, as an imported model; give "
-                "evaluate.reference and evaluate.fit"
-            )
-        if not path and data.get("sources"):
-            raise InputError(
-                "the run was trained on several data.sources; say with evaluate.reference which images to compare with"
-            )
-        images, fit = images_of_shards(path or _bucket_of(config, loaded, data["path"]))
-    size = Size.parse(config.size, "evaluate.size") if config.size else loaded.spec.image_shape
-    cache_dir = Path(config.cache_dir).expanduser()
-    reference = reference_of_images(images, size, loaded.spec.image_channels, fit, detector, cache_dir, world)
+    sets, cache_dir = real_images(config, loaded), Path(config.cache_dir).expanduser()
+    reference = reference_of(sets, detector, cache_dir, world)
     if CAPTIONS not in config.metrics:
         return reference
-    captions = on_rank_zero(world, lambda: captions_of(images, path or "the data of the run"))
+    where = path or "the data of the run"
+    captions = on_rank_zero(world, lambda: [text for images in sets for text in captions_of(images.source, where)])
     return replace(reference, captions=captions)
 
 
-def asked_captions(config: EvaluateConfig, loaded: Loaded) -> list[str]:
-    """The caption that each image is drawn of."""
+def asked_captions(loaded: Loaded, ids: Iterable[int]) -> list[str]:
+    """The caption that each of these images is drawn of."""
     if loaded.config["model"].get("condition_on", "class") == "class":
         raise InputError(f"metrics={CAPTIONS} needs a denoiser of captions, and {loaded.path} knows classes alone")
     captions = [caption for _, caption in examples_of(loaded.spec)]
     if not any(captions):
         raise InputError(f"metrics={CAPTIONS} needs captions, and {loaded.path} was trained on none; leave it out")
-    return [captions[i % len(captions)] for i in range(config.images)]
-
-
-def _bucket_of(config: EvaluateConfig, loaded: Loaded, path: str) -> str:
-    """The shards behind the images to compare with: of data in buckets, those of the bucket of `evaluate.size`."""
-    buckets = loaded.spec.buckets
-    if not buckets:
-        return path
-    if config.size not in buckets:
-        raise InputError(
-            f"{loaded.path} was trained on several sizes, which are scored one by one: evaluate.size={config.size} has "
-            f"to be one of {', '.join(buckets)} (several, separated by commas, end in a table), or give "
-            "evaluate.reference"
-        )
-    return f"{path.rstrip('/')}/{config.size}"
-
-
-def images_of_shards(shards: str) -> tuple[ImageSource, str]:
-    """The images that latent shards were encoded from, and how they came to size."""
-    recipe = read_head(shards)["recipe"]
-    if "images.path" not in recipe:
-        raise InputError(
-            f"the data in {shards} do not say which images they were encoded from; give images as reference, and fit"
-        )
-    return open_encoded(recipe), recipe["images.fit"]
+    return [captions[i % len(captions)] for i in ids]
 
 
 def score_once(
@@ -131,7 +93,9 @@ def score_once(
     identity = {k: v for k, v in identity.items() if SILENT_UNLESS_CHANGED.get(k) != v}
     identity |= {"detector_hash": detector.hash, "reference_hash": reference.hash}
     identity |= {"guide_hash": guide.hash} if guide else {}
-    asked = asked_captions(config, loaded) if CAPTIONS in config.metrics else []
+    blocks = blocks_of(parts_of(config, loaded.spec), config.block)
+    ids = itertools.chain.from_iterable(block.ids[: block.wanted] for block in blocks)
+    asked = asked_captions(loaded, ids) if CAPTIONS in config.metrics else []
     identity |= {"captions_hash": short_hash([asked, reference.captions])} if asked else {}
     file = output.parent / "evaluations" / f"{loaded.samples_seen:012d}-{short_hash(identity)}.json"
     result = broadcast(_read_result(file, loaded.hash) if world.rank == 0 else None)
@@ -139,13 +103,11 @@ def score_once(
         start = time.perf_counter()
         store = FeatureStore(file.parent / f".{file.stem}-{loaded.hash[:8]}.work")
         model = image_model(loaded, config.precision, world.device, config.compile, guide)
-        model = resized(model, loaded.config, config.size)
-        blocks = make_features(config, model, detector, store, world)
+        models = {size: resized(model, loaded.config, size) for size in {block.size for block in blocks}}
+        features = make_features(config, blocks, models, detector, store, world)
         if world.rank != 0:
             return None
-        scores, moments = compute(
-            config.metrics, detector, StoredFeatures(store, blocks), reference, config.seed, asked
-        )
+        scores, moments = compute(config.metrics, detector, features, reference, config.seed, asked)
         assert moments.count == config.images, (moments.count, config.images)
         result = {
             "samples_seen": loaded.samples_seen,
@@ -174,14 +136,20 @@ def score_once(
 
 
 def make_features(
-    config: EvaluateConfig, model: ImageModel, detector: Detector, store: FeatureStore, world: World
-) -> int:
-    """Put the features of images 0 to config.images − 1 into the store, all ranks together; returns how many blocks."""
+    config: EvaluateConfig,
+    blocks: Sequence[Block],
+    models: Mapping[str, ImageModel],
+    detector: Detector,
+    store: FeatureStore,
+    world: World,
+) -> StoredFeatures:
+    """Put the features of the blocks' images into the store, all ranks together. models: by the blocks' sizes."""
 
     def produce(k: int) -> torch.Tensor:
-        return sample_images(model, block_ids(k, config.block), config)
+        return sample_images(models[blocks[k].size], blocks[k].ids, config)
 
-    return store_features(store, detector, config.images, config.block, produce, world, "evaluate")
+    wanted_K = [block.wanted for block in blocks]
+    return StoredFeatures(store, store_features(store, detector, wanted_K, produce, world, "evaluate"))
 
 
 def derive_jsonl(output: Path) -> None:

@@ -22,11 +22,12 @@ from ldt.config_fields import check_seed, choice, path_field, required_path_fiel
 from ldt.data.images import ImageSource, open_images
 from ldt.dist import World, in_block_order, on_rank_zero
 from ldt.errors import InputError
+from ldt.evaluation.compared import images_of_shards
 from ldt.evaluation.config import MeasureConfig, is_images, is_statistics
-from ldt.evaluation.scorer import Section, device_name, images_of_shards, short_hash, warn_of_few
+from ldt.evaluation.scorer import Section, device_name, short_hash, warn_of_few
 from ldt.metrics.detectors import Detector, make_detector
 from ldt.metrics.feature_store import ChosenFeatures, FeatureStore, StoredFeatures
-from ldt.metrics.features import store_features
+from ldt.metrics.features import block_sizes, store_features
 from ldt.metrics.image_set import ImageSet
 from ldt.metrics.reference import Reference, load, reference_of
 from ldt.metrics.scores import CAPTIONS, captions_of, check, check_counts, compute
@@ -162,7 +163,7 @@ def _open_reference(config: ScoreJob, like: ImageSet, detector: Detector, world:
         source, encoded_fit = images_of_shards(path)
         fit = encoded_fit if fit == "as_is" else fit
     images = ImageSet(source, like.height, like.width, like.channels, fit)
-    reference = reference_of(images, detector, Path(config.cache_dir).expanduser(), world)
+    reference = reference_of([images], detector, Path(config.cache_dir).expanduser(), world)
     return replace(reference, captions=_captions(images, config, path, world))
 
 
@@ -184,7 +185,7 @@ def _measure(path: str, images: ImageSet, config: ScoreJob, detector: Detector, 
         missing = config.block - len(block_BHWC)
         return torch.from_numpy(np.concatenate([block_BHWC, np.repeat(block_BHWC[-1:], missing, 0)]))
 
-    blocks = store_features(store, detector, len(images), config.block, produce, world, "score")
+    blocks = store_features(store, detector, block_sizes(len(images), config.block), produce, world, "score")
     captions = _captions(images, config, path, world)
     return Measured(path, images, pixels, store, StoredFeatures(store, blocks), captions)
 

@@ -1,7 +1,7 @@
 """Features of images that come in blocks, on all ranks together, while the next block is being made."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -16,30 +16,28 @@ from ldt.metrics.feature_store import FeatureStore
 def store_features(
     store: FeatureStore,
     detector: Detector,
-    images: int,
-    block: int,
+    wanted_K: Sequence[int],
     produce: Callable[[int], Tensor],
     world: World,
     title: str,
 ) -> int:
-    """Put the features of images 0 to `images` − 1 into the store; returns how many blocks.
+    """Put the features of the first `wanted_K[k]` images of every block k into the store; returns how many blocks.
 
-    produce: block k as uint8 [block, H, W, C]. The detector always sees whole blocks, because the last bits of its
-    features depend on the size of its batch: what the last one has too many is dropped. While a block is made, a thread
-    looks at the last one.
+    produce: block k as uint8 [B, H, W, C]. The detector always sees whole blocks, because the last bits of its features
+    depend on the size of its batch: what is not wanted of them is dropped. While a block is made, a thread looks at the
+    last one.
     """
-    blocks = -(-images // block)
+    blocks = len(wanted_K)
 
     def detect(k: int, image_BHWC: Tensor) -> None:
-        wanted = images - k * block
-        store.write(k, {name: value[:wanted] for name, value in detector(image_BHWC).arrays().items()})
+        store.write(k, {name: value[: wanted_K[k]] for name, value in detector(image_BHWC).arrays().items()})
 
     # on a CPU whose cores all have a process, a second thread only gets in the way
     overlap = world.device.type == "cuda" or len(os.sched_getaffinity(0)) > world.local_size
     missing = [k for k in range(world.rank, blocks, world.size) if not store.has(k)]
     with (
         ThreadPoolExecutor(1, initializer=use_device, initargs=(world.device,)) as thread,
-        log.progress(images, "img", title, show=world.rank == 0) as bar,
+        log.progress(sum(wanted_K), "img", title, show=world.rank == 0) as bar,
     ):
         pending: Future[None] | None = None
         for k in missing:
@@ -49,8 +47,13 @@ def store_features(
             pending = thread.submit(detect, k, image_BHWC)
             if not overlap:
                 pending.result()
-            bar.update(block * world.size)
+            bar.update(wanted_K[k] * world.size)
         if pending is not None:
             pending.result()
     barrier()
     return blocks
+
+
+def block_sizes(images: int, block: int) -> list[int]:
+    """How many images each block has: `block`, and the last one what is left."""
+    return [min(block, images - start) for start in range(0, images, block)]

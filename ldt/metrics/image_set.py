@@ -45,10 +45,14 @@ class ImageSet:
         """Block k of `size` images; the last one may have fewer."""
         return self.images(range(k * size, min((k + 1) * size, len(self))))
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `BLOCK` there are."""
+        return -(-len(self) // BLOCK)
+
     def digests(self, world: World) -> Iterator[bytes]:
         """A hash of the pixels of every block of `BLOCK`, in order, on every rank; the ranks share the work."""
-        blocks = -(-len(self) // BLOCK)
-        yield from in_block_order(blocks, lambda k: hashlib.sha256(self.block(k).tobytes()).digest(), world)
+        yield from in_block_order(self.blocks, lambda k: hashlib.sha256(self.block(k).tobytes()).digest(), world)
 
     def hash(self, world: World) -> str:
         """SHA-256 of size and pixels."""

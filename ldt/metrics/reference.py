@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from ldt import log
-from ldt.data.images import ImageSource, open_images
 from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, parse_json, replacing, schema_error
@@ -74,48 +73,36 @@ class Reference:
         return features
 
 
-def reference_of_images(
-    path: str | ImageSource,
-    size: int | tuple[int, int],
-    channels: int,
-    fit: str,
-    detector: Detector,
-    cache_dir: Path,
-    world: World,
-) -> Reference:
-    """Statistics of all images of a source or at its path; `fit` is `crop` (ADM's centre crop) or `pad`.
+def reference_of(sets: Sequence[ImageSet], detector: Detector, cache_dir: Path, world: World) -> Reference:
+    """Statistics of all images of one or several sets, each of its size, as one distribution.
 
-    size: the side of a square, or (height, width).
+    Pixels are hashed on every call, features computed once; the ranks share both.
     """
-    source = open_images(path) if isinstance(path, str) else path
-    height, width = (size, size) if isinstance(size, int) else size
-    return reference_of(ImageSet(source, height, width, channels, fit), detector, cache_dir, world)
-
-
-def reference_of(images: ImageSet, detector: Detector, cache_dir: Path, world: World) -> Reference:
-    """Statistics of a set of images. Pixels are hashed on every call, features computed once; the ranks share both."""
-    blocks = -(-len(images) // BLOCK)
     digest = hashlib.sha256(detector.hash.encode())
-    for block_digest in images.digests(world):
-        digest.update(block_digest)
+    for images in sets:
+        if len(sets) > 1:  # blocks of 8×12 and of 12×8 pixels may have the same bytes
+            digest.update(f"{len(images)} {images.height} {images.width}".encode())
+        for block_digest in images.digests(world):
+            digest.update(block_digest)
     file = cache_dir / f"{detector.name}-{digest.hexdigest()[:32]}.npz"
     if not broadcast(file.exists()):
-        store = FeatureStore(file.with_suffix(".work"))
-        with log.progress(len(images), "img", "reference", show=world.rank == 0) as bar:
-            for k in range(world.rank, blocks, world.size):
-                if not store.has(k):
-                    store.write(k, detector(torch.from_numpy(images.block(k))).arrays())
+        store, blocks = FeatureStore(file.with_suffix(".work")), [(s, k) for s in sets for k in range(s.blocks)]
+        with log.progress(sum(map(len, sets)), "img", "reference", show=world.rank == 0) as bar:
+            for number in range(world.rank, len(blocks), world.size):
+                images, k = blocks[number]
+                if not store.has(number):
+                    store.write(number, detector(torch.from_numpy(images.block(k))).arrays())
                 bar.update(BLOCK * world.size)
         barrier()
         if world.rank == 0:
             made_by: dict[str, object] = {
-                "images": images.source.name(0),
-                "size": [images.height, images.width],
-                "channels": images.channels,
-                "fit": images.fit,
+                "images": sets[0].source.name(0),
+                "size": [[images.height, images.width] for images in sets],
+                "channels": sets[0].channels,
+                "fit": sets[0].fit,
                 "detector": detector.name,
             }
-            _save(file, store, blocks, detector, made_by | {"hash": digest.hexdigest()})
+            _save(file, store, len(blocks), detector, made_by | {"hash": digest.hexdigest()})
             store.remove()
     # rank 0 hands its own around: the others may see another file system
     return broadcast(load(file, detector) if world.rank == 0 else None)  # type: ignore[return-value]

@@ -14,7 +14,7 @@ SCORE_NAME = re.compile(
     r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip|caption_retrieval)(_\w+)?"
 )
 HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip", "caption_retrieval")
-SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed")
+SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed", "size")
 """Evaluation keys that decide a score, in the order in which a legend names them."""
 SETTINGS_UNNAMED = ("guidance_low", "guidance_high", "block", "detector_hash", "reference_hash")
 MOST_POINTS = 1200

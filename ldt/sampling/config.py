@@ -56,10 +56,14 @@ class DrawConfig(ImageConfig):
     precision: str = choice("fp32", "bf16")
     compile: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_size(self) -> None:
+        """`InputError` unless `size` can be one."""
         if self.size:
             Size.parse(self.size, "size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_size()
         if bool(self.guide) != (self.guide_scale != 1):
             raise InputError(
                 f"guide={self.guide or 'nothing'} and guide_scale={self.guide_scale} belong together: give a guide "
