@@ -95,7 +95,25 @@ try:
     Autoencoder.load(str(root / "one")).encode(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
 except InputError as error:
     assert "takes images of 32x32 alone, not 64x64; set images.size=32" in str(error), error
-    print("done")
+import numpy as np
+from ldt import cli
+from ldt.data.shards import open_shards
+from PIL import Image
+for i in range(6):
+    (root / "images" / "ant").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)).save(root / f"images/ant/{i}.png")
+keys = [f"images.path={root}/images", "images.size=32", f"autoencoder={root}/one", f"output={root}/data"]
+keys += ["whitening=element", "dtype=fp32", "validation_fraction=0", f"images.index_dir={root}/index"]
+assert cli.main(["encode", *keys]) == 0
+shards, model = open_shards(root / "data"), Autoencoder.load(str(root / "one"))
+assert not shards.manifest.posterior and shards.manifest.latent_shape == (64, 4, 4)
+stored = shards.read(np.zeros(6, np.int64), np.arange(6)).mean_nCHW
+pixels = np.stack([np.asarray(Image.open(p)) for p in sorted((root / "images").rglob("*.png"))])
+expected = model.encode(torch.from_numpy(pixels))[0].numpy()
+order = [int(np.abs(expected - latent).max((1, 2, 3)).argmin()) for latent in stored]
+assert sorted(order) == list(range(6)) and np.abs(stored - expected[order]).max() < 1e-4
+np.testing.assert_allclose(shards.manifest.whitening[0], stored.astype(np.float64).mean(0), rtol=1e-5, atol=1e-6)
+print("done")
 """
 
 

@@ -4,6 +4,8 @@ A selection of cases such that every pair of values of any two dimensions occurs
 with one process at stage 0 on the whole batch: identical digests, the same fp32 losses to 5 digits.
 """
 
+import itertools
+
 import pytest
 from invariance_cases import BATCH, STEPS, train_case
 from shard_data import write_bucket_shards, write_shards
@@ -63,9 +65,13 @@ def bucket_reference(pool, data, tmp_path_factory):
 BUCKET_CASES = [
     # ranks, stage, micro-batch of the largest latents (0: all), threads
     (1, 1, 2, 3),
+    (1, 2, 0, 1),
     (1, 3, 3, 1),
     (2, 0, 1, 3),
+    (2, 1, 0, 1),
     (2, 2, 2, 1),
+    (2, 3, 1, 3),
+    (3, 0, 2, 1),
     (3, 1, 1, 1),
     (3, 2, 0, 3),
     (3, 3, 1, 3),
@@ -109,6 +115,10 @@ def assert_the_same(records, reference, ranks):
         assert a == pytest.approx(b, rel=1e-5)
         assert [x is None for x in bins_a] == [x is None for x in bins_b]
         assert [x or 0.0 for x in bins_a] == pytest.approx([x or 0.0 for x in bins_b], rel=1e-4)
+
+
+def test_buckets_have_every_world_at_every_stage():
+    assert {case[:2] for case in BUCKET_CASES} | {(1, 0)} == set(itertools.product((1, 2, 3), range(4)))
 
 
 def test_the_cases_cover_every_pair():
