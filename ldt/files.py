@@ -7,11 +7,13 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, BinaryIO, TypeGuard
 from zipfile import BadZipFile
+
+import xxhash
 
 from ldt.errors import NO_ROOM, InputError, file_error
 
@@ -83,6 +85,14 @@ def unwritable(directory: Path) -> str:
             return ""
     except OSError as error:
         return "" if error.errno in NO_ROOM else error.strerror or str(error)
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """128 bits of the lines in their order, as hexadecimal text."""
+    digest = xxhash.xxh3_128()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import resource
 import subprocess
 import sys
 import tarfile
@@ -92,7 +91,9 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes; not `getrusage`, whose maximum takes over that of the process before `exec`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 if __name__ == "__main__":

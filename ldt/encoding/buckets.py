@@ -6,8 +6,8 @@ that a restart does not measure again. Every bucket is then a directory with its
 split, as resumable as any; `buckets.json`, which names them, comes last.
 """
 
+import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,20 @@ from ldt.data.images.source import ImageSource
 from ldt.data.shard_files import BUCKETS
 from ldt.data.shards.buckets import write_buckets
 from ldt.data.shards.manifest import Manifest
-from ldt.dist import World, all_gather, broadcast, on_rank_zero, together
+from ldt.dist import World, broadcast, on_rank_zero
 from ldt.encoding.config import EncodeJob, ImagesConfig
 from ldt.encoding.encoder import LEFT_OUT, Encoder, say_left_out, write_left_out
 from ldt.encoding.inputs import ImageInput, open_source
-from ldt.encoding.plan import Plan, hash_of
+from ldt.encoding.look import look
+from ldt.encoding.plan import Plan
 from ldt.errors import InputError, by_reason
-from ldt.files import load_npy, replacing
+from ldt.files import hash_of, load_npy, replacing
 from ldt.models.autoencoder import Autoencoder
 from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
 SIZES = "sizes-"  # and a hash of the images' names and bytes: their heights and widths, int32 [N, 2]
-BLOCK = 64  # images that are measured between two looks at the progress
+PARTS = ".parts"  # ends the directory of what has been measured so far
 
 
 @dataclass(frozen=True)
@@ -109,35 +110,17 @@ def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) 
     if known is not None:
         return known
 
-    def size_of(i: int) -> tuple[int, int]:
-        try:
-            return source.shape(i)
-        except InputError:
-            if config.images.on_error == "skip":
-                return 0, 0
-            raise
-
-    def mine() -> list[tuple[int, int]]:
-        numbers = range(world.rank, len(source), world.size)
-        out: list[tuple[int, int]] = []
-        with (
-            ThreadPoolExecutor(config.threads) as readers,
-            log.progress(len(source), "img", "measure", show=world.rank == 0) as bar,
-        ):
-            for start in range(0, len(numbers), BLOCK):
-                out += readers.map(size_of, numbers[start : start + BLOCK])
-                bar.update(world.size * len(numbers[start : start + BLOCK]))
-        return out
-
-    size_N2 = np.zeros((len(source), 2), np.int32)
-    for rank, part in enumerate(all_gather(together(mine))):
-        size_N2[rank :: world.size] = np.array(part, np.int32).reshape(-1, 2)
+    parts, skip = file.with_suffix(PARTS), config.images.on_error == "skip"
+    size_N2 = look(source, source.shape, config.threads, world, parts, skip).size_N2
 
     def keep() -> None:
-        for old in output.glob(f"{SIZES}*.npy"):
-            old.unlink()
         with replacing(file) as temporary, temporary.open("wb") as f:
             np.save(f, size_N2, allow_pickle=False)
+        for old in output.glob(f"{SIZES}*"):
+            if old.suffix == PARTS:
+                shutil.rmtree(old)
+            elif old != file:
+                old.unlink()
 
     on_rank_zero(world, keep)
     return size_N2

@@ -23,9 +23,9 @@ from ldt.data.shards.statistics import Sums
 from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch, blocks, first_not_finite, pack
-from ldt.encoding.plan import NAMES, Plan, Unit, hash_of
+from ldt.encoding.plan import NAMES, Plan, Unit
 from ldt.errors import InputError, RunError, by_reason
-from ldt.files import parse_json, remove_unfinished, write_atomic
+from ldt.files import hash_of, parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
 

@@ -1,13 +1,14 @@
 """What is encoded: images, or latents that another project has encoded already. `open_input` decides which."""
 
 from abc import ABC, abstractmethod
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldt import log
 from ldt.data.images import prepare
 from ldt.data.images.bucket_rule import Size
 from ldt.data.images.chosen import Chosen
@@ -16,9 +17,11 @@ from ldt.data.images.open import index_share, open_images
 from ldt.data.images.source import ImageSource
 from ldt.data.latent_files import LatentFiles
 from ldt.data.latent_sources import open_latents
-from ldt.dist import World, all_gather, together
+from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
+from ldt.encoding.look import look
 from ldt.errors import InputError
+from ldt.files import hash_of
 from ldt.models.autoencoder import Autoencoder
 
 
@@ -94,20 +97,22 @@ class ImageInput(Input):
 
     def _leave_out_unreadable(self, world: World) -> None:
         """Look at every image, all ranks together, and go on without those that can't be encoded."""
-        mine: list[tuple[int, str]] = []
-        numbers = range(world.rank, len(self.source), world.size)
-        with log.progress(len(self.source), "img", "look", show=world.rank == 0) as bar:
-            for number in numbers:
-                try:
-                    self.content(number)
-                except InputError as error:
-                    mine.append((number, str(error)))
-                bar.update(world.size)
-        bad = sorted(entry for part in all_gather(mine) for entry in part)
-        self.unreadable = [(self.source.key(number), reason) for number, reason in bad]
-        if bad:
-            kept = np.delete(np.arange(len(self.source)), [number for number, _ in bad])
-            self.source = Chosen(self.source, kept)
+        config, source = self._config, self.source
+        wanted = config.images
+
+        def see(number: int) -> tuple[int, int]:
+            return self.content(number).shape[:2]
+
+        def identity() -> str:
+            settings = f"{wanted.fit} {wanted.exif} {self.size} {self._autoencoder.image_channels}"
+            return hash_of(chain([settings], (f"{source.key(i)} {source.size(i)}" for i in range(len(source)))))
+
+        name = on_rank_zero(world, identity)
+        kept = Path(wanted.index_dir).expanduser() / f"looked-{name}" if wanted.index_dir else None
+        reasons = look(source, see, config.threads, world, kept, skip=True).reasons
+        self.unreadable = [(source.key(number), reasons[number]) for number in sorted(reasons)]
+        if reasons:
+            self.source = Chosen(source, np.delete(np.arange(len(source)), sorted(reasons)))
 
 
 class LatentInput(Input):

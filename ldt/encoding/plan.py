@@ -1,12 +1,10 @@
 """What there is to encode: the input, the networks, and the output shards that are to come of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from ldt.data.images.source import ImageSource
@@ -20,6 +18,7 @@ from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch
 from ldt.encoding.inputs import Input, open_input
 from ldt.errors import InputError
+from ldt.files import hash_of
 from ldt.metrics.patch_features import make_patch_net
 from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import describe, load_text_encoder
@@ -184,11 +183,3 @@ class Plan:
         total = self.split.training_samples
         numbers = self.split.training(np.arange(min(EXAMPLES, total)) * total // min(EXAMPLES, total)).tolist()
         return [(self.source.label(i), self.source.caption(i)[:EXAMPLE_LENGTH]) for i in numbers]
-
-
-def hash_of(lines: Iterable[str]) -> str:
-    """128 bits of the lines in their order, as hexadecimal text."""
-    digest = xxhash.xxh3_128()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
