@@ -175,7 +175,7 @@ METADATA = [
     ("jsonl", "[]\n", "row 1 has no readable file_name"),
     ("csv", "file_name,label\n0.png,a\n1.png\n", "has no label for 1.png; add it"),
     ("csv", "file_name;label\n0.png;a\n", "row 1 has no readable file_name"),
-    ("csv", b"file_name,text\n0.png,caf\xe9\n", "metadata.csv is not UTF-8 text"),
+    ("csv", b"file_name,text\n0.png,caf\xe9\n", "is not UTF-8 text"),
 ]
 
 
