@@ -20,7 +20,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     """The image in a file's content; `InputError` says what is wrong with it."""
     try:
         image = Image.open(io.BytesIO(content))
-        deep = _is_deep(image)
+        deep = _is_deep(image, content)
         image.load()
     except Exception as error:  # Pillow raises a dozen types over a damaged file
         raise by_reason(
@@ -48,15 +48,22 @@ def _reason(error: Exception, content: bytes) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_deep(image: ImageFile.ImageFile) -> bool:
+def _is_deep(image: ImageFile.ImageFile, content: bytes) -> bool:
     """Whether an image that is not loaded yet has more than 8 bits a channel.
 
-    For colour images the mode does not tell: Pillow drops the low bits of a 16-bit PNG or TIFF, and scales a PPM.
+    For colour images the mode does not tell: Pillow drops the low bits of a 16-bit PNG or TIFF, and scales a PPM, a
+    JPEG 2000 and an AVIF, whose headers say it (ISO 15444-1 A.5.1, the AV1 codec configuration box).
     """
     if image.mode[0] in "IF":
         return True
     if image.format == "PPM":
         return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
+    if image.format == "JPEG2000":
+        at = content.find(b"\xff\x4f\xff\x51")
+        return at >= 0 and any(depth & 127 > 7 for depth in content[at + 42 : at + 42 + 3 * len(image.getbands()) : 3])
+    if image.format == "AVIF":
+        at = content.find(b"av1C")
+        return at >= 0 and content[at + 6] & 64 > 0
     return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile)
 
 

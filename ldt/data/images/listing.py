@@ -20,6 +20,7 @@ NUMBERS = ("size", "offset", "stored", "caption_offset", "caption_size", "captio
 deflated, −1 where it lies as it is; caption_*: the same of its caption, offset −1 where there is none, form: as its
 source defines it; part: in which of several files. Parquet has row groups for offsets and rows for `stored`."""
 CHUNK = 1 << 16
+FEW = 1 << 12  # names at a time where each of their letters takes several numbers
 
 
 class Names:
@@ -59,17 +60,18 @@ class Names:
         slash_n = np.flatnonzero(np.frombuffer(self.content, np.uint8) == ord("/"))
         return np.bincount(np.searchsorted(self.end_n, slash_n, "right"), minlength=len(self))
 
-    def _padded(self) -> NDArray[np.bytes_]:
-        """All names, each as long as the longest."""
+    def _padded(self, start: int = 0, stop: int | None = None) -> NDArray[np.bytes_]:
+        """The names from one to another, each as long as the longest of all."""
         size_n = np.diff(self.end_n, prepend=0)
         width = max(int(size_n.max(initial=1)), 1)
-        padded = np.zeros((len(self), width), np.uint8)
+        size_n, end_n = size_n[start:stop], self.end_n[start:stop]
+        padded = np.zeros((len(size_n), width), np.uint8)
         content = np.frombuffer(self.content, np.uint8)
-        for first in range(0, len(self), CHUNK):  # a mask of all at once would be as large again
+        for first in range(0, len(size_n), CHUNK):  # a mask of all at once would be as large again
             sizes = size_n[first : first + CHUNK]
-            start = int(self.end_n[first] - size_n[first])
+            begin = int(end_n[first] - size_n[first])
             mask = np.arange(width) < sizes[:, None]
-            padded[first : first + CHUNK][mask] = content[start : start + int(sizes.sum())]
+            padded[first : first + CHUNK][mask] = content[begin : begin + int(sizes.sum())]
         return padded.view(f"S{width}")[:, 0]
 
     def take(self, order: Ints) -> "Names":
@@ -77,20 +79,26 @@ class Names:
         size_n = np.diff(self.end_n, prepend=0)[order]
         start_n = np.concatenate([[0], self.end_n[:-1]])[order] if len(self) else self.end_n
         content, out = np.frombuffer(self.content, np.uint8), bytearray()
-        for first in range(0, len(order), CHUNK):
-            sizes, starts = size_n[first : first + CHUNK], start_n[first : first + CHUNK]
+        for first in range(0, len(order), FEW):
+            sizes, starts = size_n[first : first + FEW], start_n[first : first + FEW]
             within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
             out += content[np.repeat(starts, sizes) + within].tobytes()
         return Names(out, np.cumsum(size_n))
 
     def positions(self, wanted: "Names") -> Ints:
         """Where each of other names is among these, −1 where it is not; of equal ones it is the last."""
-        if not len(self) or not len(wanted):
-            return np.full(len(wanted), -1)
-        padded, others = self._padded(), wanted._padded()
+        if self.content == wanted.content and np.array_equal(self.end_n, wanted.end_n):
+            return np.arange(len(self))
+        out = np.full(len(wanted), -1)
+        if not len(self):
+            return out
+        padded = self._padded()
         order = np.argsort(padded, kind="stable")
-        found = order[np.searchsorted(padded, others, "right", order) - 1]
-        return np.where(padded[found] == others, found, -1)
+        for first in range(0, len(wanted), CHUNK):
+            others = wanted._padded(first, first + CHUNK)
+            found = order[np.searchsorted(padded, others, "right", order) - 1]
+            out[first : first + CHUNK] = np.where(padded[found] == others, found, -1)
+        return out
 
     @classmethod
     def joined(cls, parts: Sequence["Names"]) -> "Names":
@@ -136,7 +144,8 @@ class Table:
 
     def sorted(self) -> "Table":
         """The same images in the order of their names."""
-        return self.take(self.names.order())
+        order = self.names.order()
+        return self if np.array_equal(order, np.arange(len(order))) else self.take(order)
 
     def to_bytes(self) -> bytes:
         """As an .npz, which `from_bytes` reads."""
@@ -208,10 +217,13 @@ class Listing:
         return len(self._ends)
 
     def table(self) -> Table:
-        """The images that were added, in the order in which they came."""
-        numbers: dict[str, NDArray[Any]] = {n: np.array(column, np.int64) for n, column in self._numbers.items()}
+        """The images that were added, in the order in which they came; no more can be added."""
+        numbers: dict[str, NDArray[Any]] = {name: _array(column, np.int64) for name, column in self._numbers.items()}
         numbers["part"] = numbers["part"].astype(np.int32)
-        names = Names(self._names, np.array(self._ends, np.int64))
-        return Table(
-            names, np.array(self._labels, np.int32), [*self._classes], numbers, self.left_out, sorted(self.barren)
-        )
+        names, label_n = Names(self._names, _array(self._ends, np.int64)), _array(self._labels, np.int32)
+        return Table(names, label_n, [*self._classes], numbers, self.left_out, sorted(self.barren))
+
+
+def _array(column: "array[int]", dtype: type[np.signedinteger]) -> NDArray[Any]:
+    """An array's numbers, in the memory where they are."""
+    return np.frombuffer(column, dtype) if column else np.zeros(0, dtype)

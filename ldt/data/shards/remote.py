@@ -101,9 +101,12 @@ def persist(action: Callable[[], T], what: str) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except (FileNotFoundError, InputError, RunError, _Gone):
+        except (InputError, RunError, _Gone):
             raise
-        except Exception as error:  # every fsspec back-end has exceptions of its own
+        except Exception as raised:  # every fsspec back-end has exceptions of its own
+            error = _behind(raised)
+            if isinstance(error, FileNotFoundError):
+                raise
             if _is_denied(error):
                 raise by_reason(
                     f"{what} may not be read ({type(error).__name__}: {error}); check the credentials of this machine",
@@ -118,6 +121,13 @@ def persist(action: Callable[[], T], what: str) -> T:
                 ) from error
             time.sleep(FIRST_WAIT * 2**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
+
+
+def _behind(error: Exception) -> Exception:
+    """The answer that a `FileNotFoundError` hides: HTTP's back-end raises one whatever a question about a file met."""
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if hidden and isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410) else error
 
 
 def _is_denied(error: Exception) -> bool:
