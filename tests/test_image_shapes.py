@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import streaming_package
 from PIL import ExifTags, Image, features
 
 from ldt.data.images.bucket_rule import Size
@@ -68,16 +69,26 @@ def test_what_has_no_header_is_named(content):
         shape_of(content, "x", False)
 
 
+def write_mds(path, encoding, image):
+    """As mosaicml-streaming writes them: pixels without a header (pil), or a file."""
+    with streaming_package.load().MDSWriter(out=str(path), columns={"image": encoding, "label": "int"}) as writer:
+        writer.write({"image": image, "label": 0})
+
+
 def test_sources_of_every_kind_know_it(tmp_path):
     (tmp_path / "images" / "ant").mkdir(parents=True)
     (tmp_path / "images" / "ant" / "0.jpg").write_bytes(file_of("JPEG", 6))
     archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
     np.savez(tmp_path / "array.npz", arr_0=np.zeros((1, 20, 12, 3), np.uint8))
+    write_mds(tmp_path / "pil", "pil", decode(file_of("PNG"), "x"))
+    write_mds(tmp_path / "bytes", "bytes", file_of("JPEG", 6))
     for path, turn, expected in (
         (tmp_path / "images", True, Size(12, 20)),
         (tmp_path / "images", False, Size(20, 12)),
         (archive, True, Size(12, 20)),
         (tmp_path / "array.npz", True, Size(20, 12)),
+        (tmp_path / "pil", True, Size(20, 12)),
+        (tmp_path / "bytes", True, Size(12, 20)),
     ):
         assert open_images(str(path), turn=turn).shape(0) == expected
     assert open_images(str(tmp_path / "images"), turn=True, classes=["ant"]).shape(0) == Size(12, 20)

@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from ldt.data.images.blobs import Blob
+from ldt.data.images.bucket_rule import Size
 from ldt.data.images.decode import checked
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields
+from ldt.data.images.source import ImageSource
 from ldt.errors import InputError
 
 IMAGE_KINDS = ("jpeg", "png", "bytes", "pil")
@@ -73,6 +75,9 @@ class MDSImages(ListedImages):
 
     def image(self, i: int) -> Image.Image:
         return pixels(self.content(i), self.name(i)) if self.table.facts["encoding"] == "pil" else super().image(i)
+
+    def shape(self, i: int) -> Size:
+        return ImageSource.shape(self, i) if self.table.facts["encoding"] == "pil" else super().shape(i)
 
     def content(self, i: int) -> bytes:
         return self._blob(i).read(int(self.table.numbers["offset"][i]), int(self.table.numbers["size"][i]))
