@@ -63,7 +63,8 @@ def test_a_bad_step_is_skipped_alike_everywhere_and_noted(pool, spoiled, tmp_pat
 @pytest.mark.parametrize("stage", [0, 1])
 def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp_path, stage):
     settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "train.total_samples=64"]
-    end, lines = pool(2).run(train_case, settings=[*settings, f"engine.zero_stage={stage}"])
+    settings += ["checkpoint.every_samples=32", f"engine.zero_stage={stage}"]
+    end, lines = pool(2).run(train_case, settings=settings)
     assert end == "done"
     assert [r["samples_seen"] for r in lines] == list(range(8, 65, 8)), "the lines before the roll-back are set aside"
     (passed,) = (r for r in lines if "reason" in r)
