@@ -60,8 +60,10 @@ def test_a_bad_step_is_skipped_alike_everywhere_and_noted(pool, spoiled, tmp_pat
     assert read_manifest(resolve(tmp_path))["progress"]["skipped"] == [r["skipped_first"] for r in bad]
 
 
-def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp_path):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp_path, stage):
     settings = [f"run_dir={tmp_path}", f"data.path={spoiled}", "train.bad_steps=1", "train.total_samples=64"]
+    settings += ["checkpoint.every_samples=32", f"engine.zero_stage={stage}"]
     end, lines = pool(2).run(train_case, settings=settings)
     assert end == "done"
     assert [r["samples_seen"] for r in lines] == list(range(8, 65, 8)), "the lines before the roll-back are set aside"
@@ -69,6 +71,10 @@ def test_too_many_in_a_row_roll_back_once_and_are_passed_over(pool, spoiled, tmp
     assert passed["reason"] == "passed over after a roll-back"
     aside = list(read_jsonl(tmp_path / "metrics.cut.jsonl"))
     assert aside[-1]["reason"] == "the loss is not finite" and aside[-1]["digest"] == passed["digest"]
+    (before, again) = ([r for r in x if r["samples_seen"] == aside[0]["samples_seen"]] for x in (aside, lines))
+    assert before[0]["loss"] == again[0]["loss"] and before[0]["grad_norm"] == again[0]["grad_norm"], (
+        "the gradients of the step that was begun meanwhile are forgotten"
+    )
 
 
 def test_a_second_time_ends_the_run_with_an_explanation(pool, spoiled, tmp_path):

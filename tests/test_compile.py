@@ -24,7 +24,8 @@ def compiled_case(world: World, stage: int) -> list[float]:
     losses = []
     for step in range(STEPS):
         batch = tuple(x[mine] for x in data(step))
-        losses.append(engine.step([batch], lambda d, b: loss_B(d, b).sum(), LR, BATCH).loss)
+        engine.gradients([batch], lambda d, b: loss_B(d, b).sum(), BATCH)
+        losses.append(engine.apply(LR).result().loss)
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["ok"] > 0, "nothing was compiled"
     assert frames["ok"] == frames["total"], "it fell back to eager code somewhere"

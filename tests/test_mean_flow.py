@@ -78,7 +78,7 @@ def test_the_loss_is_the_mean_squared_error_with_the_gradient_of_the_weighted_on
 
     second_B = torch.where(torch.arange(64) % 4 == 0, 0.3, 0.0).double()
     uniform_B = t_B.clamp(0.01, 0.99)
-    losses = mean_flow.loss(FLOW, denoiser, denoiser, x0, eps, uniform_B, second_B, condition)
+    losses = mean_flow.loss(FLOW, denoiser, denoiser, x0, eps, uniform_B, second_B, 16, condition)
     t_B, r_B = mean_flow.interval(FLOW, uniform_B, second_B)
     assert torch.equal(r_B < t_B, second_B > 0)
     t, r = t_B[:, None, None, None], r_B[:, None, None, None]
@@ -94,7 +94,7 @@ def test_the_loss_is_the_mean_squared_error_with_the_gradient_of_the_weighted_on
 
 def test_without_a_second_time_it_is_flow_matching(draws):
     x0, eps, t_B, _, condition = draws
-    losses = mean_flow.loss(FLOW, gaussian, gaussian, x0, eps, t_B, torch.zeros(64), condition)
+    losses = mean_flow.loss(FLOW, gaussian, gaussian, x0, eps, t_B, torch.zeros(64), 0, condition)
     plain = FLOW.loss(gaussian, x0, eps, FLOW.timesteps(t_B), condition)
     torch.testing.assert_close(losses, plain)
 

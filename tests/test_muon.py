@@ -116,7 +116,8 @@ def train_case(world: World, stage: int, precision: str):
     losses = []
     for step in range(TRAINED):
         batch = tuple(x[mine] for x in data(step))
-        losses.append(engine.step([batch], lambda d, b: loss_B(d, b).sum(), LR, BATCH).loss)
+        engine.gradients([batch], lambda d, b: loss_B(d, b).sum(), BATCH)
+        losses.append(engine.apply(LR).result().loss)
     weights = gather(engine.partition, [f.master for f in engine.partition.owned])
     replicas = all_gather(
         [float(p.detach().double().sum()) for p in engine.deepspeed.module.parameters()] if stage < 3 else None

@@ -113,7 +113,8 @@ def train_case(world: World, stage: int, muon: float = 0.0, compiled: bool = Fal
     losses = []
     for step in range(STEPS):
         batch = tuple(x[mine] for x in data(step))
-        losses.append(engine.step([batch], lambda d, b: loss_B(d, b).sum(), LR, BATCH).loss)
+        engine.gradients([batch], lambda d, b: loss_B(d, b).sum(), BATCH)
+        losses.append(engine.apply(LR).result().loss)
     if compiled:
         frames = torch._dynamo.utils.counters["frames"]
         assert frames["ok"] == frames["total"] > 0, "it fell back to eager code somewhere"

@@ -134,7 +134,8 @@ class Bench:
         def loss(denoiser: Any, _: Any) -> torch.Tensor:
             return self.objective.loss(denoiser, x0, noise, t, Condition(label)).sum()
 
-        result = self.engine.step([None], loss, 1e-4, n * self.world.size, votes=self.writer.vote())
+        self.engine.gradients([None], loss, n * self.world.size)
+        result = self.engine.apply(1e-4, votes=self.writer.vote()).result()
         self.writer.settle(*map(int, result.sums))
 
     def update_averages(self) -> None:

@@ -125,11 +125,15 @@ class Bench:
         start = clock()
         phases = Phases(self.device)
         self.trainer.engine.mark = phases.mark
+        queued = None
         for _ in range(steps):
-            inputs = next(self.steps)
-            phases.mark("data")
-            self.trainer.settle(self.trainer.step(inputs, self.trainer.learning_rate()))
+            inputs = self.trainer.gradients(self.steps)
+            if queued is not None:
+                self.trainer.settle(queued.result())
+            queued = self.trainer.apply(inputs, self.trainer.learning_rate())
             self.trainer.tick()
+        if queued is not None:
+            self.trainer.settle(queued.result())
         synchronise(self.device)
         seconds = max(all_gather((clock() - start) / steps))
         if counts:

@@ -4,7 +4,7 @@ The key of a training sample is its global index. Ranks, threads, micro-batches,
 which `ldt.data.digest` proves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class Batch:
     int64 [B, M] or features float32 [B, M, F], zero where there is no text; None for a denoiser of classes alone.
     second_B: float32, for a second time (`objective.mean_flow`), 0 where there is none; None without mean flow.
     target: float16 [B, D, G, G], features of patches to be aligned with; None where nothing is.
+    intervals: how many rows have a second time, counted on the host, so that no one need ask the device.
     """
 
     index_B: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     text: torch.Tensor | None = None
     second_B: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    intervals: int = 0
 
     @classmethod
     def padding(
@@ -75,15 +77,17 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """A view of some rows."""
-        return Batch(**{name: value[start:stop] for name, value in self.tensors()})
+        rows: dict[str, Any] = {name: value[start:stop] for name, value in self.tensors()}
+        return replace(self, **rows)
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on a device; asynchronous from pinned memory. On the CPU the batch itself."""
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in self.tensors()})
+        copies: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.tensors()}
+        return replace(self, **copies)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """All tensors of the batch; without text there is none for it."""
-        return [(name, value) for name, value in vars(self).items() if value is not None]
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)]
 
 
 class Located(NamedTuple):

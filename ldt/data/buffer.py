@@ -121,8 +121,13 @@ class Buffer:
             current.wait_event(self._copied)
             for _, value in self._on_device.tensors():
                 value.record_stream(current)
-        share = self._shares[self._bucket]
-        return [self._on_device.rows(i * share.size, (i + 1) * share.size) for i in range(share.count)]
+        share, second_B = self._shares[self._bucket], self._hosts[self._bucket].second_B
+        starts = range(0, share.rows, share.size)
+        batches = [self._on_device.rows(start, start + share.size) for start in starts]
+        if second_B is None:
+            return batches
+        counts = [int(np.count_nonzero(second_B.numpy()[start : start + share.size])) for start in starts]
+        return [replace(batch, intervals=count) for batch, count in zip(batches, counts, strict=True)]
 
 
 def _shared_batches(rows: Sequence[int], shards: Sequence[Shards], pin: bool, draws: SampleDraws) -> list[Batch]:

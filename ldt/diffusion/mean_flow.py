@@ -68,19 +68,21 @@ def loss(
     eps_BCHW: Tensor,
     uniform_B: Tensor,
     second_B: Tensor,
+    intervals: int,
     condition: Condition,
 ) -> Tensor:
     """The mean squared error of V of each sample in float32, with the gradient of its weighted error: [B].
 
-    bare: the network without its wrapper, for `slope`. The weighted errors are all nearly 1 and would say
-    nothing in a log, which is why the value is not theirs.
+    bare: the network without its wrapper, for `slope`; intervals: how many of `second_B` are above 0, which the host
+    would have to wait for the device to know. The weighted errors are all nearly 1 and would say nothing in a log,
+    which is why the value is not theirs.
     """
     t_B, r_B = interval(objective, uniform_B, second_B)
     t_B111 = t_B[:, None, None, None]
     xt_BCHW = objective.schedule.alpha(t_B111) * x0_BCHW + objective.schedule.sigma(t_B111) * eps_BCHW
     u_BCHW = denoiser(xt_BCHW, t_B, condition, r_B=r_B).float()  # type: ignore[call-arg]
-    rows = (r_B < t_B).nonzero()[:, 0]
-    if len(rows):
+    if intervals:
+        rows = (second_B <= 0).int().argsort(stable=True)[:intervals]
         told = Condition(condition.label_B[rows], None if condition.text is None else condition.text[rows])
         slope_bCHW = slope(bare, xt_BCHW[rows], t_B[rows], r_B[rows], told)
         change_bCHW = (t_B - r_B)[rows, None, None, None] * slope_bCHW

@@ -43,30 +43,45 @@ class StepResult(NamedTuple):
     sums: list[float]
 
 
+class QueuedStep:
+    """A step that the device has been told to make, whose result the host has not looked at yet."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """numbers: float64 on the device: whether it is applied, its loss, its gradient's squared norm, the sums."""
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Wait until the result has come, but for nothing that the device was told to do after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        applied, loss, squared_norm, *sums = self._host.tolist()
+        return StepResult(loss, squared_norm**0.5, bool(applied), sums)
+
+
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can skip a step, clip gradients inside of its kernel, and leave matrices to Muon.
+    """AdamW that skips steps and clips gradients as the device decides, and leaves matrices to Muon.
 
     DeepSpeed calls it deep inside of its own step, at every stage alike: at 0 for all groups, else for one at a time.
     """
 
-    skip = False
-    divisor = 1.0  # of all gradients
-    device = torch.device("cpu")
-    grad_scale: Tensor | None  # as torch's fused kernel reads it
+    found_inf: Tensor  # as torch's fused kernel reads it: 1 for a step that changes nothing, else 0
+    grad_scale: Tensor | None = None  # the same: what all gradients are divided by
     muon: Muon
 
     def step(self, closure: Any = None) -> Any:
-        if self.skip:
-            return
         matrices = [(group, group["params"]) for group in self.param_groups if group["muon"]]
         for group, owners in matrices:
             if owners:
-                if self.divisor > 1:
-                    torch._foreach_div_([owner.grad for owner in owners], self.divisor)
+                gradients = [owner.grad for owner in owners]
+                if self.grad_scale is not None:
+                    torch._foreach_div_(gradients, self.grad_scale)
                 lr = group["lr"]
-                self.muon.step(owners, self.state, lr * group["muon"], lr * group["weight_decay"])
+                self.muon.step(owners, self.state, lr * group["muon"], lr * group["weight_decay"], 1 - self.found_inf)
             group["params"] = []
-        self.grad_scale = torch.full((), self.divisor, device=self.device) if self.divisor > 1 else None
         super().step(closure)
         for group, owners in matrices:
             group["params"] = owners
@@ -97,7 +112,7 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
-        self._adam.device, self._clip = world.device, optimizer.clip
+        self._clip = optimizer.clip
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             warnings.simplefilter("ignore")  # it imports parts of torch that complain about themselves
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -115,50 +130,58 @@ class Engine:
         self.partition.init_optimizer_state(0)
         self.mark: Callable[[str], None] = lambda phase: None  # called when a phase of a step ends; benchmarks set it
 
-    def step(
+    def gradients(
         self,
         micro_batches: Sequence[MicroBatch],
         weighted_loss: Callable[[nn.Module, MicroBatch], Tensor],
-        lr: float,
         global_batch: int,
-        loss_limit: float = math.inf,
-        votes: Sequence[int] = (),
-    ) -> StepResult:
-        """One optimizer step. `weighted_loss` is the weighted sum of a micro-batch's per-sample losses, a scalar.
+    ) -> None:
+        """Queue the forward and backward passes of a step, which `apply` must follow.
 
-        DeepSpeed divides the gradient by the number of ranks and of micro-batches that it was told at the start, ours
-        is the mean over the global batch: the factor below makes up the difference exactly, whatever the split.
-
-        Before the weights change, one all-reduce tells every rank the loss, the gradient's norm and the sums of
-        `votes` (exact for integers below 2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no
-        rank applies the step: weights, moments and Adam's step count stay as they are.
+        weighted_loss: the weighted sum of a micro-batch's per-sample losses, a scalar. DeepSpeed divides the gradient
+        by the number of ranks and of micro-batches that it was told at the start, ours is the mean over the global
+        batch: the factor below makes up the difference exactly, whatever the split.
         """
         count = len(micro_batches)
         assert 0 < count <= self.micro_batches, (count, self.micro_batches)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         factor = self.world.size * self.micro_batches / global_batch
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._total, self._global_batch = torch.zeros((), dtype=torch.float64, device=self.world.device), global_batch
         for i, batch in enumerate(micro_batches):
             if i:
                 self.deepspeed.step()  # only counts micro-batches until the last
             self.deepspeed.set_gradient_accumulation_boundary(i + 1 == count)
             loss = weighted_loss(self.module, batch)
-            total += loss.detach()
+            self._total += loss.detach()
             self.mark("forward")
             self.deepspeed.backward(loss * factor)
             self.mark("backward")
-        shares = torch.cat([torch.stack([total, self._squared_norm()]), self._on_device(votes)])
-        loss_sum, squared_norm, *sums = all_reduce_sum(shares).tolist()  # the one wait for the GPU in a step
-        step_loss, grad_norm = loss_sum / global_batch, squared_norm**0.5
+
+    def apply(self, lr: float, loss_limit: float = math.inf, votes: Sequence[int] = ()) -> QueuedStep:
+        """Queue the change of the weights by the gradients that were made last (collective).
+
+        One all-reduce tells every rank the loss, the gradient's norm and the sums of `votes` (exact for integers below
+        2⁵³). If loss or norm are not finite, or the loss is above `loss_limit`, no rank applies the step: weights,
+        moments and Adam's step count stay as they are. The device decides, so the host need not wait for it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        shares = torch.cat([torch.stack([self._total, self._squared_norm()]), self._on_device(votes)])
+        total, squared_norm, *sums = all_reduce_sum(shares).unbind()
+        loss = total / self._global_batch
         # a norm that overflows in float32 is a bad step too
-        finite = math.isfinite(step_loss) and squared_norm < FLOAT32_MAX
-        self._adam.skip = not (finite and step_loss <= loss_limit)
-        self._adam.divisor = max(1.0, (grad_norm + 1e-6) / self._clip) if self._clip and not self._adam.skip else 1.0
+        applied = loss.isfinite() & (squared_norm < FLOAT32_MAX) & (loss <= loss_limit)
+        self._adam.found_inf = applied.logical_not().float()
+        if self._clip:
+            self._adam.grad_scale = ((squared_norm.sqrt() + 1e-6) / self._clip).clamp(min=1.0).float()
+        queued = QueuedStep(torch.stack([applied, loss, squared_norm, *sums]))
         self.mark("check")
         self.deepspeed.step()
         self.mark("optimizer")
-        return StepResult(step_loss, grad_norm, not self._adam.skip, sums)
+        return queued
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients that were made last, as if there had been no such step (collective)."""
+        self.apply(0.0, loss_limit=-math.inf)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
         """Copy numbers to the device as float64, from pinned memory, so that the host does not wait."""

@@ -66,21 +66,25 @@ class Muon:
         self.makers = share_out({name: rows * columns for name, (rows, columns) in self.shapes.items()}, world.size)
 
     @torch.no_grad()
-    def step(self, owners: Sequence[Tensor], state: Mapping[Tensor, Any], lr: float, decay: float) -> None:
+    def step(
+        self, owners: Sequence[Tensor], state: Mapping[Tensor, Any], lr: float, decay: float, applied: Tensor
+    ) -> None:
         """One step of the tensors that DeepSpeed lets its optimizer update, all of matrices (collective).
 
-        The weights lose `decay` of themselves and, in most directions, `lr` of length.
+        The weights lose `decay` of themselves and, in most directions, `lr` of length. applied: a scalar on the device,
+        1 for a step, 0 for one that changes nothing whatever its gradients are.
         """
-        ahead = []
+        ahead, skipped, share = [], applied == 0, applied * (1 - MOMENTUM)
         for owner in owners:
             momentum, gradient = state[owner]["exp_avg"], owner.grad
             assert gradient is not None
-            momentum.lerp_(gradient, 1 - MOMENTUM)
+            gradient.masked_fill_(skipped, 0)
+            momentum.lerp_(gradient, share)
             ahead.append(gradient.lerp(momentum, MOMENTUM))
-            owner.mul_(1 - decay)
+            owner.mul_(1 - decay * applied.double())
         names = [name for name, owner in self.owners.items() if self._is_in(owner, owners)]
         wholes = self._wholes(names, owners, ahead)
-        updates = self._exchange(names, self._make(wholes))
+        updates = self._exchange(names, self._make(wholes), applied)
         for f in self.fragments:
             if f.name in updates:
                 f.master.sub_(updates[f.name].view(-1)[f.start : f.start + f.count], alpha=lr)
@@ -123,14 +127,15 @@ class Muon:
                 torch.mul(result, scale, out=target)
         return made
 
-    def _exchange(self, names: list[str], mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gather on every rank the updates that each rank computed."""
+    def _exchange(self, names: list[str], mine: dict[str, Tensor], applied: Tensor) -> dict[str, Tensor]:
+        """Gather on every rank the updates that each rank computed, or zeros for a step that is not applied."""
         made = [[name for name in names if self.makers[name] == rank] for rank in range(self.world.size)]
         sizes = [sum(math.prod(self.shapes[name]) for name in of_rank) for of_rank in made]
         device = next(owner for owner in self.owners.values() if owner is not None).device
         own = torch.zeros(max(sizes), device=device)
         if mine:
-            own[: sizes[self.world.rank]] = torch.cat([mine[name].view(-1) for name in made[self.world.rank]])
+            torch.cat([mine[name].view(-1) for name in made[self.world.rank]], out=own[: sizes[self.world.rank]])
+            own *= applied
         everyones = all_gather_tensor(own)
         updates: dict[str, Tensor] = {}
         for rank, of_rank in enumerate(made):

@@ -7,13 +7,10 @@ same command resumes.
 
 import contextlib
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +21,6 @@ from ldt.checkpoint.retention import Retention, remove_leftovers
 from ldt.checkpoint.writer import Content, Writer
 from ldt.config import to_dict, to_yaml
 from ldt.data.batch import Batch
-from ldt.data.digest import digest_text
 from ldt.data.loader import StepInputs
 from ldt.diffusion import mean_flow
 from ldt.diffusion.condition import Condition
@@ -32,7 +28,7 @@ from ldt.diffusion.fixed_times import FixedTimes
 from ldt.diffusion.objectives import Denoiser, Objective
 from ldt.dist import World, on_rank_zero
 from ldt.engine.ema import ShardedEMA, profiles
-from ldt.engine.engine import Engine, StepResult
+from ldt.engine.engine import Engine, QueuedStep, StepResult
 from ldt.engine.learning_rate import learning_rate
 from ldt.engine.partition import MOMENTS
 from ldt.errors import RunError
@@ -51,7 +47,8 @@ from ldt.training.bad_steps import REMEDY, BadSteps
 from ldt.training.config import TrainJob
 from ldt.training.consensus import StepConsensus
 from ldt.training.data import open_data
-from ldt.training.monitor import Meter, draw_preview, fixed_time_loss, peak_memory, preview_text, validation_loss
+from ldt.training.journal import Journal
+from ldt.training.monitor import draw_preview, fixed_time_loss, preview_text, validation_loss
 from ldt.training.resume import cut_back, resume
 from ldt.training.setup import align_denoiser, describe, fit_into_memory, make_loaders
 
@@ -108,12 +105,12 @@ class Trainer:
         self.ema = ShardedEMA(config.ema, self._masters())
         self.writer = Writer(self.engine.partition, world, owner.check)
         self.bad_steps = BadSteps(config.train.bad_steps, config.train.spike_factor)
-        self.metrics, self.meter = self.run_dir / "metrics.jsonl", Meter()
         self.rng_version = rng_version
         self.state, damaged = self._restore()
         self.loader.check_position(self.state.samples_seen)
         self.attempt = self.state.attempt = on_rank_zero(world, lambda: self._accept(damaged))
-        self.tracking = tracking.track(self.run_dir, to_dict(config), world.rank, self.state.samples_seen)
+        self.mirrors = tracking.track(self.run_dir, to_dict(config), world.rank, self.state.samples_seen)
+        self.journal = Journal(self.run_dir, world, self.mirrors)
 
     def train(self) -> tuple[int, str, int]:
         """Run to the end, or to a request to stop: exit code, what happened, samples seen."""
@@ -126,7 +123,7 @@ class Trainer:
             self.writer,
             self.loader,
             self.validation or contextlib.nullcontext(),
-            self.tracking,
+            self.mirrors,
             log.progress(total, "img", "train", seen, self.world.rank == 0) as bar,
         ):
             request = self._loop(stop, bar)
@@ -142,44 +139,55 @@ class Trainer:
         return DONE, "trained to the end", self.state.samples_seen
 
     def _loop(self, stop: StopRequests, bar: ProgressLine) -> str:
-        """Steps until the end or a request to stop, which is returned. All that a step does stands here, in order."""
-        every, request = self.config.log, ""
+        """Steps until the end or a request to stop, which is returned. All that a step does stands here, in order.
+
+        A GPU gets the next step's passes to do before the host asks for this one's result, so that neither waits for
+        the other; not where something else comes between the two steps.
+        """
+        every, request, ahead = self.config.log, "", None
         steps = self.loader.steps(self.state.samples_seen)
         while self.state.samples_seen < self.until and not request:
             before, lr = self.state.samples_seen, self.learning_rate()
-            self.watchdog.at(f"loading the data of the step at {before} samples")
-            inputs = next(steps)
-            self.watchdog.at(f"the step at {before} samples")
-            result = self.step(inputs, lr, stop.received)
-            agreed = self.settle(result)
+            inputs = ahead or self.gradients(steps)
+            queued = self.apply(inputs, lr, stop.received)
             self.tick()
-            self.meter.add(self.batch, inputs.waited)
-
             seen, last = self.state.samples_seen, self.state.samples_seen >= self.until
+            validates = due(every.validation_every_samples, before, seen, last)
+            previews = due(every.samples_every_samples, before, seen, last)
+            snapshot = due(self.config.ema.snapshot_every_samples, before, seen, last)
+            checkpoint = due(self.config.checkpoint.every_samples, before, seen) or last
+            ahead = None if validates or previews or snapshot or checkpoint else self.gradients(steps)
+
+            self.watchdog.at(f"the step at {before} samples")
+            result = queued.result()
+            agreed = self.settle(result)
+            self.journal.meter.add(self.batch, inputs.waited)
             request = (stop.received or "by another rank") if agreed.stop_requests else ""
             if result.applied:
                 self.bad_steps.passed(result.loss, self.state)
             else:
-                self._log_skipped(inputs.first, result, agreed.digest)
+                reason = self.bad_steps.judge(inputs.first, result, self.state)
+                positions = range(inputs.first, inputs.first + self.batch)
+                self.journal.skipped_step(self.state, positions, result, agreed.digest, reason)
             if self.bad_steps.exhausted:
                 self.watchdog.at("rolling back")
+                if ahead is not None:
+                    self.engine.drop_gradients()
                 self._roll_back()
                 bar.go_back(self.state.samples_seen)
-                steps = self.loader.steps(self.state.samples_seen)
+                steps, ahead = self.loader.steps(self.state.samples_seen), None
                 continue
             if due(every.every_samples, before, seen, last) and result.applied:
-                self._log_step(result, lr, agreed.digest, inputs.bucket)
-            if due(every.validation_every_samples, before, seen, last):
+                self.journal.step(self.state, result, lr, agreed.digest, inputs.bucket)
+            if validates:
                 self.watchdog.at("validation")
                 self._log_validation()
-            if due(every.samples_every_samples, before, seen, last):
+            if previews:
                 self.watchdog.at("drawing samples")
                 self._draw_preview()
-            snapshot = due(self.config.ema.snapshot_every_samples, before, seen, last)
-            checkpoint = due(self.config.checkpoint.every_samples, before, seen) or last or bool(request)
-            if checkpoint or snapshot:
+            if checkpoint or snapshot or request:
                 self.watchdog.at("copying a checkpoint")
-                self._save(checkpoint, snapshot)
+                self._save(checkpoint or bool(request), snapshot)
             bar.update(self.batch, result.loss, inputs.waited)
         return request
 
@@ -189,12 +197,23 @@ class Trainer:
         """The rate of the next step."""
         return learning_rate(self.config.optimizer, self.state.samples_seen + self.batch, self.total)
 
-    def step(self, inputs: StepInputs, lr: float, request: str = "") -> StepResult:
-        """One step of the optimizer (collective), in which the ranks also learn of each other what `settle` needs."""
+    def gradients(self, steps: Iterator[StepInputs]) -> StepInputs:
+        """Load the next step's data and queue its forward and backward passes."""
+        seen = self.state.samples_seen
+        self.watchdog.at(f"loading the data of the step at {seen} samples")
+        inputs = next(steps)
+        self.engine.mark("data")
+        self.watchdog.at(f"the step at {seen} samples")
+        self.engine.gradients(inputs.micro_batches, self.weighted_loss, self.batch)
+        return inputs
+
+    def apply(self, inputs: StepInputs, lr: float, request: str = "") -> QueuedStep:
+        """Queue the change of the weights (collective), in which the ranks also learn of each other what `settle`
+        needs; the step before must be settled.
+        """
         over, failed = self.writer.vote()
         mine = StepConsensus(inputs.digest, int(bool(request)), over, failed, int(bool(self.writer.refused)))
-        limit = self.bad_steps.loss_limit(inputs.first, self.state)
-        return self.engine.step(inputs.micro_batches, self.weighted_loss, lr, self.batch, limit, mine.pack())
+        return self.engine.apply(lr, self.bad_steps.loss_limit(inputs.first, self.state), mine.pack())
 
     def settle(self, result: StepResult) -> StepConsensus:
         """What the ranks agreed on: the save on its way takes its next step, or the run ends for it is not ours."""
@@ -226,7 +245,8 @@ class Trainer:
         t_B = objective.timesteps(batch.uniform_B)
         condition = Condition(label_B=batch.label_B, text=batch.text)
         if batch.second_B is not None:
-            parts = (batch.latent_BCHW, batch.noise_BCHW, batch.uniform_B, batch.second_B, condition)
+            times = (batch.uniform_B, batch.second_B, batch.intervals)
+            parts = (batch.latent_BCHW, batch.noise_BCHW, *times, condition)
             return mean_flow.loss(objective, denoiser, self.bare, *parts)
         return objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
 
@@ -287,34 +307,7 @@ class Trainer:
     def _masters(self) -> list[Tensor]:
         return [f.master for f in self.engine.partition.owned]
 
-    # -------------------------------------------------------------------------------------------- what the loop writes
-
-    def _log_step(self, result: StepResult, lr: float, digest: int, bucket: str) -> None:
-        rate, wait_fraction = self.meter.read()
-        self._log(
-            loss=float(np.float32(result.loss)),
-            lr=lr,
-            grad_norm=result.grad_norm,
-            images_per_second=rate,
-            world_size=self.world.size,
-            data_wait_fraction=wait_fraction,
-            digest=digest_text(digest),
-            peak_memory=peak_memory(self.world.device),
-            **({"bucket": bucket} if bucket else {}),
-        )
-
-    def _log_skipped(self, first: int, result: StepResult, digest: int) -> None:
-        """Note a step that changed no weights."""
-        reason, last = self.bad_steps.judge(first, result, self.state), first + self.batch - 1
-        self._log(
-            skipped_first=first,
-            skipped_last=last,
-            reason=reason,
-            skipped_loss=result.loss if math.isfinite(result.loss) else None,
-            skipped_grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
-            digest=digest_text(digest),
-        )
-        logger.warning("skipped positions %d to %d: %s", first, last, reason)
+    # -------------------------------------------------------------------------------------------- looks at the averages
 
     def _log_validation(self) -> None:
         assert self.validation is not None
@@ -324,7 +317,7 @@ class Trainer:
                 losses = fixed_time_loss(self.validation, self.times, module, device)
             else:
                 losses = validation_loss(self.validation, self.objective, lambda b: self._loss_B(module, b), device)
-        self._log(**losses)
+        self.journal.write(self.state, **losses)
 
     def _draw_preview(self) -> None:
         assert self.autoencoder is not None
@@ -332,14 +325,6 @@ class Trainer:
         model = ImageModel(*parts)
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
             draw_preview(model, self.config.log.preview, self.world, self.run_dir, self.state.samples_seen)
-
-    def _log(self, **facts: Any) -> None:
-        """Add a line to metrics.jsonl, then to its mirrors."""
-        stamp = {"time": time.time(), "attempt": self.state.attempt}
-        record = {"samples_seen": self.state.samples_seen, **facts, **stamp}
-        if self.world.rank == 0:
-            log.append_jsonl(self.metrics, record)
-            self.tracking.log(record)
 
 
 def due(every: int, before: int, after: int, last: bool = False) -> bool:
