@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from invariance_cases import train_case
 from run_data import randomised
 from shard_data import write_bucket_shards
-from test_invariance import train_case
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.cli import main

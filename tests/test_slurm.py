@@ -117,9 +117,8 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     assert "nodes=2 must be 1" in refused("cluster=local", "nodes=2")
     assert "neither slurm, local, a file" in refused("cluster=mars")
     assert "there is no sbatch on this machine" in refused(env=slurm.env | {"PATH": "/nowhere"})
-    told = slurm.sh(
-        sys.executable, *command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}"
-    ).splitlines()
+    dry = [sys.executable, *command, "--dry-run"]
+    told = slurm.sh(*dry, "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
     assert len(told) == 3 and told[2].startswith("to slurm, nodes=1")
     assert f"run_dir={tmp_path}/run/seed=1" in told[0] and f"run_dir={tmp_path}/run/seed=2" in told[1]
     assert not slurm.sh("squeue", "-h")
