@@ -63,7 +63,7 @@ check: lint
 	pytest -q $(CHECKED:%=tests/test_%.py)
 
 test: lint .venv/peers .venv/text .venv/triton
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
 .venv/peers: .venv/ready tests/requirements-peers.txt

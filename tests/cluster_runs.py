@@ -1,9 +1,8 @@
 """A run for jobs on a cluster, and the same run without any scheduler to compare it with."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from cluster import ROOT, outcome
 from shard_data import write_shards
@@ -28,7 +27,8 @@ def plain(tmp_path_factory):
     """The same run on one process without any scheduler: its training lines."""
     root = tmp_path_factory.mktemp("plain")
     write_config(root)
-    subprocess.run([sys.executable, "-m", "ldt", "train", root / "config.yaml", "--quiet"], check=True, cwd=ROOT)
+    done = forked.run("-m", "ldt", "train", root / "config.yaml", "--quiet", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     return training_lines(root / "run")
 
 

@@ -15,8 +15,14 @@ from pool import Pool
 pytest_plugins = ["cluster", "cluster_runs", "encoding_cases", "unprivileged"]  # their fixtures, for all files
 
 torch.set_num_threads(1)
+LONGEST = [f"test_{name}" for name in ("slurm", "launchers", "demo", "checkpoint", "chaos", "watchdog", "deepspeed")]
 TOOLS = str(Path(__file__).parents[1] / "tools")  # tests' own processes import from there too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOOLS, os.environ.get("PYTHONPATH")]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is alone with one in the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
-"""What encodes: a small autoencoder, 23 images, `ldt encode` in this process, on ranks of its own, or in a pool."""
+"""What encodes: a small autoencoder, 23 images, `ldt encode` in this process or in a pool."""
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from PIL import Image
 
 from ldt import cli
 from ldt.config import load
-from ldt.dist import World, free_port
+from ldt.dist import World
 from ldt.encoding.buckets import encode_buckets
 from ldt.encoding.config import EncodeJob
 
@@ -62,22 +59,6 @@ def encode(autoencoder, images, tmp_path, monkeypatch):
 
     run.arguments = arguments
     return run
-
-
-def start_ranks(
-    arguments: list[str], ranks: int, program: tuple[str, ...] = ("-m", "ldt"), stderr: int = subprocess.DEVNULL
-) -> list[subprocess.Popen]:
-    port = str(free_port())
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r),
-                              "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                              "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=stderr,
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
 
 
 def encode_case(world: World, settings: list[str]) -> None:

@@ -7,10 +7,14 @@ tests of what a process says or leaves behind; those of launchers, start-up and 
 import contextlib
 import multiprocessing
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,11 @@ from capabilities import drop_overrides
 from ldt.dist import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["pytest", "deepspeed", "torch._dynamo", "ldt.cli", "ldt.commands.train", "compiled_draws"]
-)
+CONTEXT.set_forkserver_preload(["pytest", "deepspeed", "torch._dynamo", "ldt.cli", "ldt.commands.train", "warmed_up"])
 
 
 class Forked:
-    """`python WORDS`, started; WORDS begin with `-m ldt` or with `-c CODE`."""
+    """`python WORDS`, started; WORDS begin with `-m ldt`, with `-c CODE` or with a program's file."""
 
     def __init__(
         self,
@@ -35,27 +37,52 @@ class Forked:
         unprivileged: bool = False,
     ) -> None:
         self.args = [str(word) for word in words]
-        self._directory = tempfile.TemporaryDirectory()
-        self._said = [Path(self._directory.name) / name for name in ("stdout", "stderr")]
-        keys = {"words": self.args, "env": dict(env), "cwd": cwd or Path.cwd(), "unprivileged": unprivileged}
-        self._process = CONTEXT.Process(target=_carry_out, kwargs=keys | {"said": self._said})
-        with _without_packages_of_tests():
-            self._process.start()
+        directory = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._said = directory / "stdout", directory / "stderr"
+        self._process = start(_carry_out, self.args, self._said, cwd or Path.cwd(), unprivileged, env=env)
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """A signal to it, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Wait for its end; its exit code."""
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return code
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for its end; its exit code and everything that it said."""
-        self._process.join(timeout)
-        late = self._process.is_alive()
-        if late:
-            self._process.kill()
-            self._process.join()
-        code = self._process.exitcode
-        self._process.close()
-        out, err = [path.read_text() for path in self._said]
-        self._directory.cleanup()
-        if late:
-            raise subprocess.TimeoutExpired(self.args, timeout, out, err)
-        return subprocess.CompletedProcess(self.args, code, out, err)
+        """Wait for its end; its exit code and everything that it said. One that is late is killed."""
+        try:
+            code = self.wait(timeout)
+        except subprocess.TimeoutExpired as late:
+            late.stdout, late.stderr = self.kill()
+            raise
+        return subprocess.CompletedProcess(self.args, code, *self.said())
+
+    def kill(self) -> tuple[str, str]:
+        """End it, if it still runs; what it had said to stdout and stderr."""
+        self._process.kill()
+        self._process.join()
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        """What it has written to stdout and stderr by now."""
+        out, err = [path.read_text() if path.exists() else "" for path in self._said]
+        return out, err
 
 
 def run(*words: object, timeout: float = 300, **keys: Any) -> subprocess.CompletedProcess[str]:
@@ -65,9 +92,24 @@ def run(*words: object, timeout: float = 300, **keys: Any) -> subprocess.Complet
 
 def run_ranks(count: int, *words: object, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
     """`python WORDS` on so many ranks of one world."""
-    meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [Forked(*words, env=os.environ | meet | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
-    return [rank.finish(timeout) for rank in ranks]
+    return [rank.finish(timeout) for rank in start_ranks(count, *words)]
+
+
+def start_ranks(count: int, *words: object, **keys: Any) -> list[Forked]:
+    """As `run_ranks`, without waiting for their end."""
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    meet = world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Forked(*words, env=os.environ | meet | {"RANK": str(r), "LOCAL_RANK": str(r)}, **keys) for r in range(count)
+    ]
+
+
+def start(target: Callable[..., None], *arguments: Any, env: Mapping[str, str]) -> BaseProcess:
+    """A process that calls `target(*arguments)` with this environment."""
+    process = CONTEXT.Process(target=_in_environment, args=(dict(env), target, arguments))
+    with _without_packages_of_tests():
+        process.start()
+    return process
 
 
 @contextlib.contextmanager
@@ -81,20 +123,30 @@ def _without_packages_of_tests() -> Iterator[None]:
         sys.path[:] = before
 
 
-def _carry_out(words: list[str], env: dict[str, str], cwd: Path, unprivileged: bool, said: list[Path]) -> None:
+def _in_environment(env: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.clear()
     os.environ.update(env)
+    target(*arguments)
+
+
+def _carry_out(words: list[str], said: tuple[Path, Path], cwd: Path, unprivileged: bool) -> None:
     os.chdir(cwd)
     for stream, destination in zip((sys.stdout, sys.stderr), said, strict=True):
         with destination.open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     if unprivileged:
         drop_overrides()
-    kind, what, *rest = words
+    kind, *rest = words
+    if kind in ("-m", "-c"):
+        what, *rest = rest
     sys.argv = [what if kind == "-m" else kind, *rest]
-    if (kind, what) == ("-m", "ldt"):
+    if kind == "-c":
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    elif kind != "-m":
+        sys.path.insert(0, str(Path(kind).parent))
+        runpy.run_path(kind, run_name="__main__")
+    else:
+        assert what == "ldt", f"not made for `python -m {what}`"
         from ldt.cli import main
 
         raise SystemExit(main())
-    assert kind == "-c", f"not made for `python {kind}`"
-    exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})

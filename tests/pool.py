@@ -2,25 +2,22 @@
 
 A case is a module-level function `case(world, **arguments)` of a test module; every rank calls it and rank 0's return
 value (JSON) comes back. A case that fails on any rank raises here with that rank's traceback and ends the pool.
-
-Run as a program this file is one rank of a pool.
 """
 
-import contextlib
 import importlib
 import json
 import os
-import queue
-import subprocess
-import sys
-import threading
+import time
 import traceback
-from pathlib import Path
+import warnings
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+import forked
 
 from ldt.dist import free_port
 
-HERE = Path(__file__).parent
 TIMEOUT = 180
 
 
@@ -33,84 +30,72 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.workers: list[subprocess.Popen[str]] = []
-        self.results: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.workers: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
 
     def run(self, case: Any, **arguments: Any) -> Any:
         """Call `case(world, **arguments)` on all ranks; returns rank 0's result."""
         if not self.workers:
             self._start()
-        order = {"module": case.__module__, "function": case.__name__, "arguments": arguments}
-        for worker in self.workers:
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps(order) + "\n")
-            worker.stdin.flush()
-        answers: dict[int, Any] = {}
         try:
-            while len(answers) < self.size:
-                answer = self.results.get(timeout=TIMEOUT)
-                if "error" in answer:
-                    raise CaseFailed(f"rank {answer['rank']} of {self.size}:\n{answer['error']}")
-                answers[answer["rank"]] = answer["result"]
-        except (CaseFailed, queue.Empty) as error:
+            for pipe in self._pipes:
+                pipe.send_bytes(json.dumps([case.__module__, case.__name__, arguments]).encode())
+            return self._answers()[0]
+        except BaseException:
             self.close()
-            if isinstance(error, queue.Empty):
-                missing = sorted(set(range(self.size)) - set(answers))
-                raise CaseFailed(f"no answer from ranks {missing} of {self.size} within {TIMEOUT} s") from None
             raise
-        return answers[0]
+
+    def _answers(self) -> dict[int, Any]:
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + TIMEOUT
+        while missing := sorted(set(range(self.size)) - set(answers)):
+            ready = wait([self._pipes[rank] for rank in missing], end - time.monotonic())
+            if not ready:
+                raise CaseFailed(f"no answer from ranks {missing} of {self.size} within {TIMEOUT} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = self._pipes.index(pipe)
+                try:
+                    answer = json.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    self.workers[rank].join()
+                    answer = {"error": f"the process ended with code {self.workers[rank].exitcode}"}
+                if "error" in answer:
+                    raise CaseFailed(f"rank {rank} of {self.size}:\n{answer['error']}")
+                answers[rank] = answer["result"]
+        return answers
 
     def _start(self) -> None:
-        port = free_port()
+        world = {"WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(self.size):
-            env = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(self.size),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE.parent / 'tools'}",
-            }
-            command = [sys.executable, "-W", "error", __file__]
-            worker = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.workers.append(worker)
-            threading.Thread(target=self._listen, args=(rank, worker), daemon=True).start()
-
-    def _listen(self, rank: int, worker: "subprocess.Popen[str]") -> None:
-        assert worker.stdout is not None
-        with worker.stdout:
-            for line in worker.stdout:
-                if line.startswith("{"):
-                    self.results.put(json.loads(line))
-        self.results.put({"rank": rank, "error": f"the process ended with code {worker.wait()}"})
+            ours, theirs = forked.CONTEXT.Pipe()
+            env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.workers.append(forked.start(serve, theirs, env=env))
+            self._pipes.append(ours)
+            theirs.close()
 
     def close(self) -> None:
-        for worker in self.workers:
+        for worker, pipe in zip(self.workers, self._pipes, strict=True):
             worker.kill()
-            worker.wait()
-            assert worker.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                worker.stdin.close()
-        self.workers = []
-        self.results = queue.Queue()
+            worker.join()
+            pipe.close()
+        self.workers, self._pipes = [], []
 
 
-def serve() -> None:
-    """One rank: read cases from stdin until it ends."""
+def serve(pipe: Connection) -> None:
+    """One rank: carry out cases until nobody asks any more."""
     from ldt.dist import process_group
 
+    warnings.simplefilter("error")
     with process_group() as world:
-        for line in sys.stdin:
-            order = json.loads(line)
-            answer: dict[str, Any] = {"rank": world.rank}
+        while True:
             try:
-                function = getattr(importlib.import_module(order["module"]), order["function"])
-                answer["result"] = function(world, **order["arguments"])
+                module, function, arguments = json.loads(pipe.recv_bytes())
+            except EOFError:
+                return
+            try:
+                result = getattr(importlib.import_module(module), function)(world, **arguments)
+                answer = {"result": result if world.rank == 0 else None}
             except Exception:
-                answer["error"] = traceback.format_exc()
-            print(json.dumps(answer if world.rank == 0 or "error" in answer else answer | {"result": None}), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+                answer = {"error": traceback.format_exc()}
+            pipe.send_bytes(json.dumps(answer).encode())

@@ -1,12 +1,11 @@
 """A small but complete run to sample from and to score: real checkpoints, autoencoder and images, nothing trained."""
 
 import json
-import subprocess
-import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -33,11 +32,12 @@ def shared_run(factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints at 1000 and 2000 samples, made once a session, on 90 images in three classes."""
     root = factory.getbasetemp() / "small"
     if not root.exists():  # in a process of its own: DeepSpeed stands only one process group in its life
-        subprocess.run([sys.executable, __file__, root], check=True)
+        done = forked.run("-c", "import pathlib, run_data, sys; run_data.make_run(pathlib.Path(sys.argv[1]))", root)
+        assert done.returncode == 0, done.stderr
     return root / "run"
 
 
-def _make_run(root: Path) -> None:
+def make_run(root: Path) -> None:
     autoencoder = make_autoencoder(root / "autoencoder")
     make_images(root / "images", 90)
     make_manifest_head(root / "shards", root / "images")
@@ -127,7 +127,3 @@ def make_manifest_head(path: Path, images: Path) -> None:
     head = {"kind": "ldt latent shards", "version": VERSION, "recipe": recipe}
     head["head_xxh64"] = head_hash(head)
     (path / "manifest.json").write_text(json.dumps(head))
-
-
-if __name__ == "__main__":
-    _make_run(Path(sys.argv[1]))

@@ -1,10 +1,9 @@
 """The autoencoder: equal to diffusers', reversible on the embedded images, and known by its weights."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -140,10 +139,10 @@ def test_one_of_your_own_is_trained_on_photographs(tmp_path):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", (40 + i, 30), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.jpg")
     tool = Path(__file__).parents[1] / "tools" / "train_autoencoder.py"
-    command = [sys.executable, tool, tmp_path / "mine", "--images", tmp_path / "photos", "--channels", "3"]
-    done = subprocess.run([*command, "--size", "16", "--fit", "crop", "--steps", "2"], capture_output=True, text=True)
+    command = [tool, tmp_path / "mine", "--images", tmp_path / "photos", "--channels", "3"]
+    done = forked.run(*command, "--size", "16", "--fit", "crop", "--steps", "2")
     assert done.returncode == 0, done.stderr
     mine = Autoencoder.load(str(tmp_path / "mine"))
     assert mine.encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))[0].shape == (1, 4, 4, 4)
-    padded = subprocess.run([*command, "--size", "16"], capture_output=True, text=True)
+    padded = forked.run(*command, "--size", "16")
     assert padded.returncode == 2 and "use images.fit=crop" in padded.stderr and "Traceback" not in padded.stderr

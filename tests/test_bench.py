@@ -1,10 +1,9 @@
 """Every benchmark runs, small, and stores what it found with where, when and how; how fast is not for tests to say."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from bench import BENCHMARKS
 from run_data import shared_run
@@ -39,8 +38,8 @@ def test_none_is_left_out():
 
 
 def test_mistakes_are_sentences():
-    command = [sys.executable, "tools/bench.py", "train", DIT, "model.attention=flash", "engine.precision=fp32", *TINY]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["tools/bench.py", "train", DIT, "model.attention=flash", "engine.precision=fp32", *TINY]
+    result = forked.run(*command, cwd=ROOT)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("bench: error: model.attention=flash ")
 
@@ -50,12 +49,9 @@ def test_it_runs_and_stores_its_result(name, tmp_path, tmp_path_factory):
     command, processes = COMMANDS[name]
     run = str(shared_run(tmp_path_factory)) if "{run}" in command else ""
     arguments = [a.format(tmp=tmp_path, run=run) if a in ("{tmp}", "{run}") else a for a in command]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    result = subprocess.run(
-        [sys.executable, *launcher, "tools/bench.py", *arguments, "--json", str(tmp_path / "result.json")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ranks = forked.start_ranks(processes, "tools/bench.py", *arguments, "--json", tmp_path / "result.json", cwd=ROOT)
+    for result in [rank.finish() for rank in ranks]:
+        assert result.returncode == 0, result.stderr
     stored = json.loads((tmp_path / "result.json").read_text())
     assert {"date", "hardware", "command", "torch"} <= set(stored)
     if name.startswith("train"):

@@ -3,11 +3,10 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from checkpoint_files import rewrite_manifest, spoil, tensors
@@ -267,11 +266,10 @@ def test_old_checkpoints_are_removed(pool, data, tmp_path):
     assert names == ["000000000120", "000000000160"]
 
 
-def start(run_dir, data, *settings, **options):
+def start(run_dir, data, *settings):
     """A training that doesn't end by itself, in a real process that has begun to train."""
     arguments = [*SETTINGS, f"run_dir={run_dir}", f"data.path={data}", "train.total_samples=800000", *settings]
-    command = [sys.executable, "-m", "ldt", "train", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+    process = forked.Forked("-m", "ldt", "train", *arguments)
     end = time.monotonic() + 90
     while not (run_dir / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -293,15 +291,15 @@ def test_a_stop_request_ends_in_a_checkpoint_and_75(data, straight, tmp_path, nu
     process = start(tmp_path / "run", data)
     process.send_signal(number)
     process.send_signal(number)  # a second one changes nothing
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == STOPPED, error
+    done = process.finish(timeout=90)
+    assert done.returncode == STOPPED, done.stderr
     check_stopped(tmp_path / "run", straight)
 
 
 def test_the_time_limit_ends_in_a_checkpoint_and_75(data, straight, tmp_path):
     process = start(tmp_path / "run", data, "train.time_limit_minutes=0.02")
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == STOPPED, error
+    done = process.finish(timeout=90)
+    assert done.returncode == STOPPED, done.stderr
     assert "time limit" in (tmp_path / "run" / "outcome.json").read_text()
     check_stopped(tmp_path / "run", straight)
 
@@ -309,35 +307,33 @@ def test_the_time_limit_ends_in_a_checkpoint_and_75(data, straight, tmp_path):
 def test_one_ctrl_c_saves_and_a_second_aborts(data, straight, tmp_path):
     process = start(tmp_path / "run", data)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == STOPPED, error
+    done = process.finish(timeout=90)
+    assert done.returncode == STOPPED, done.stderr
     check_stopped(tmp_path / "run", straight)
     # two within a long step: nothing waits for its end
     process = start(tmp_path / "two", data, "train.global_batch=2048", "train.micro_batch=1", "log.every_samples=2048")
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # so that they are two
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == INTERRUPTED and "ldt train: interrupted" in error and "Traceback" not in error
+    done = process.finish(timeout=90)
+    assert done.returncode == INTERRUPTED and "ldt train: interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
     assert all(int(p.name) <= 2048 for p in listed(tmp_path / "two" / "checkpoints")), "at most of the step before"
     assert json.loads((tmp_path / "two" / "outcome.json").read_text())["outcome"] == "failed"
 
 
 def test_a_second_job_in_the_same_directory_is_refused(data, tmp_path):
     process = start(tmp_path / "run", data)
-    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}"]
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = forked.run("-m", "ldt", "train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}")
     assert second.returncode == 2 and f"is in use by process {process.pid}" in second.stderr
     assert "Traceback" not in second.stderr
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "running"
     process.kill()
-    process.communicate()
 
 
 @pytest.mark.parametrize("place", ["/dev/null/run", "/sys/run"])
 def test_an_unwritable_run_directory_is_named(data, place):
     """Below a file and on a file system that takes no directories: these stop root too."""
-    command = [sys.executable, "-m", "ldt", "train", *SETTINGS, f"run_dir={place}", f"data.path={data}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run("-m", "ldt", "train", *SETTINGS, f"run_dir={place}", f"data.path={data}")
     assert done.returncode == 2 and f"run_dir={place} can't be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,7 +11,6 @@ from pathlib import Path
 import forked
 import pytest
 import yaml
-from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt import cli
@@ -147,16 +146,14 @@ def test_a_lost_rank_is_a_sentence_of_those_that_are_left(data, tmp_path):
     """And of outcome.json: eight tracebacks of 50 lines each said nothing more."""
     run_dir = tmp_path / "run"
     settings = ["train.global_batch=8", "train.total_samples=8000000", "log.every_samples=8", f"data.path={data}"]
-    command = ["-m", "ldt", "train", f"run_dir={run_dir}", TINY, *settings]
-    ranks = start_ranks(2, *command, stderr=subprocess.PIPE)
+    ranks = forked.start_ranks(2, "-m", "ldt", "train", f"run_dir={run_dir}", TINY, *settings)
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() and ranks[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks[1].kill()
-    error = ranks[0].communicate(timeout=120)[1]
-    ranks[1].communicate()
-    assert ranks[0].returncode == 1, error
-    assert "ldt train: failed: another rank is gone" in error and "Traceback" not in error
+    done = ranks[0].finish(timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "ldt train: failed: another rank is gone" in done.stderr and "Traceback" not in done.stderr
     assert "another rank is gone" in json.loads((run_dir / "outcome.json").read_text())["message"]
 
 
@@ -181,11 +178,32 @@ def test_under_a_launcher_the_dry_run_is_printed_once(monkeypatch, capsys):
     assert "run_dir: x" in said[0] and said[1] == ""
 
 
+SLOW = {"torch", "torch._dynamo", "deepspeed", "diffusers", "wandb"}
+WITHOUT_TORCH = ("status", "verdict")
+IMPORTS = """
+import importlib, os, sys
+importlib.import_module(sys.argv[1])
+for module in sys.argv[2:]:
+    if os.fork() == 0:
+        importlib.import_module("ldt.cli"), importlib.import_module(f"ldt.commands.{module}")
+        print(module, *sys.modules, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """The slow libraries that each command's module imports, in forks of an interpreter with no more than it may."""
+    found = {}
+    for may, commands in (("sys", WITHOUT_TORCH), ("torch", set(cli.COMMANDS) - set(WITHOUT_TORCH))):
+        words = [sys.executable, "-c", IMPORTS, may, *(cli.COMMANDS[command].module for command in commands)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found |= {name: SLOW & set(modules) for name, *modules in map(str.split, done.stdout.splitlines())}
+    return found
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_a_command_imports_no_slow_library_that_it_may_not_need(command):
+def test_a_command_imports_no_slow_library_that_it_may_not_need(imported, command):
     """Job scripts pay for torch, which takes seconds, and every start for the compiler and the other libraries."""
-    slow = {"torch", "torch._dynamo", "deepspeed", "diffusers", "wandb"}
-    needed = set() if command in ("status", "verdict") else {"torch"}
-    code = f"import sys, ldt.cli, ldt.commands.{cli.COMMANDS[command].module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert slow & set(done.stdout.split()) <= needed
+    assert imported[cli.COMMANDS[command].module] <= (set() if command in WITHOUT_TORCH else {"torch"})

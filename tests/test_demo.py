@@ -1,14 +1,16 @@
 """The demo and the README's tour, shortened: the very commands, on 200 images and with a model that learns little.
 
-Real launchers, real processes: encode → train on 2 → evaluate on 2 → report.
+Real launchers and their ranks, and forked processes of what needs none: encode → train on 2 → evaluate on 2 → report.
 """
 
 import os
 import re
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
+import forked
 import pytest
 
 from ldt.commands.verify import changed_files
@@ -48,6 +50,15 @@ def demo_commands(target: str = "demo") -> list[str]:
     return [line.strip() for line in recipe.group(1).splitlines()]
 
 
+def carry_out(words: list[str], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command line: launchers as they are, `ldt` and `python` in a fork."""
+    if words[0] == "ldt":
+        return forked.run("-m", *words, cwd=cwd, env=env)
+    if words[0] == "python":
+        return forked.run(*words[1:], cwd=cwd, env=env)
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory):
     """200 embedded images as a directory that a user might have."""
@@ -66,7 +77,7 @@ def test_the_demo_runs(tmp):
         words = [w.replace("runs/fashion_mnist", f"{tmp}/run") for w in shlex.split(command)]
         program = next(w for w in words if w in SHORT)
         words += [s.format(tmp=tmp) for s in SHORT[program]]
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        done = carry_out(words, ROOT, env)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran.append((program, done.stdout.strip().splitlines()))
@@ -117,7 +128,7 @@ def test_the_speedrun_makes_a_record(tmp):
         words = shlex.split(command)
         program = next(w for w in words if w in SPEEDRUN)
         words += [s.format(tmp=tmp) for s in SPEEDRUN[program]]
-        done = subprocess.run(words, cwd=ROOT, env=TOOLS, capture_output=True, text=True, timeout=300)
+        done = carry_out(words, ROOT, TOOLS)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert program != "verify" or "the same run, 4 logged steps" in done.stdout
     record = tmp / "records" / "debug"
@@ -165,7 +176,7 @@ def test_the_tour_runs(tmp, tmp_path):
         words = shlex.split(command)
         program = next(w for w in words if w in (*SHORT, "sample", "score", "export", "replay"))
         short = [s.format(tmp=tmp) for s in SHORT["encode"][:1]] if program == "encode" else SHORTER.get(program, [])
-        done = subprocess.run([*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = carry_out([*words, *short], tmp_path, os.environ)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran.append(program)

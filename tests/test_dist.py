@@ -3,13 +3,10 @@
 import ast
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import forked
 import pytest
-from ranks import start_ranks
 
 import ldt
 from ldt.cluster.launchers import first_node, master, place
@@ -109,10 +106,6 @@ except RunError as error:
 """
 
 
-def outputs(processes):
-    return [p.communicate(timeout=60)[0].strip() for p in processes]
-
-
 def test_ranks_with_hours_of_work_of_their_own_wait_for_each_other():
     """gloo gives up after half an hour, which one rank's part of an evaluation or an encoding may take."""
     for path in (Path(ldt.__file__).parent).rglob("*.py"):
@@ -137,15 +130,16 @@ def test_a_group_leaves_no_trace_in_the_environment(monkeypatch):
 
 def test_who_is_missing_is_named_in_bounded_time():
     """Rank 1 of 3 never comes; and rank 0 itself."""
-    ranks = start_ranks(3, "-c", MEET, 15, stdout=subprocess.PIPE)
-    ranks[1].kill()
-    ranks[1].communicate()
-    for rank in (0, 2):
-        assert "after 15 s these of 3 ranks had not come: 1" in ranks[rank].communicate(timeout=60)[0]
-    ranks = start_ranks(2, "-c", MEET, 3, stdout=subprocess.PIPE)
-    ranks[0].kill()
-    ranks[0].communicate()
-    assert "can't reach rank 0 at 127.0.0.1:" in ranks[1].communicate(timeout=60)[0]
+    port = free_port()
+
+    def start(rank, size, seconds):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return forked.Forked("-c", MEET, seconds, env=os.environ | env)
+
+    zero, two = start(0, 3, 10), start(2, 3, 10)
+    for rank in (zero, two):
+        assert "after 10 s these of 3 ranks had not come: 1" in rank.finish(timeout=60).stdout
+    assert "can't reach rank 0 at 127.0.0.1:" in start(1, 2, 3).finish(timeout=60).stdout
 
 
 def test_a_taken_port_is_named():
@@ -154,7 +148,6 @@ def test_a_taken_port_is_named():
         s.listen()
         port = s.getsockname()[1]
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = subprocess.run(["env", *(f"{k}={v}" for k, v in env.items()), sys.executable, "-c", MEET, "3"],
-                              capture_output=True, text=True)  # fmt: skip
+        done = forked.run("-c", MEET, 3, env=os.environ | env)
     assert f"port {port} of 127.0.0.1 is taken; set MASTER_ADDR, and MASTER_PORT to a free one" in done.stdout
     assert free_port() != port

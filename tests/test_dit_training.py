@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from dit_weights import DEPTH, HEADS, WIDTH, dit_layout, in_diffusers
 from run_data import make_autoencoder
 from shard_data import CLASSES, make_loader, write_shards
-from test_arms import config_case
-from test_doors import DEPTH, HEADS, WIDTH, in_diffusers, layout
+from training_cases import config_case
 
 from ldt.cli import main
 from ldt.data.shards import open_shards
@@ -31,7 +31,7 @@ TOLERANCE = 2e-6
 def weights():
     """A DiT of one output per channel, as its file would hold it: random, with small gates as at its start."""
     g = torch.Generator().manual_seed(0)
-    shapes = layout(WIDTH, DEPTH, len(CLASSES), rows=4)
+    shapes = dit_layout(WIDTH, DEPTH, len(CLASSES), rows=4)
     shapes |= {"final_layer.linear.weight": (16, WIDTH), "final_layer.linear.bias": (16,)}
     scale = {name: 0.02 if "adaLN" in name or "final" in name else 0.15 for name in shapes}
     tensors = {name: scale[name] * torch.randn(shape, generator=g) for name, shape in shapes.items()}

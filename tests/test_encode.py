@@ -1,19 +1,17 @@
 """`ldt encode`: every image once, the same files whoever encodes, nothing half-written under a final name."""
 
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
 from contents import files
-from encoding_cases import CLASSES, start_ranks
+from encoding_cases import CLASSES
 from PIL import Image
 
 from ldt import cli
@@ -22,7 +20,6 @@ from ldt.data.images.open import open_images
 from ldt.data.shards import open_shards, open_validation
 from ldt.data.shards.manifest import head_hash
 from ldt.data.split import Split
-from ldt.dist import free_port
 from ldt.encoding.plan import Plan
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
@@ -86,19 +83,9 @@ def test_two_processes_after_an_interruption_write_the_same_files(encode, tmp_pa
     (out / "shard-00000002.tar.host-1.unfinished").write_bytes(b"torn")
     recipe = open_shards(tmp_path / "one").manifest.recipe
     (out / "encode.json").write_text(json.dumps(recipe))
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ldt", *encode.arguments(out, format=format)],
-            env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    said = [p.communicate(timeout=120)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0]
-    assert said[0].endswith(f"{out}\n") and said[1] == ""
+    ranks = forked.run_ranks(2, "-m", "ldt", *encode.arguments(out, format=format), timeout=120)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert ranks[0].stdout.endswith(f"{out}\n") and ranks[1].stdout == ""
     assert files(out) == expected
 
 
@@ -126,9 +113,9 @@ def test_what_is_left_is_divided_anew_and_the_slower_one_is_waited_for(encode, t
         assert encode(out) == 130  # interrupted
     for name in ("shard-00000000", "shard-00000002", "validation/shard-00000000"):
         (out / f"{name}.tar.json").unlink()
-    ranks = start_ranks(encode.arguments(out, threads=1), 2, ("-c", UNEVEN), stderr=subprocess.PIPE)
-    said = [p.communicate(timeout=120)[1].decode() for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], said
+    ranks = forked.run_ranks(2, "-c", UNEVEN, *encode.arguments(out, threads=1), timeout=120)
+    said = [rank.stderr for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
     assert all("unit" in text for text in said), said
     assert files(out) == files(tmp_path / "one")
 
@@ -266,18 +253,18 @@ def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format
     assert encode(tmp_path / "one", format=format, shard_samples=2) == 0
     expected, out = files(tmp_path / "one"), tmp_path / "two"
     arguments = encode.arguments(out, format=format, shard_samples=2)
-    processes = start_ranks(arguments, 2)
+    processes = forked.start_ranks(2, "-m", "ldt", *arguments)
     deadline = time.monotonic() + 60
     while len(list(out.glob(f"shard-*.{format}"))) < goal and time.monotonic() < deadline:
         time.sleep(0.002)
     processes[goal % 2].kill()
     for p in processes:
         p.kill()
-        p.wait(timeout=60)
     if ranks == 1:
         assert encode(out, format=format, shard_samples=2) == 0
     else:
-        assert [p.wait(timeout=120) for p in start_ranks(arguments, ranks)] == [0] * ranks
+        again = forked.run_ranks(ranks, "-m", "ldt", *arguments, timeout=120)
+        assert [rank.returncode for rank in again] == [0] * ranks
     assert files(out) == expected
 
 

@@ -3,9 +3,8 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -165,7 +164,7 @@ def test_a_run_logs_it(tmp_path, capsys):
     assert main(["train", *where, *SETTINGS, "log.validation_times=10"]) == 2
     assert "holds 9 samples, fewer than log.validation_times=10" in capsys.readouterr().err
     words = ["-m", "ldt", "train", *where, *SETTINGS, "log.validation_times=4"]
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    assert forked.run(*words).returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if "validation_loss" in line]
     assert [line["samples_seen"] for line in validated] == [8, 16]

@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 
+import forked
 import fsspec
 import numpy as np
 import pyarrow
@@ -18,7 +19,6 @@ import pyarrow.parquet
 import pytest
 import streaming_package
 from contents import files
-from encoding_cases import start_ranks
 from PIL import Image
 from run_data import make_autoencoder
 
@@ -252,7 +252,7 @@ def test_every_kind_gives_the_same_fingerprint(tmp_path, vae):
 def test_a_kill_while_encoding_leaves_the_same_files_in_the_end(samples, tmp_path, vae, kind):
     path, out = KINDS[kind](tmp_path / "set", samples), tmp_path / "two"
     assert encode(path, tmp_path / "one", vae, "shard_samples=2") == 0
-    started = start_ranks(arguments(path, out, vae, "shard_samples=2"), 2)
+    started = forked.start_ranks(2, "-m", "ldt", *arguments(path, out, vae, "shard_samples=2"))
     deadline = time.monotonic() + 100
     while len(list(out.glob("shard-*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.002)

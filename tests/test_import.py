@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_layout import dit_layout
+from dit_weights import dit_layout
 from run_data import make_autoencoder, make_images
 
 from ldt.checkpoint.load import load_denoiser

@@ -12,8 +12,8 @@ import sys
 import termios
 import time
 
+import forked
 import pytest
-from capabilities import drop_overrides
 
 from ldt import log, progress, tracking
 from ldt.cli import main
@@ -341,8 +341,7 @@ def test_a_mirror_that_can_not_start_does_not_end_the_run(tmp_path, offline, mon
     alone = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # not this process's service
 
     def start(*command):
-        words = [sys.executable, *command]
-        return subprocess.run(words, env=alone, capture_output=True, text=True, preexec_fn=drop_overrides)
+        return forked.run(*command, env=alone, unprivileged=True)
 
     done = start("-c", CAN_NOT_START, tmp_path)
     assert "trained to the end" in done.stdout and "Traceback" not in done.stderr, done.stderr

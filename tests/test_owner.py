@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 
 from ldt.dist import discover
@@ -34,11 +33,12 @@ def world():
 @pytest.fixture
 def holder(tmp_path):
     """Another process that owns the directory and lives."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "mine\n"
+    process = forked.Forked("-c", HOLD, tmp_path)
+    while process.said()[0] != "mine\n":
+        assert process.poll() is None, process.said()[1]
+        time.sleep(0.01)
     yield process
     process.kill()
-    process.communicate()
 
 
 def test_a_second_job_is_refused_and_told_who_has_it(tmp_path, holder, world):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import forked
 from cluster import ROOT, outcome
 from cluster_runs import check_same_run, training_lines, write_config
 from run_data import make_autoencoder, make_images
@@ -103,10 +104,10 @@ def test_submitit_sweeps_requeues_and_refuses(slurm, plain, tmp_path):
 
 def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     config = write_config(tmp_path)
-    command = [sys.executable, "tools/submit.py", config, f"logs={tmp_path}/logs"]
+    command = ["tools/submit.py", config, f"logs={tmp_path}/logs"]
 
     def refused(*arguments, env=slurm.env):
-        done = subprocess.run([*map(str, command), *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+        done = forked.run(*command, *arguments, env=env, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
@@ -116,11 +117,12 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     assert "nodes=2 must be 1" in refused("cluster=local", "nodes=2")
     assert "neither slurm, local, a file" in refused("cluster=mars")
     assert "there is no sbatch on this machine" in refused(env=slurm.env | {"PATH": "/nowhere"})
-    told = slurm.sh(*command, "--dry-run", "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
+    dry = [sys.executable, *command, "--dry-run"]
+    told = slurm.sh(*dry, "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
     assert len(told) == 3 and told[2].startswith("to slurm, nodes=1")
     assert f"run_dir={tmp_path}/run/seed=1" in told[0] and f"run_dir={tmp_path}/run/seed=2" in told[1]
     assert not slurm.sh("squeue", "-h")
-    told = slurm.sh(*command, "--dry-run", "cluster=example")
+    told = slurm.sh(*dry, "cluster=example")
     assert told.startswith("would submit: ldt train"), "a site's file"
 
 

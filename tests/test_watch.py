@@ -4,10 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from run_data import shared_run
 
@@ -30,20 +30,17 @@ def run_dir(tmp_path_factory, tmp_path):
 def watcher(run_dir, tmp_path):
     """Starts watchers of the run; none outlives the test."""
     code = "import sys; from ldt import cli; from ldt.run import claims; claims.WATCH_PERIOD_S = 3.0; "
-    command = [sys.executable, "-c", f"{code}sys.exit(cli.main(sys.argv[1:]))", "evaluate", str(run_dir), "--watch"]
-    command += FAST
+    command = ["-c", f"{code}sys.exit(cli.main(sys.argv[1:]))", "evaluate", run_dir, "--watch", *FAST]
     command.append(f"evaluate.cache_dir={tmp_path}/cache")
     started = []
 
     def start():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
+        started.append(forked.Forked(*command))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
 
 
 def wait_for(condition, seconds=90):
@@ -58,8 +55,8 @@ def test_an_old_outcome_does_not_end_the_watching_of_a_new_job(run_dir, tmp_path
     begin(run_dir)
     write_outcome(run_dir, DONE, 2000)
     job = subprocess.Popen(["sleep", "600"])
-    command = [sys.executable, "-m", "ldt", "evaluate", str(run_dir), "--watch", f"watch_job={job.pid}", *FAST]
-    watcher = subprocess.Popen([*command, f"evaluate.cache_dir={tmp_path}/cache"])
+    command = ["-m", "ldt", "evaluate", run_dir, "--watch", f"watch_job={job.pid}", *FAST]
+    watcher = forked.Forked(*command, f"evaluate.cache_dir={tmp_path}/cache")
     try:
         wait_for(lambda: len(results(run_dir)) == 2)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -68,9 +65,9 @@ def test_an_old_outcome_does_not_end_the_watching_of_a_new_job(run_dir, tmp_path
         job.wait()
         assert watcher.wait(timeout=60) == 0
     finally:
-        for process in (job, watcher):
-            process.kill()
-            process.wait()
+        watcher.kill()
+        job.kill()
+        job.wait()
 
 
 def results(run_dir):
@@ -98,9 +95,9 @@ def test_watchers_share_a_run_and_survive_a_kill(run_dir, watcher):
     write_outcome(run_dir, DONE, 2000)
     printed = []
     for w in watchers:
-        out, error = w.communicate(timeout=120)
-        assert w.returncode == 0, error
-        printed += [line for line in out.splitlines() if " at " in line]
+        done = w.finish(timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed += [line for line in done.stdout.splitlines() if " at " in line]
     assert len(printed) == 2, "each once"
     assert [r["samples_seen"] for r in read_jsonl(run_dir / "evaluations.jsonl")] == [1000, 2000]
     assert not [p for p in root.iterdir() if p.is_file()], "claims are given back"

@@ -3,13 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import forked
-from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt.dist import barrier, process_group
@@ -35,9 +32,10 @@ def main(directory: str) -> None:
 
 
 def test_it_says_which_rank_waits_where(tmp_path):
-    ranks = start_ranks(2, __file__, tmp_path, stderr=subprocess.PIPE)
-    errors = [p.communicate(timeout=60)[1] for p in ranks]
-    assert [p.returncode for p in ranks] == [1, 1], errors
+    ranks = forked.run_ranks(
+        2, "-c", "import sys, test_watchdog; test_watchdog.main(sys.argv[1])", tmp_path, timeout=60
+    )
+    assert [rank.returncode for rank in ranks] == [1, 1], [rank.stderr for rank in ranks]
     summary = (tmp_path / "outcome").read_text()
     assert "no progress for 2 s: rank 0 in the step at 8 samples" in summary
     assert "rank 1 in loading the data of the step at 8 samples" in summary and "says nothing" not in summary
@@ -72,21 +70,21 @@ with watchdog.Watchdog(where / "stalls", limit, discover({}), (where / "outcome"
 
 
 def alone(tmp_path, what, limit=1.0):
-    command = [sys.executable, "-c", ALONE, tmp_path, what, str(limit)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.Forked("-c", ALONE, tmp_path, what, limit)
 
 
 def test_a_rank_that_goes_on_within_the_grace_is_left_alone(tmp_path):
-    process = alone(tmp_path, "goes on")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert "rank 0 went on after" in error and not list((tmp_path).iterdir()), "nothing is left of it"
+    done = alone(tmp_path, "goes on").finish(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 went on after" in done.stderr and not list((tmp_path).iterdir()), "nothing is left of it"
 
 
 def test_time_in_which_the_process_stood_still_is_no_stall(tmp_path):
     """SIGSTOP for longer than any limit, also that of the guard; and of the guard with it, as a suspended job."""
     process = alone(tmp_path, "works")
-    assert process.stdout.readline() == "begun\n"
+    while process.said()[0] != "begun\n":
+        assert process.poll() is None, process.said()[1]
+        time.sleep(0.01)
     (guard,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     for stopped in ([process.pid], [process.pid, guard]):
         time.sleep(0.5)
@@ -95,15 +93,14 @@ def test_time_in_which_the_process_stood_still_is_no_stall(tmp_path):
         time.sleep(8)
         for pid in reversed(stopped):
             os.kill(pid, signal.SIGCONT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and error == "", error
+    done = process.finish(timeout=60)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert not list(tmp_path.iterdir()) and not Path(f"/proc/{guard}").exists()
 
 
 def test_a_stuck_interpreter_is_ended_by_the_guard(tmp_path):
-    process = alone(tmp_path, "holds the lock", 0.5)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, error
+    done = alone(tmp_path, "holds the lock", 0.5).finish(timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert '<string>", line' in (tmp_path / "stalls" / "rank-00000.stacks.txt").read_text()
 
 
@@ -129,7 +126,7 @@ def test_a_stopped_rank_ends_the_training(tmp_path):
     write_shards(tmp_path / "data", [40, 23])
     run_dir = tmp_path / "run"
     settings = [*SETTINGS, f"run_dir={run_dir}", f"data.path={tmp_path}/data", "train.total_samples=8000000"]
-    ranks = start_ranks(2, "-m", "ldt", "train", *settings, "engine.stall_seconds=3", stderr=subprocess.DEVNULL)
+    ranks = forked.start_ranks(2, "-m", "ldt", "train", *settings, "engine.stall_seconds=3")
     try:
         end = time.monotonic() + 90
         while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < end:
@@ -137,14 +134,9 @@ def test_a_stopped_rank_ends_the_training(tmp_path):
         ranks[1].send_signal(signal.SIGSTOP)
         assert ranks[0].wait(timeout=60) == 1
     finally:
-        for p in ranks:
-            p.kill()
-            p.wait()
+        for rank in ranks:
+            rank.kill()
     outcome = json.loads((run_dir / "outcome.json").read_text())
     assert outcome["outcome"] == "failed"
     assert "rank 0 in the step at" in outcome["message"] and "rank 1 says nothing" in outcome["message"]
     assert "torch/distributed" in (run_dir / "stalls" / "rank-00000.stacks.txt").read_text(), "in a collective"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
