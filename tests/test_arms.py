@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from shard_data import write_shards
-from training_cases import refused_case, train_case
+from training_cases import config_case, refused_case, train_case
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.config import load
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.samplers import sample
-from ldt.dist import World
-from ldt.training.attempt import attempt
 from ldt.training.config import TrainJob
 
 UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
@@ -71,11 +69,6 @@ def test_kernels_that_cannot_run_here_are_refused_before_training(pool, data, tm
     assert "model.attention=reference is the transformer's; model.name=unet takes auto or sdpa" in said
     said = pool(1).run(refused_case, settings=[*settings, "model.patch=3"])
     assert "model.patch=3 does not divide the latent size 4x4" in said
-
-
-def config_case(world: World, path: str, settings: list[str]) -> None:
-    """Train a config in this pool."""
-    attempt(load(TrainJob, path, settings), world)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")

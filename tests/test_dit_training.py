@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from dit_layout import dit_layout, in_diffusers
 from run_data import make_autoencoder
 from shard_data import CLASSES, make_loader, write_shards
-from test_arms import config_case
-from test_doors import DEPTH, HEADS, WIDTH, in_diffusers, layout
+from training_cases import config_case
 
 from ldt.cli import main
 from ldt.data.shards import open_shards
@@ -21,6 +21,7 @@ from ldt.log import read_jsonl
 from ldt.nn.embedding import sincos_2d
 
 ARM = Path(__file__).parents[1] / "configs" / "study" / "dit.yaml"
+WIDTH, DEPTH, HEADS = 32, 2, 4
 BATCH, STEPS, WARMUP = 32, 100, 20
 LR, FINAL_LR = 2e-3, 1e-5
 TOLERANCE = 2e-6
@@ -31,7 +32,7 @@ TOLERANCE = 2e-6
 def weights():
     """A DiT of one output per channel, as its file would hold it: random, with small gates as at its start."""
     g = torch.Generator().manual_seed(0)
-    shapes = layout(WIDTH, DEPTH, len(CLASSES), rows=4)
+    shapes = dit_layout(WIDTH, DEPTH, len(CLASSES), rows=4)
     shapes |= {"final_layer.linear.weight": (16, WIDTH), "final_layer.linear.bias": (16,)}
     scale = {name: 0.02 if "adaLN" in name or "final" in name else 0.15 for name in shapes}
     tensors = {name: scale[name] * torch.randn(shape, generator=g) for name, shape in shapes.items()}
@@ -55,7 +56,7 @@ def learning_rate(seen):
 
 def their_losses(weights, data):
     """Ho's loss of diffusers' DiT, step by step; its blocks share the embeddings of time and class, as DiT's do."""
-    model = in_diffusers(weights).double()
+    model = in_diffusers(weights, HEADS).double()
     for block in model.transformer_blocks:
         block.norm1.emb = model.transformer_blocks[0].norm1.emb
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from dit_layout import dit_layout
+from dit_layout import dit_layout, in_diffusers
 from run_data import make_autoencoder, randomised
 
 from ldt.checkpoint.load import Loaded, load_denoiser
@@ -30,7 +30,7 @@ from ldt.nn.sizes import dit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DiTPipeline, DiTTransformer2DModel
+    from diffusers import DiTPipeline
 
 WIDTH, DEPTH, HEADS, CLASSES = 32, 2, 4, 7
 
@@ -43,37 +43,6 @@ def theirs():
     return tensors | {"pos_embed": sincos_2d(WIDTH, 4, 4)[None]}
 
 
-def in_diffusers(w):
-    """The same weights in diffusers' model, mapped here by hand."""
-    outputs, classes = len(w["final_layer.linear.bias"]) // 4, len(w["y_embedder.embedding_table.weight"]) - 1
-    model = DiTTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=outputs,
-        num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_eps=1e-6,
-    )  # fmt: skip
-    state = {"pos_embed.proj.weight": w["x_embedder.proj.weight"], "pos_embed.proj.bias": w["x_embedder.proj.bias"]}
-    for kind in ("weight", "bias"):
-        state[f"proj_out_1.{kind}"] = w[f"final_layer.adaLN_modulation.1.{kind}"]
-        state[f"proj_out_2.{kind}"] = w[f"final_layer.linear.{kind}"]
-    for i in range(DEPTH):
-        a, b = f"transformer_blocks.{i}", f"blocks.{i}"
-        embedding = f"{a}.norm1.emb.class_embedder.embedding_table.weight"
-        state[embedding] = w["y_embedder.embedding_table.weight"]
-        for kind in ("weight", "bias"):
-            state[f"{a}.norm1.emb.timestep_embedder.linear_1.{kind}"] = w[f"t_embedder.mlp.0.{kind}"]
-            state[f"{a}.norm1.emb.timestep_embedder.linear_2.{kind}"] = w[f"t_embedder.mlp.2.{kind}"]
-            state[f"{a}.norm1.linear.{kind}"] = w[f"{b}.adaLN_modulation.1.{kind}"]
-            for j, name in enumerate("qkv"):
-                part = w[f"{b}.attn.qkv.{kind}"][j * WIDTH : (j + 1) * WIDTH]
-                state[f"{a}.attn1.to_{name}.{kind}"] = part
-            state[f"{a}.attn1.to_out.0.{kind}"] = w[f"{b}.attn.proj.{kind}"]
-            state[f"{a}.ff.net.0.proj.{kind}"] = w[f"{b}.mlp.fc1.{kind}"]
-            state[f"{a}.ff.net.2.{kind}"] = w[f"{b}.mlp.fc2.{kind}"]
-    model.load_state_dict(state)
-    for block in model.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # DiT's own frequencies; diffusers' differ by a hair
-    return model.eval()
-
-
 def test_dit_weights_give_what_diffusers_gives(theirs):
     config = model_config(theirs, HEADS)
     ours = build(config, (4, 8, 8), CLASSES, seed=1)
@@ -83,7 +52,7 @@ def test_dit_weights_give_what_diffusers_gives(theirs):
     x, k, label = torch.randn(3, 4, 8, 8, generator=g).double(), torch.tensor([0, 437, 999]), torch.tensor([0, 6, 7])
     with torch.no_grad():
         got = ours.double()(x, time_of_step(k), Condition(label))
-        expected = in_diffusers(theirs).double()(x, timestep=k, class_labels=label).sample
+        expected = in_diffusers(theirs, HEADS).double()(x, timestep=k, class_labels=label).sample
     assert expected.shape[1] == 8 and got.shape[1] == 4
     torch.testing.assert_close(got, expected[:, :4], rtol=1e-9, atol=1e-9)
 
