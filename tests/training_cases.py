@@ -28,6 +28,11 @@ def train_case(world: World, settings: list[str]) -> list[dict]:
     return broadcast([r for r in read_jsonl(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
 
 
+def config_case(world: World, path: str, settings: list[str]) -> None:
+    """Train a config in this pool."""
+    attempt(load(TrainJob, path, settings), world)
+
+
 def refused_case(world: World, settings: list[str]) -> str:
     """The sentence with which the trainer refuses these settings."""
     try:
