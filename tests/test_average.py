@@ -61,8 +61,9 @@ def test_a_damaged_snapshot_is_left_out_and_named(run, caplog) -> None:
     path, _ = run
     file = next((path / "ema" / f"{500:012d}").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
+    save(path / "ema" / f"{700:012d}", 700)
     _, facts = reconstruct(Checkpoint.read(path / "checkpoints" / f"{1000:012d}"), 0.07)
-    assert list(facts["made_from"]) == [f"{1000:012d}/ema", f"{1000:012d}/ema_0.1"]
+    assert list(facts["made_from"]) == [f"{n:012d}/{kind}" for n in (700, 1000) for kind in ("ema", "ema_0.1")]
     assert f"left out: {file} has" in caplog.text
 
 
@@ -79,6 +80,13 @@ def test_what_can_not_be_reconstructed_is_explained(run, tmp_path) -> None:
     for width in (0.04, 0.11):
         with pytest.raises(InputError, match=r"was trained with, 0\.05 to 0\.1; choose one between them"):
             reconstruct(inside, width)
+    widest = write_checkpoint(
+        tmp_path / "three",
+        40,
+        {kind: {"w": torch.ones(3)} for kind in ("a", "b", "c")},
+        averages={kind: {"kind": "power", "width": w} for kind, w in (("a", 0.1), ("b", 0.2), ("c", 0.05))},
+    )
+    assert len(reconstruct(Checkpoint.read(widest), 0.15)[1]["made_from"]) == 3
     half_life = {"ema": {"kind": "half_life", "half_life": 500}}
     for averages in ({}, half_life):
         save(tmp_path / f"alone-{len(averages)}", 40, averages)

@@ -75,6 +75,11 @@ LIES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda p: {"files": with_file(p, bytes=63), "absent": {"exp_avg": ["w"]}},
         "of 63 bytes is too small",
     ),
+    "an absent parameter that takes no bytes off": (
+        lambda p: {"files": with_file(p, bytes=60), "absent": {"ema": ["projector"]}},
+        "of 60 bytes is too small",
+    ),
+    "a version that is none": (lambda p: {"version": "4"}, "it.version is '4'"),
     "absent of no names": (lambda p: {"absent": {"ema": [3]}}, r"absent.ema\[0\] is 3"),
     "a clock that runs backwards": (lambda p: {"progress": {"samples_seen": -1, "data_fingerprint": ""}}, "is -1"),
     "a state of another version": (
