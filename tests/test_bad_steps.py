@@ -1,6 +1,7 @@
 """Steps that must not change the weights, in whole runs: noted, skipped alike on all ranks, rolled back, explained."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve
 from ldt.checkpoint.manifest import TrainState, read_manifest
 from ldt.config import load
 from ldt.dist import World, broadcast
+from ldt.engine.engine import FLOAT32_MAX, StepResult
 from ldt.errors import InputError, RunError
 from ldt.log import read_jsonl
 from ldt.training.attempt import attempt
@@ -138,6 +140,60 @@ def test_the_limit_is_robust():
     assert limit_after([*losses[:-3], 1e9, 1e9, 1e9]) == pytest.approx(limit, rel=0.05)
     assert limit_after(losses[:-1]) == float("inf")
     assert limit_after(losses, avoid=[8]) == -float("inf")
+
+
+def test_only_runs_that_watch_for_spikes_remember_losses():
+    """The newest hundred, which every checkpoint of such a run carries."""
+    watching, blind = BadSteps(in_a_row=3, spike_factor=10), BadSteps(in_a_row=3, spike_factor=0)
+    state, other = TrainState(0, "data"), TrainState(0, "data")
+    for step in range(RECENT_LOSSES + 5):
+        watching.passed(float(step), state)
+        blind.passed(float(step), other)
+    assert state.recent_losses == [float(step) for step in range(5, RECENT_LOSSES + 5)]
+    assert other.recent_losses == []
+    assert blind.loss_limit(8, state) == math.inf, "0 stands for never, whatever losses a checkpoint brings along"
+
+
+LARGEST_NORM = math.sqrt(FLOAT32_MAX)  # from which on its square is no float32 any more
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [
+        (math.nan, 1.0, "the loss is not finite"),
+        (math.inf, math.nan, "the loss is not finite"),
+        (1.0, math.nan, "the gradient is not finite"),
+        (1.0, LARGEST_NORM, "the gradient is not finite"),
+        (1.0, LARGEST_NORM * (1 - 1e-15), "loss spike"),
+    ],
+)
+def test_a_skipped_step_is_noted_with_its_reason(loss, grad_norm, reason):
+    state = TrainState(0, "data", skipped=[8])
+    assert BadSteps(3, 0.0).judge(16, StepResult(loss, grad_norm, False, []), state) == reason
+    assert state.skipped == [8, 16]
+
+
+def test_only_bad_steps_in_a_row_roll_back_and_only_once():
+    judge, state = BadSteps(in_a_row=2, spike_factor=0), TrainState(0, "data")
+    bad = StepResult(math.nan, 1.0, False, [])
+    judge.judge(0, bad, state)
+    judge.passed(1.0, state)
+    judge.judge(16, bad, state)
+    assert not judge.exhausted, "a good step lies between"
+    judge.judge(24, bad, state)
+    assert judge.exhausted
+    roll_back = judge.begin_roll_back(state, 8)
+    assert roll_back.reason == "2 bad steps in a row at positions 16 to 31" and not judge.exhausted
+    restored = TrainState(8, "data", avoid=[4])
+    roll_back.mark_for_skipping(restored)
+    assert restored.avoid == [4, 16, 24] and restored.rolled_back
+    for first in (16, 24):
+        assert judge.judge(first, bad, restored) == "passed over after a roll-back"
+    assert not judge.exhausted, "what is passed over on purpose is no new sign of divergence"
+    for first in (32, 40):
+        judge.judge(first, bad, restored)
+    with pytest.raises(RunError, match="2 bad steps in a row at positions 32 to 47, after a roll-back"):
+        judge.begin_roll_back(restored, 8)
 
 
 @pytest.mark.parametrize("setting", ["train.bad_steps=0", "train.spike_factor=-1", "train.time_limit_minutes=-1"])

@@ -248,6 +248,18 @@ def test_split_is_a_partition_that_takes_its_share_everywhere(total, fraction):
         assert not np.array_equal(held_out, Split(total, fraction, seed=5).validation(np.arange(len(held_out))))
 
 
+def test_one_image_of_each_stretch_is_held_out_and_it_may_be_any():
+    drawn = np.stack([Split(15, 0.2, seed).validation(np.arange(3)) for seed in range(100)])
+    for stretch in range(3):
+        assert set(drawn[:, stretch].tolist()) == set(range(5 * stretch, 5 * stretch + 5))
+    assert {int(Split(5, 0.2, seed).validation(0)) for seed in range(50)} == set(range(5)), "the only one, too"
+
+
+def test_golden_split():
+    """A resumed encoding and a report draw the held-out images again: no change may make them others."""
+    assert Split(40, 0.2, seed=4).validation(np.arange(8)).tolist() == [3, 9, 10, 15, 24, 26, 30, 36]
+
+
 @pytest.mark.parametrize(("format", "goal", "ranks"), [("tar", 1, 1), ("mds", 4, 3)])  # goal: shards there at the kill
 def test_a_killed_rank_leaves_the_same_files_in_the_end(encode, tmp_path, format, goal, ranks):
     assert encode(tmp_path / "one", format=format, shard_samples=2) == 0

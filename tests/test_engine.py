@@ -3,6 +3,7 @@
 This file is the canary for the private attributes of DeepSpeed that `ldt.engine.partition` reads.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -181,7 +182,11 @@ def test_learning_rate_is_a_function_of_samples():
     config = OptimizerConfig(lr=1.0, warmup_samples=100, decay="cosine", final_lr=0.2)
     assert learning_rate(config, 50, 1100) == 0.5
     assert learning_rate(config, 100, 1100) == 1.0
+    assert learning_rate(config, 350, 1100) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
     assert learning_rate(config, 600, 1100) == pytest.approx(0.6)
     assert learning_rate(config, 1100, 1100) == pytest.approx(0.2)
     assert learning_rate(OptimizerConfig(lr=1.0, decay="linear"), 250, 1000) == 0.75
     assert learning_rate(OptimizerConfig(lr=1.0), 250, 1000) == 1.0
+    assert learning_rate(OptimizerConfig(lr=1.0), 0, 1000) == 1.0, "without warm-up"
+    assert learning_rate(config, 101, 101) == pytest.approx(0.2), "a decay of one sample"
+    assert learning_rate(config, 100, 100) == 1.0, "of none"

@@ -1,6 +1,7 @@
 """Schedules and objectives against their definitions, in float64."""
 
 import math
+import statistics
 import warnings
 
 import numpy as np
@@ -71,6 +72,15 @@ def test_discrete_schedules_are_diffusers(name, dtype):
     torch.testing.assert_close(schedule.sigma(t).double() ** 2, 1 - theirs, rtol=3e-5, atol=1e-7)
     exact = torch.cumprod(1 - schedule.betas, 0)
     torch.testing.assert_close(schedule.alpha(time_of_step(k)) ** 2, exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "scaled_linear", "ldm"])
+def test_log_alpha_is_linear_between_steps(name):
+    schedule, k = SCHEDULES[name](), torch.arange(999).double()
+    low, high = schedule.alpha(time_of_step(k)).log(), schedule.alpha(time_of_step(k + 1)).log()
+    for part in (0.25, 0.8):
+        between = schedule.alpha(time_of_step(k + part)).log()
+        torch.testing.assert_close(between, (1 - part) * low + part * high, rtol=1e-9, atol=1e-12)
 
 
 def test_discrete_schedules_train_on_their_steps_alone():
@@ -178,14 +188,23 @@ def test_logit_normal_times_have_their_quantiles():
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / 40_000)
 
 
+def test_logit_normal_times_rise_with_the_number_by_the_closed_formula():
+    u = [1e-3, 0.2, 0.5, 0.9]
+    t = Objective(ObjectiveConfig(logit_mean=0.5, logit_std=1.5)).timesteps(torch.tensor(u, dtype=torch.float64))
+    expected = [1 / (1 + math.exp(-(0.5 + 1.5 * statistics.NormalDist().inv_cdf(x)))) for x in u]
+    assert t.tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_uniform_times_are_the_numbers_given():
     u = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
     t = Objective(ObjectiveConfig(timesteps="uniform")).timesteps(u)
     torch.testing.assert_close(t.double(), u, rtol=0, atol=2e-7)
-    assert t[0] > 0
+    assert t.min() > 0 and t.max() < 1
 
 
-@pytest.mark.parametrize(("shape", "base"), [((768, 16, 16), 4096.0), ((32, 8, 8), 4096.0), ((4, 4, 4), 1024.0)])
+@pytest.mark.parametrize(
+    ("shape", "base"), [((768, 16, 16), 4096.0), ((32, 8, 8), 4096.0), ((4, 4, 4), 1024.0), ((4, 4, 4), 16.0)]
+)
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
 def test_shift_base_shifts_training_times_by_the_closed_formula(shape, base, timesteps):
     """t' = s·t/(1 + (s − 1)·t) with s = √(dim/base); for logit-normal times that is a mean of ½·ln(dim/base) more."""
@@ -199,6 +218,12 @@ def test_shift_base_shifts_training_times_by_the_closed_formula(shape, base, tim
     if timesteps == "logit_normal":
         moved = ObjectiveConfig(logit_mean=0.5 * math.log(s * s))
         torch.testing.assert_close(got, Objective(moved).timesteps(u).double(), rtol=1e-6, atol=1e-7)
+
+
+def test_latents_of_another_shape_have_their_own_shift():
+    config = ObjectiveConfig(shift_base=16)
+    assert Objective(config, (1, 4, 4)).at((4, 4, 4)).time_shift == Objective(config, (4, 4, 4)).time_shift == 2
+    assert Objective(ObjectiveConfig()).at((4, 4, 4)).time_shift == 1
 
 
 def test_a_shift_leaves_what_is_of_the_base_size_and_never_reaches_the_ends():

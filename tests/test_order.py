@@ -83,6 +83,8 @@ def test_start_and_resume_at_a_hundred_million_samples_cost_next_to_nothing():
     slots = 17 * 4096 // 1024 + np.arange(4)
     order.locate(24_413 * 4096 - 4096 + slots)  # the end of the first epoch
     order.locate(24_414 * 4096 + slots)
+    for epoch in range(2, 22):  # what is kept of each would be 1.6 MB
+        order.locate(epoch * 100_000_000 + slots)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20

@@ -100,6 +100,35 @@ def test_the_verdict_trusts_only_this_start(run_dir, monkeypatch, said, this_sta
     assert outcome.read_outcome(run_dir)["outcome"] == ("failed" if said is None else outcome.WORDS[said])
 
 
+def test_job_scripts_know_the_numbers():
+    """slurm/train.sh and the documentation; 75 is EX_TEMPFAIL of sysexits.h."""
+    assert (DONE, FAILED, WRONG_INPUT, STOPPED) == (0, 1, 2, 75)
+
+
+def test_a_start_that_is_refused_leaves_the_outcome_before_it(tmp_path):
+    file = tmp_path / "outcome.json"
+    before = outcome.begin(tmp_path)
+    assert before is None and outcome.read_outcome(tmp_path)["outcome"] == outcome.RUNNING
+    outcome.take_back(tmp_path, before)
+    assert not file.exists()
+    outcome.take_back(tmp_path, before)  # somebody has deleted it meanwhile
+
+    outcome.begin(tmp_path)
+    outcome.write_outcome(tmp_path, DONE, 2000)
+    done = file.read_bytes()
+    before = outcome.begin(tmp_path)
+    assert outcome.read_outcome(tmp_path)["outcome"] == outcome.RUNNING
+    outcome.take_back(tmp_path, before)
+    assert file.read_bytes() == done
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{", ""])
+def test_an_outcome_that_says_nothing_is_none(tmp_path, content):
+    (tmp_path / "outcome.json").write_text(content)
+    assert outcome.read_outcome(tmp_path) == {}
+    assert outcome.verdict(tmp_path, 0) == FAILED
+
+
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [(134, "(SIGABRT: so NCCL's watchdog ends"), (137, "(SIGKILL: a node without memory"), (1, "")],

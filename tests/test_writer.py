@@ -24,6 +24,7 @@ from ldt.engine.engine import Engine
 from ldt.errors import InputError
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
+from ldt.run.claims import want
 
 SAMPLING = LatentSpec((4, 2, 2), ["a", "b", "c"], [0.0] * 4, [1.0] * 4, "", "", 0, 0)
 FACTS = {"sampling": asdict(SAMPLING), "config": {"model": {}, "objective": {}}}
@@ -113,7 +114,15 @@ def test_what_is_kept(tmp_path, retention, kept):
     for samples_seen in range(10, 100, 10):
         (tmp_path / f"{samples_seen:012d}").mkdir()
         remove_old(tmp_path, retention)
-    assert [int(p.name) for p in listed(tmp_path)] == kept
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == kept
+
+
+def test_what_somebody_waits_for_is_kept(tmp_path):
+    for samples_seen in (10, 20, 30):
+        (tmp_path / f"{samples_seen:012d}").mkdir()
+    want(tmp_path / f"{10:012d}", "a")
+    remove_old(tmp_path, Retention(1))
+    assert [int(p.name) for p in listed(tmp_path)] == [10, 30]
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
@@ -151,14 +160,16 @@ def linked(path: Path, elsewhere: Path) -> Path:
     return path
 
 
-def test_links_are_unlinked_and_what_they_lead_to_stays(tmp_path):
+def test_links_are_unlinked_and_what_they_lead_to_stays(tmp_path, caplog):
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     root.mkdir()
     for samples_seen in (10, 20, 30):
         linked(root / f"{samples_seen:012d}", elsewhere)
     linked(root / ".000000000005.deleted", elsewhere)
     linked(root / ".000000000040.tmp", elsewhere)
-    remove_old(root, Retention(1))
+    with caplog.at_level("INFO", "ldt"):
+        remove_old(root, Retention(1))
+    assert caplog.text.count("what it leads to stays") == 2, "where its gigabytes still lie"
     remove_leftovers(root)
     assert [p.name for p in root.iterdir()] == ["000000000030"]
     assert len(list(elsewhere.glob("*/manifest.json"))) == 5

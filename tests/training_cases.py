@@ -40,8 +40,3 @@ def refused_case(world: World, settings: list[str]) -> str:
     except InputError as error:
         return str(error)
     return ""
-
-
-def config_case(world: World, path: str, settings: list[str]) -> None:
-    """Train a config in this pool."""
-    attempt(load(TrainJob, path, settings), world)

@@ -24,6 +24,7 @@ MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.xxh64"
 MODEL, WEIGHTS = "model.json", "model.safetensors"  # of an exported model
 CHUNK = 1 << 24
 _SCHEMA = {
+    "version": natural,
     "rng_version": natural,
     "optimizer_steps": natural,
     "parameters": {...: [natural]},

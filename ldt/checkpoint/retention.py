@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Keep the newest `last` and each first one at or after a multiple of `every` samples (0: none of these)."""
+    """Keep the newest `last` (≥ 1) and each first one at or after a multiple of `every` samples (0: no others)."""
 
     last: int
     every: int = 0
@@ -32,7 +32,7 @@ def remove_old(root: Path, retention: Retention) -> None:
     Each is renamed first, so that none is ever seen half deleted.
     """
     periods: set[int] = set()
-    for path in listed(root)[: -retention.last or None]:
+    for path in listed(root)[: -retention.last]:
         if retention.every:
             period = int(path.name) // retention.every
             if period > 0 and period not in periods:

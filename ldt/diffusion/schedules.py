@@ -11,8 +11,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ldt.errors import InputError
-
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -148,7 +146,5 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
 
 
 def make_schedule(name: str) -> Schedule:
-    """The schedule of that name."""
-    if name not in SCHEDULES:
-        raise InputError(f"schedule {name} is not one of {', '.join(SCHEDULES)}; choose one of these")
+    """The schedule of that name, one of those of `ObjectiveConfig.schedule`."""
     return SCHEDULES[name]()
