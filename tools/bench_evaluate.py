@@ -12,6 +12,7 @@ import torch
 from ldt.checkpoint.load import load_denoiser
 from ldt.config import from_dict
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
+from ldt.evaluation.compared import Part, blocks_of
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.scorer import make_features
 from ldt.metrics.detectors import Detector, make_detector
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         loaded = load_denoiser(arguments.run_dir, device=world.device)
         config = from_dict(EvaluateConfig, loaded.config.get("evaluate", {}))
         config.images = images = arguments.blocks * world.size * config.block
+        blocks = blocks_of([Part("", images)], config.block)
         model, detector = (
             image_model(loaded, config.precision, world.device),
             make_detector(config.detector, world.device),
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
         def whole() -> None:
             directory = broadcast(tempfile.mkdtemp() if world.rank == 0 else "")
-            make_features(config, model, detector, store := FeatureStore(Path(directory)), world)
+            make_features(config, blocks, {"": model}, detector, store := FeatureStore(Path(directory)), world)
             barrier()
             if world.rank == 0:
                 store.remove()
