@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +19,11 @@ pytest_plugins = ["cluster", "cluster_runs", "encoding_cases", "unprivileged"]  
 
 torch.set_num_threads(1)
 LONGEST = [f"test_{name}" for name in ("slurm", "launchers", "demo", "checkpoint", "chaos", "watchdog", "deepspeed")]
-TOOLS = str(Path(__file__).parents[1] / "tools")  # tests' own processes import from there too
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOOLS, os.environ.get("PYTHONPATH")]))
+HERE = Path(__file__).parent
+PATHS = [str(HERE.parent / "tools"), str(HERE / "interpreters")]  # of tests' own processes, which import from there too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH")]))
+os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()  # see interpreters/sitecustomize.py
+atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,17 +1,20 @@
 """What pools of ranks (pool.py) and forked processes (forked.py) say of a case or a program that goes wrong."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import forked
 import pool as pools
 import pytest
 from pool import CaseFailed
 
+from ldt.data import philox
 from ldt.dist import World, all_gather
 
 
@@ -67,3 +70,16 @@ def test_a_forked_program_that_is_late_is_killed():
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         forked.run("-c", "import time; print('begun', flush=True); time.sleep(60)", timeout=3)
     assert caught.value.stdout in ("begun\n", "")
+
+
+def test_started_interpreters_load_what_the_server_has_compiled():
+    """Real interpreters, of launchers for instance, compile nothing again, and draw the same bits."""
+    code = "import warmed_up as w; from ldt.data import philox as p; print(p.words(3, 1, [5], 4).tolist()); "
+    forked.run("-c", code)
+    hits = "print(*(f.stats.cache_hits for f in (p._rows_of_words, p._rows_of_normals, w.digest._add_products)))"
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-c", code + hits]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    words, hits = done.stdout.splitlines()
+    assert json.loads(words) == philox.words(3, 1, [5], 4).tolist()
+    assert "0" not in hits.split()
