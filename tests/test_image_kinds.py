@@ -569,10 +569,23 @@ def deep(path):
         ("a.jpg", pillow("CMYK", "JPEG", color=(0, 0, 0, 0)), [255, 255, 255]),
         ("a.png", pillow("RGBA", "PNG", color=(9, 9, 9, 0)), [255, 255, 255]),
         ("a.png", pillow("LA", "PNG", color=(9, 0)), [255, 255, 255]),
+        ("a.png", pillow("P", "PNG", color=0), [0, 0, 0]),
+        ("a.png", lambda path: Image.new("P", (8, 8)).save(path, "PNG", transparency=0), [255, 255, 255]),
+        ("a.tif", pillow("YCbCr", "TIFF", color=(255, 128, 128)), [255, 255, 255]),
+        ("a.bmp", pillow("RGB", "BMP", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.ppm", pillow("RGB", "PPM", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.tiff", pillow("RGB", "TIFF", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.tga", pillow("RGB", "TGA", color=(1, 2, 3)), [1, 2, 3]),
+        ("a.jp2", pillow("RGB", "JPEG2000", color=(50, 50, 50)), [50, 50, 50]),
+        ("a.webp", pillow("RGB", "WEBP", color=(50, 50, 50)), [50, 50, 50]),
+        ("a.png", lambda path: Image.new("RGB", (2, 3), (9, 9, 9)).save(path), [9, 9, 9]),
+        ("a.png", animation, [255, 0, 0]),
         ("a.webp", animation, [255, 0, 0]),
         ("a.gif", animation, [255, 0, 0]),
         ("a.avif", pillow("RGB", "AVIF", color=(0, 0, 0)), [0, 0, 0]),
         ("a.png", deep, "more than 8 bits a channel; convert it"),
+        ("a.tif", deep, "more than 8 bits a channel; convert it"),
+        ("a.jp2", deep, "more than 8 bits a channel; convert it"),
         ("a.tif", pillow("LAB", "TIFF"), "colour mode LAB; convert it"),
         ("a.png", bomb, "is not readable .*decompression bomb"),
         ("a.png", lambda path: path.write_bytes(b""), "is not readable .it has 0 bytes"),
@@ -581,12 +594,16 @@ def deep(path):
     ],
 )
 def test_the_table_of_images_that_are_not_plain(tmp_path, name, make, expected):
-    """A row of docs/own_data.md each."""
-    make(tmp_path / name)
-    source = open_images(str(tmp_path))
-    if isinstance(expected, str):
-        with pytest.raises(InputError, match=expected):
-            source.image(0)
-        return
-    pixel = prepare(source.image(0), 8, 3, "crop")[4, 4].astype(int)
-    assert np.abs(pixel - expected).max() <= 2
+    """A row of docs/own_data.md each, in a directory, a tar, a zip, a parquet file and an MDS shard."""
+    (tmp_path / "set").mkdir()
+    make(tmp_path / "set" / name)
+    bytes_ = (tmp_path / "set" / name).read_bytes()
+    archives = [KINDS[kind](tmp_path / kind, [("x", bytes_, 0, "")]) for kind in ("web tars", "zip", "parquet", "mds")]
+    for path in (tmp_path / "set", *archives):
+        source = open_images(str(path))
+        if isinstance(expected, str):
+            with pytest.raises(InputError, match=expected):
+                source.image(0)
+            continue
+        pixel = prepare(source.image(0), 8, 3, "crop")[4, 4].astype(int)
+        assert np.abs(pixel - expected).max() <= 2
