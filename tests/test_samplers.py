@@ -118,8 +118,11 @@ def test_every_drawn_number_matters_but_those_of_the_last_step(name: str) -> Non
         drawn.append(step)
         return torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
-    SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), sampling_times(steps), recording)
+    times = sampling_times(steps)
+    end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), times, recording)
     assert drawn == list(range(steps - 1))
+    without = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), times, lambda k: torch.zeros(1, 1, 1, 1))
+    assert end > without, "noise is added: images of a seed stay what they are"
 
 
 class Discrete:
