@@ -186,6 +186,7 @@ def test_times_go_from_noise_to_data(shift: float) -> None:
     assert times[0] == 1 and times[-1] == 0 and len(times) == 11
     assert times == sorted(times, reverse=True)
     assert times[5] == pytest.approx(shift / (1 + shift))
+    assert sampling_times(4) == [1, 0.75, 0.5, 0.25, 0], "even without a shift"
 
 
 class Marked:
