@@ -237,6 +237,20 @@ def test_a_shift_by_the_latents_size_holds_in_sampling_and_multiplies_with_the_s
     assert [t for _, t in denoiser.calls] == pytest.approx([s * t / (1 + (s - 1) * t) for t in even], rel=1e-6)
 
 
+def test_sampling_starts_with_as_much_noise_as_the_schedule_ends_with() -> None:
+    """σ(1) is 0.998 in Stable Diffusion's; what is missing there is data of 0."""
+    seen: list[torch.Tensor] = []
+
+    def denoiser(x: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    objective = Objective(ObjectiveConfig(schedule="scaled_linear", prediction="eps"))
+    condition = Condition(torch.zeros(64, dtype=torch.int64))
+    sample(denoiser, objective, noise(), condition, 10, SamplerConfig(sampler="euler", steps=2), no_noise)
+    torch.testing.assert_close(seen[0], noise() * math.sqrt(1 - torch.prod(1 - objective.schedule.betas)))
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow", "x"])
 def test_every_prediction_leads_to_the_data(prediction: str) -> None:
     """The optimal network of each kind, through the objective's conversion, samples the same data."""
