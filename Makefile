@@ -56,8 +56,8 @@ lint: setup
 	lint-imports
 
 # what starts no processes: for while one works; what it leaves out is in `make test`
-CHECKED := architecture checkpoint_paths config configs docs ema errors frechet inspect_shards latent_files mixture \
-  objectives order paths plan rng samplers shards sizes unet
+CHECKED := architecture average checkpoint_paths config configs docs ema errors follow frechet inspect_shards \
+  latent_files manifest mixture objectives order paths plan rng samplers shards sizes unet
 
 check: lint
 	pytest -q $(CHECKED:%=tests/test_%.py)

@@ -92,6 +92,7 @@ def test_start_anywhere_in_a_hundred_million_samples_costs_next_to_nothing(batch
 def test_golden():
     """These numbers are part of the format of a run: a change here breaks every resume."""
     order = BucketOrder([np.array([5, 4]), np.array([7])], seed=11, batch=4, streams=3, window=4)
+    assert order.counts.tolist() == [5, 4, 7]
     shard, sample = order.locate(np.arange(100, 116))
     assert list(zip(shard.tolist(), sample.tolist(), strict=True)) == GOLDEN
 

@@ -185,6 +185,7 @@ def test_learning_rate_is_a_function_of_samples():
     assert learning_rate(config, 350, 1100) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
     assert learning_rate(config, 600, 1100) == pytest.approx(0.6)
     assert learning_rate(config, 1100, 1100) == pytest.approx(0.2)
+    assert learning_rate(config, 1300, 1100) == pytest.approx(0.2), "and not up again"
     assert learning_rate(OptimizerConfig(lr=1.0, decay="linear"), 250, 1000) == 0.75
     assert learning_rate(OptimizerConfig(lr=1.0), 250, 1000) == 1.0
     assert learning_rate(OptimizerConfig(lr=1.0), 0, 1000) == 1.0, "without warm-up"

@@ -82,12 +82,42 @@ def test_weights_and_times_of_training_play_no_part():
     torch.testing.assert_close(losses_of(weighted, ideal(weighted)), losses_of(unweighted, ideal(unweighted)))
 
 
+@pytest.mark.parametrize("prediction", ["flow", "eps", "v"])
+def test_who_knows_the_noise_has_no_loss_at_any_time(prediction):
+    """Also at the data themselves, where these predictions say what the noise is: their answer counts."""
+    objective = objective_of(prediction, "rectified_flow")
+    x0, eps = torch.randn((2, K, *SHAPE), generator=torch.Generator().manual_seed(0))
+
+    def knowing(xt_BCHW, t_B, condition):
+        a, b = objective._coefficients(prediction, t_B[:, None, None, None])
+        return a * x0 + b * eps
+
+    loss_B = FixedTimes(objective, K).loss(knowing, x0, eps, torch.arange(K), NO_CONDITION)
+    torch.testing.assert_close(loss_B, torch.zeros(K), rtol=0, atol=1e-6)
+
+
+def test_a_prediction_of_the_data_counts_at_the_data_though_it_leaves_the_noise_open():
+    """Who says 0 there is wrong by x0, besides the noise that nobody can tell: ε is taken to be answered by 0."""
+    x0, eps = torch.randn((2, 1, *SHAPE), generator=torch.Generator().manual_seed(0))
+    times = FixedTimes(objective_of("x", "rectified_flow"), K)
+    loss_B = times.loss(lambda xt, t, condition: 0 * xt, x0, eps, torch.tensor([0]), NO_CONDITION)
+    torch.testing.assert_close(loss_B, (eps - x0).square().mean((1, 2, 3)))
+
+
+def test_the_time_is_that_of_the_number_and_padding_is_the_first():
+    objective, numbers = objective_of("flow", "rectified_flow"), torch.tensor([0, K, 3 * K, -1, 1, K + 1])
+    x0, eps = (v.expand(6, *SHAPE) for v in torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0)))
+    loss = FixedTimes(objective, K).loss(ideal(objective), x0, eps, numbers, NO_CONDITION).tolist()
+    assert loss[0] == loss[1] == loss[2] == loss[3] != loss[4] == loss[5]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_times_have_the_noise_of_the_rectified_flow(schedule):
     times = FixedTimes(objective_of("v", schedule), K)
     tau = torch.arange(K, dtype=torch.float64) / K
     ratio = times.objective.schedule.sigma(times.t_K) / times.objective.schedule.alpha(times.t_K)
     torch.testing.assert_close(ratio, tau / (1 - tau), rtol=1e-6, atol=1e-9)
+    assert times.t_K[0] == 0, "the data themselves"
     if schedule == "rectified_flow":
         torch.testing.assert_close(times.t_K, tau)
 

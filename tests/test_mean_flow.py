@@ -99,6 +99,23 @@ def test_without_a_second_time_it_is_flow_matching(draws):
     torch.testing.assert_close(losses, plain)
 
 
+def test_the_derivative_is_told_of_each_samples_own_text(draws):
+    """u = t²·w of a word w alone: u + (t − r)·2t·w is what the loss compares, where there is an interval."""
+    x0, eps, t_B, r_B, _ = draws
+
+    def reader(x_BCHW, t_B, condition, r_B=None):
+        return 0 * x_BCHW + (t_B.square() * condition.text[:, 0])[:, None, None, None]
+
+    word_B = torch.arange(64, dtype=torch.float64) / 16
+    condition = Condition(torch.zeros(64, dtype=torch.int64), word_B[:, None])
+    second_B = torch.where(torch.arange(64) % 2 == 0, r_B.clamp(min=0.01), 0.0)
+    t_B, r_B = mean_flow.interval(FLOW, t_B, second_B)
+    u_B = t_B.square() * word_B + (t_B - r_B) * 2 * t_B * word_B
+    expected = (u_B[:, None, None, None] - (eps - x0)).square().mean((1, 2, 3))
+    losses = mean_flow.loss(FLOW, reader, reader, x0, eps, draws[2], second_B, condition)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
 TEXT = TextShape(5, vocabulary=257)
 MODELS = {
     "in_context": ({}, None),

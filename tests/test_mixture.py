@@ -89,9 +89,16 @@ def test_a_contiguous_share_touches_few_streams_of_few_sources():
     assert len(np.unique(np.concatenate(seen))) < 2 * 600 * 16 / 100  # each shard holds 100
 
 
+@pytest.mark.parametrize(("values", "streams"), [([0.25, 0.75], [2, 6]), ([0.02, 0.98], [1, 8]), ([0.3, 0.7], [2, 6])])
+def test_streams_are_divided_like_slots_with_one_each_at_the_least(values, streams):
+    order = MixedOrder([np.array([100])] * 2, parts_of(values), 0, batch=100, streams=8, window=4)
+    assert [one.streams for one in order.orders] == streams
+
+
 def test_golden():
     """These numbers are part of the format of a run: a change here breaks every resume."""
     order = MixedOrder([np.array([5, 4]), np.array([7])], parts_of([0.3, 0.7]), 11, batch=4, streams=3, window=4)
+    assert order.counts.tolist() == [5, 4, 7]
     shard, sample = order.locate(np.arange(100, 112))
     assert list(zip(shard.tolist(), sample.tolist(), strict=True)) == GOLDEN
 
@@ -112,5 +119,7 @@ def test_start_anywhere_in_a_hundred_million_samples_costs_next_to_nothing():
 
 def test_shares():
     assert shares({"a": 3, "b": 1}) == {"a": WHOLE * 3 // 4, "b": WHOLE // 4}
+    assert shares({"a": 1, "b": 2}) == {"a": 349525, "b": 699051}, "golden as well: of 2²⁰ parts"
+    assert shares({"a": WHOLE - 1, "b": 1}) == {"a": WHOLE - 1, "b": 1}, "the least that there is"
     with pytest.raises(InputError, match=r"data\.sources\.b\.weight=1e-09 is less than a millionth"):
         shares({"a": 1, "b": 1e-9})

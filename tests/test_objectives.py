@@ -179,6 +179,15 @@ def test_conversions_stay_finite_where_a_prediction_says_nothing(case):
         assert isinstance(p, Prediction) and all(v.isfinite().all() for v in p)
 
 
+@pytest.mark.parametrize(("prediction", "t"), [("eps", 0.9989), ("x", 0.0011)])
+def test_conversions_are_exact_up_to_the_last_thousandth(case, prediction, t):
+    x0, eps, _ = case
+    objective, t_B = Objective(ObjectiveConfig(prediction=prediction)), torch.full((6,), t, dtype=torch.float64)
+    p = objective.predict(eps if prediction == "eps" else x0, (1 - t) * x0 + t * eps, t_B)
+    torch.testing.assert_close(p.x0_BCHW, x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(p.eps_BCHW, eps, rtol=1e-9, atol=1e-9)
+
+
 def test_logit_normal_times_have_their_quantiles():
     uniform = torch.from_numpy(rng.uniform(0, rng.Purpose.TIMESTEP, np.arange(40_000), 1)[:, 0])
     t = Objective(ObjectiveConfig(logit_mean=0.5, logit_std=1.5)).timesteps(uniform)

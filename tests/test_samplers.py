@@ -118,8 +118,11 @@ def test_every_drawn_number_matters_but_those_of_the_last_step(name: str) -> Non
         drawn.append(step)
         return torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
-    SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), sampling_times(steps), recording)
+    times = sampling_times(steps)
+    end = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), times, recording)
     assert drawn == list(range(steps - 1))
+    without = SAMPLERS[name](gaussian_predict(schedule), schedule, noise(1), times, lambda k: torch.zeros(1, 1, 1, 1))
+    assert end > without, "noise is added: images of a seed stay what they are"
 
 
 class Discrete:
@@ -183,6 +186,7 @@ def test_times_go_from_noise_to_data(shift: float) -> None:
     assert times[0] == 1 and times[-1] == 0 and len(times) == 11
     assert times == sorted(times, reverse=True)
     assert times[5] == pytest.approx(shift / (1 + shift))
+    assert sampling_times(4) == [1, 0.75, 0.5, 0.25, 0], "even without a shift"
 
 
 class Marked:
@@ -231,6 +235,20 @@ def test_a_shift_by_the_latents_size_holds_in_sampling_and_multiplies_with_the_s
     s = 1.5 * (768 * 16 * 16 / 4096) ** 0.5
     even = [1 - i / 5 for i in range(5)]
     assert [t for _, t in denoiser.calls] == pytest.approx([s * t / (1 + (s - 1) * t) for t in even], rel=1e-6)
+
+
+def test_sampling_starts_with_as_much_noise_as_the_schedule_ends_with() -> None:
+    """σ(1) is 0.998 in Stable Diffusion's; what is missing there is data of 0."""
+    seen: list[torch.Tensor] = []
+
+    def denoiser(x: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    objective = Objective(ObjectiveConfig(schedule="scaled_linear", prediction="eps"))
+    condition = Condition(torch.zeros(64, dtype=torch.int64))
+    sample(denoiser, objective, noise(), condition, 10, SamplerConfig(sampler="euler", steps=2), no_noise)
+    torch.testing.assert_close(seen[0], noise() * math.sqrt(1 - torch.prod(1 - objective.schedule.betas)))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow", "x"])

@@ -155,8 +155,5 @@ def test_precision_and_recall_are_their_definition() -> None:
         return float((np.linalg.norm(points[:, None] - centres, axis=2) <= radius).any(1).mean())
 
     result = precision_recall(generated, real)
-    assert (
-        result == pytest.approx((inside(generated, real), inside(real, generated)))
-        and min(result) > 0
-        and max(result) < 1
-    )
+    assert result == pytest.approx((inside(generated, real), inside(real, generated)))
+    assert min(result) > 0 and max(result) < 1

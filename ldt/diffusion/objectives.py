@@ -70,13 +70,11 @@ class Objective:
         return t_B.float()
 
     def weight(self, t_B: Tensor) -> Tensor:
-        """What the squared error in the loss's space counts at each time: [B].
+        """What the squared error in the loss's space counts at each time with min-SNR weighting: [B].
 
-        With min-SNR min(α², γσ²) / (αb − σa)², because an error δ in x0 is one of −δ·(αb − σa)/σ in a·x0 + b·ε at a
+        It is min(α², γσ²) / (αb − σa)², because an error δ in x0 is one of −δ·(αb − σa)/σ in a·x0 + b·ε at a
         given x_t. For eps, v and x that is the paper's min(SNR, γ)/SNR, min(SNR, γ)/(SNR + 1) and min(SNR, γ).
         """
-        if self.config.weighting == "constant":
-            return torch.ones_like(t_B)
         alpha, sigma = self.schedule.alpha(t_B), self.schedule.sigma(t_B)
         a, b = self._coefficients(self.loss_space, t_B)
         determinant = (alpha * b - sigma * a).abs().clamp(min=SINGULAR)

@@ -122,9 +122,9 @@ class _Extrapolation:
 
     def at(self, x0_BCHW: Tensor, t: float, s: float) -> Tensor:
         before, self._last = self._last, (x0_BCHW, t)
-        if before is None or s == 0 or self._log_snr(before[1]) == -math.inf:
-            return x0_BCHW  # a step from pure noise or to pure data is infinitely long in λ
-        past_BCHW, past = before
+        if before is None or s == 0:  # a step to pure data is infinitely long in λ
+            return x0_BCHW
+        past_BCHW, past = before  # after one from pure noise, as long, the ratio is infinite and x0 stays what it is
         ratio = (self._log_snr(t) - self._log_snr(past)) / (self._log_snr(s) - self._log_snr(t))
         return x0_BCHW + (x0_BCHW - past_BCHW) / (2 * ratio)
 
