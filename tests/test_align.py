@@ -22,8 +22,8 @@ from ldt.data.shards import open_shards, open_validation
 from ldt.data.split import Split
 from ldt.diffusion.condition import Condition
 from ldt.errors import InputError
-from ldt.metrics import efficientnet
 from ldt.metrics.patch_features import make_patch_net
+from ldt.models import efficientnet
 from ldt.nn import align
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig

@@ -17,7 +17,7 @@ OWNERS = {
     "submitit": {"submit"},
     "webdataset": {"data.shards.tar"},
     "flash_attn": {"nn.attention"},
-    "diffusers": {"models.autoencoder", "nn.unet", "convert"},
+    "diffusers": {"models.autoencoder", "models.representation", "nn.unet", "convert"},
     "transformers": {"models.text_encoder"},
     "timm": {"metrics.timm_net"},
     "torch_fidelity": {"metrics.inception"},

@@ -110,7 +110,7 @@ def test_the_older_names_of_attention_load(tmp_path):
 
 
 def test_bad_weights_and_images_are_named(saved, tmp_path):
-    with pytest.raises(InputError, match="no embedded autoencoder embedded:other"):
+    with pytest.raises(InputError, match="no embedded autoencoder embedded:other; known are embedded:fashion_"):
         Autoencoder.load("embedded:other")
     with pytest.raises(InputError, match="has no config.json"):
         Autoencoder.load(str(tmp_path))

@@ -10,6 +10,7 @@ import torch
 from ldt import config as configs
 from ldt.cli import main
 from ldt.encoding.config import EncodeJob
+from ldt.models.autoencoder import EMBEDDED_REPRESENTATION
 from ldt.nn.build import build, parameter_count
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import dit, dit_dh, dit_of, flops, uvit
@@ -122,6 +123,22 @@ def test_arms_over_the_base_change_what_they_are_about_and_nothing_else():
         path = ROOT / "study" / f"{arm}.yaml"
         expected = configs.load(TrainJob, ROOT / "study" / "transformer.yaml", [*changes, f"run_dir=runs/study/{arm}"])
         assert configs.load(TrainJob, path) == expected != base, arm
+
+
+def test_the_representation_arm_is_the_demo_on_other_latents_at_its_cost():
+    """As many tokens, blocks and samples; what the header says of its cost is what `ldt plan` counts."""
+    path = ROOT / "study" / "representation.yaml"
+    changes = ["model.patch=1", "objective.shift_base=256", "evaluate.checkpoint=all", "log.samples_every_samples=0"]
+    encode = configs.load(EncodeJob, ROOT / "encode" / "fashion_mnist_representation.yaml")
+    changes += [f"data.path={encode.output}", "run_dir=runs/study/representation"]
+    arm, demo = configs.load(TrainJob, path), configs.load(TrainJob, ROOT / "fashion_mnist.yaml", changes)
+    assert arm == demo and encode.autoencoder == EMBEDDED_REPRESENTATION and encode.whitening == "element"
+    shapes = [(112, 4, 4), (4, 8, 8)]
+    models = [arm.model, configs.load(TrainJob, ROOT / "fashion_mnist.yaml").model]
+    cost = [flops(model, shape) / 1e6 for model, shape in zip(models, shapes, strict=True)]
+    assert cost[0] / cost[1] == pytest.approx(1, abs=0.02)
+    header = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines())
+    assert f"{cost[0]:.1f} MFLOP an image forward, the demo {cost[1]:.1f}" in header
 
 
 def test_the_tuned_dit_is_dit_but_for_its_rate_and_batch():

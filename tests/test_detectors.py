@@ -8,8 +8,8 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from ldt.errors import InputError
-from ldt.metrics import efficientnet
 from ldt.metrics.detectors import EfficientNetLite0Detector, colour, make_detector
+from ldt.models import efficientnet
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,22 @@ machine makes the same file again.
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldt.data.images import EMBEDDED, prepare
 from ldt.data.images.open import open_images
 from ldt.errors import InputError
 
-HELD_OUT = 500
+HELD_OUT, FACTOR = 500, 4
 KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
+M = TypeVar("M", bound=nn.Module)
 
 
 def images(path: str, channels: int, size: int, fit: str) -> Tensor:
@@ -50,62 +53,87 @@ def make_autoencoder(channels: int) -> AutoencoderKL:
     ).to(memory_format=torch.channels_last)
 
 
-def loss(model: AutoencoderKL, x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    posterior = model.encode(x_BCHW).latent_dist
-    difference = model.decode(posterior.sample(generator)).sample - x_BCHW
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return difference.abs().mean() + difference.square().mean() + KL_WEIGHT * kl
-
-
-@torch.no_grad()
-def psnr(model: AutoencoderKL, x_BCHW: Tensor) -> float:
-    """Peak signal-to-noise ratio of the reconstruction of the posterior's mean, in dB, mean over images."""
-    y_BCHW = model.decode(model.encode(x_BCHW).latent_dist.mean).sample.clamp(-1, 1)
-    return float((10 * torch.log10(4 / (y_BCHW - x_BCHW).square().mean((1, 2, 3)))).mean())
-
-
-def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
-    torch.set_num_threads(1)
+def split(everything: Tensor) -> tuple[Tensor, Tensor]:
+    """Training and held-out images."""
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))
     few = min(HELD_OUT, len(order) // 10)
-    held_out, train = everything[order[:few]], everything[order[few:]]
-    model, generator = make_autoencoder(everything.shape[1]), torch.Generator().manual_seed(2)
+    return everything[order[few:]], everything[order[:few]]
+
+
+def reconstruction_loss(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """L1 + L2."""
+    difference = y_BCHW - x_BCHW
+    return difference.abs().mean() + difference.square().mean()
+
+
+def psnr(y_BCHW: Tensor, x_BCHW: Tensor) -> float:
+    """Peak signal-to-noise ratio of reconstructions in dB, mean over images."""
+    return float((10 * torch.log10(4 / (y_BCHW.clamp(-1, 1) - x_BCHW).square().mean((1, 2, 3)))).mean())
+
+
+def optimise(model: M, loss_of_batch: Callable[[], Tensor], held_out_psnr: Callable[[M], float], steps: int) -> M:
+    """Train a network by the losses of so many batches; returns the average of its weights over the last steps."""
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
     start = time.time()
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + np.cos(np.pi * step / steps))
-        x_BCHW = train[torch.randint(len(train), (batch,), generator=generator)]
-        flip_B111 = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-        value = loss(model, torch.where(flip_B111, x_BCHW.flip(3), x_BCHW), generator)
+        value = loss_of_batch()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         keep = min(0.995, step / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
         if step % 250 == 0 or step == steps:
+            with torch.no_grad():
+                decibels = held_out_psnr(average)
             print(
-                f"step {step} loss {value.item():.4f} held-out PSNR {psnr(average, held_out):.2f} dB "
+                f"step {step} loss {value.item():.4f} held-out PSNR {decibels:.2f} dB "
                 f"{(time.time() - start) / 60:.1f} min",
                 flush=True,
             )
-    average.save_pretrained(target, safe_serialization=True)
+    return average
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
+    torch.set_num_threads(1)
+    train, held_out = split(everything)
+    model, generator = make_autoencoder(everything.shape[1]), torch.Generator().manual_seed(2)
+
+    def loss_of_batch() -> Tensor:
+        x_BCHW = train[torch.randint(len(train), (batch,), generator=generator)]
+        flip_B111 = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        x_BCHW = torch.where(flip_B111, x_BCHW.flip(3), x_BCHW)
+        posterior = model.encode(x_BCHW).latent_dist
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return reconstruction_loss(model.decode(posterior.sample(generator)).sample, x_BCHW) + KL_WEIGHT * kl
+
+    def held_out_psnr(average: AutoencoderKL) -> float:
+        return psnr(average.decode(average.encode(held_out).latent_dist.mean).sample, held_out)
+
+    optimise(model, loss_of_batch, held_out_psnr, steps).save_pretrained(target, safe_serialization=True)
+
+
+def read_arguments(doc: str, factor: int) -> tuple[argparse.Namespace, Tensor]:
+    """The arguments of a tool whose autoencoder makes images smaller by a factor, and its images."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--images", default=EMBEDDED)
     parser.add_argument("--channels", type=int, choices=(1, 3), default=1)
-    parser.add_argument("--size", type=int, default=32, help="a multiple of 4")
+    parser.add_argument("--size", type=int, default=32, help=f"a multiple of {factor}")
     parser.add_argument("--fit", choices=("crop", "pad"), default="pad", help="as images.fit of ldt encode")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
-    if arguments.size < 4 or arguments.size % 4:
-        parser.error(f"--size={arguments.size} must be a multiple of 4, the downsampling")
+    if arguments.size < factor or arguments.size % factor:
+        parser.error(f"--size={arguments.size} must be a multiple of {factor}, the downsampling")
     try:
         content = images(arguments.images, arguments.channels, arguments.size, arguments.fit)
     except InputError as error:
         parser.error(str(error))
+    return arguments, content
+
+
+if __name__ == "__main__":
+    arguments, content = read_arguments(__doc__, FACTOR)
     main(arguments.target, content, arguments.steps, arguments.batch)

@@ -7,13 +7,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ldt.errors import InputError
-from ldt.metrics import efficientnet, inception
+from ldt.metrics import inception
 from ldt.metrics.timm_net import TimmNet
+from ldt.models import efficientnet
 
 
 class Features(NamedTuple):
@@ -61,7 +61,7 @@ class EfficientNetLite0Detector:
     name = "efficientnet_lite0"
     score = "fd_efficientnet_lite0"  # never "fid": the numbers do not compare with Inception's
     outputs = {"features": efficientnet.HEAD}
-    preprocessing = "bicubic-antialias-{} clip (x-0.498)/0.502"
+    preprocessing = efficientnet.PREPROCESSING
 
     def __init__(self, device: torch.device | str = "cpu", size: int = 96) -> None:
         self.size = size
@@ -76,9 +76,7 @@ class EfficientNetLite0Detector:
     def normalise(self, image_BHWC: Tensor) -> Tensor:
         """What the network sees of uint8 images: [B, 3, size, size]."""
         x_BCHW = colour(image_BHWC).to(self.device).permute(0, 3, 1, 2).float()
-        size = (self.size, self.size)
-        x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        return (x_BCHW / 255 - 0.498) / 0.502
+        return efficientnet.normalise(x_BCHW, (self.size, self.size))
 
 
 class InceptionDetector:

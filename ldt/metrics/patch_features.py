@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldt.errors import InputError
-from ldt.metrics import efficientnet
 from ldt.metrics.detectors import EfficientNetLite0Detector, TimmDetector, colour
+from ldt.models import efficientnet
 
 
 class PatchNet(Protocol):
@@ -30,17 +30,15 @@ class PatchNet(Protocol):
 class _EfficientNet:
     """Every image is brought to 16·G pixels a side, so that a feature belongs to a patch; normalised as for scores."""
 
-    LAYERS, WIDTH, STRIDE = 11, 112, 16
-
     def __init__(self, grid: int, device: torch.device | str) -> None:
-        self.name, self.shape = "efficientnet_lite0", (self.WIDTH, grid, grid)
-        self._detector = EfficientNetLite0Detector(device, size=self.STRIDE * grid)
+        self.name, self.shape = "efficientnet_lite0", (efficientnet.MAP_WIDTH, grid, grid)
+        self._detector = EfficientNetLite0Detector(device, size=efficientnet.MAP_STRIDE * grid)
         self.hash = self._detector.hash
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> Tensor:
         net: efficientnet.EfficientNetLite0 = self._detector.net
-        return net.map_after(self._detector.normalise(image_BHWC), self.LAYERS)
+        return net.map_after(self._detector.normalise(image_BHWC), efficientnet.MAP_BLOCKS)
 
 
 class _Timm:

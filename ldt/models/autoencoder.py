@@ -1,7 +1,7 @@
-"""The autoencoder between images and latents: one of diffusers', by hub name, local path or embedded.
+"""The autoencoder between images and latents: one of diffusers' by hub name or local path, or an embedded one.
 
 Latents are raw (no scaling factor): whitening belongs to the data, not to the network. `autoencoder_kinds` says how
-each of diffusers' classes is used.
+each class is used.
 """
 
 import importlib.resources
@@ -13,19 +13,23 @@ from typing import Any, Self
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldt.errors import InputError, by_reason
+from ldt.models import representation
 from ldt.models.autoencoder_kinds import KINDS
 
 EMBEDDED = "embedded:fashion_mnist"
+EMBEDDED_REPRESENTATION = "embedded:fashion_mnist_representation"
+ASSETS = {EMBEDDED: "autoencoder_fashion_mnist", EMBEDDED_REPRESENTATION: "representation_fashion_mnist"}
 
 
 class Autoencoder:
     """Images uint8 [B, H, W, C] ↔ latents float32 [B, C, H/f, W/f], f the `downsample` factor.
 
-    kind: diffusers' name of its class; posterior: whether latents have a standard deviation beside their mean;
-    hash: xxh64 of the weights in name order, whatever file they came from.
+    kind: the name of its class; posterior: whether latents have a standard deviation beside their mean; hash: xxh64 of
+    the weights in name order, whatever files they came from, and of what is done to images before.
     """
 
     def __init__(self, name: str, model: Any) -> None:
@@ -36,24 +40,26 @@ class Autoencoder:
         self.latent_channels = self._adapter.latent_channels
         self.downsample = self._adapter.downsample
         self.posterior = self._adapter.posterior
-        self.hash = _weights_hash(model)
+        self.hash = _weights_hash(model, self._adapter.preprocessing)
         self.device = torch.device("cpu")
 
     @classmethod
     def load(cls, name_or_path: str) -> Self:
-        """`embedded:fashion_mnist`, a directory in diffusers' layout, or a name on the model hub."""
-        path: Any = name_or_path
-        if name_or_path == EMBEDDED:
-            path = importlib.resources.files("ldt") / "assets" / "autoencoder_fashion_mnist"
+        """An embedded one (`ASSETS`), a directory that diffusers or our tools saved, or a name on the model hub."""
+        path = Path(name_or_path)
+        if name_or_path in ASSETS:
+            path = Path(str(importlib.resources.files("ldt") / "assets" / ASSETS[name_or_path]))
         elif name_or_path.startswith("embedded:"):
-            raise InputError(f"there is no embedded autoencoder {name_or_path}; the only one is {EMBEDDED}")
-        elif Path(name_or_path).is_dir():
-            _check_directory(Path(name_or_path))
-        elif Path(name_or_path).exists() or name_or_path.startswith(("/", ".", "~")):
+            raise InputError(f"there is no embedded autoencoder {name_or_path}; known are {' and '.join(ASSETS)}")
+        if path.is_dir() and _kind_in(path) == representation.KIND:
+            return cls(name_or_path, _from_our_own(name_or_path, path))
+        if path.is_dir():
+            return cls(name_or_path, _from_pretrained(name_or_path, str(path)))
+        if path.exists() or name_or_path.startswith(("/", ".", "~")):
             raise InputError(
                 f"autoencoder {name_or_path} is not a directory; give one saved by diffusers, a hub name, or {EMBEDDED}"
             )
-        return cls(name_or_path, _from_pretrained(name_or_path, str(path)))
+        return cls(name_or_path, _from_pretrained(name_or_path, name_or_path))
 
     def to(self, device: torch.device | str) -> Self:
         """Move the network; returns itself."""
@@ -139,11 +145,24 @@ def _from_pretrained(name: str, path: str) -> Any:
     return model
 
 
+def _from_our_own(name: str, path: Path) -> representation.EfficientNetRAE:
+    try:
+        model, loading = representation.EfficientNetRAE.load(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise by_reason(
+            f"autoencoder {name} can't be loaded ({reason}); make it again with tools/train_representation.py", error
+        ) from None
+    _check_weights(name, model, loading)
+    return model
+
+
 def _unknown(name: str, kind: Any) -> str:
     return f"autoencoder {name} is diffusers' {kind}; give one of {', '.join(KINDS)}"
 
 
-def _check_directory(path: Path) -> None:
+def _kind_in(path: Path) -> str:
+    """The class of a saved autoencoder."""
     config = path / "config.json"
     if not config.exists():
         raise InputError(f"autoencoder {path} has no config.json; give a directory saved by diffusers")
@@ -153,6 +172,7 @@ def _check_directory(path: Path) -> None:
         raise InputError(f"autoencoder {path} has a config.json that names no class; save it with diffusers") from None
     if kind not in KINDS:
         raise InputError(_unknown(str(path), kind))
+    return str(kind)
 
 
 def _check_weights(name: str, model: Any, loading: dict[str, Any]) -> None:
@@ -162,15 +182,15 @@ def _check_weights(name: str, model: Any, loading: dict[str, Any]) -> None:
             first, number = sorted(loading[key])[0], len(loading[key])
             raise InputError(
                 f"the weights of autoencoder {name} {word} {first} ({number} such tensors), so they do not belong to "
-                "its config.json; save both together with diffusers"
+                "its config.json; save both together again"
             )
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise InputError(f"autoencoder {name} has values in {key} that are not finite; get the weights again")
 
 
-def _weights_hash(model: Any) -> str:
-    digest = xxhash.xxh64()
+def _weights_hash(model: Any, preprocessing: str) -> str:
+    digest = xxhash.xxh64(preprocessing.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

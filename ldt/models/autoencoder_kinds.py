@@ -1,4 +1,4 @@
-"""One adapter for each kind of diffusers' autoencoders, all with the same few methods.
+"""One adapter for each kind of autoencoders, diffusers' and our own, all with the same few methods.
 
 An adapter takes and gives images between −1 and 1. Latents are raw, without any scaling factor of the kind's own:
 whitening belongs to the data. Nothing is drawn at random: networks are in evaluation mode, where RAE adds no noise.
@@ -9,17 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from ldt.errors import InputError
+from ldt.models import representation
 
 
 class KL:
     """AutoencoderKL and AutoencoderKLFlux2: a Gaussian posterior.
 
     posterior: whether `encode` gives a deviation beside the mean; image_size: the only side that it takes, 0 for any
-    multiple of `downsample`.
+    multiple of `downsample`; preprocessing: what it does to images that its weights and class don't say.
     """
 
     posterior = True
     image_size = 0
+    preprocessing = ""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -101,6 +103,23 @@ class RAE(DC):
         return 2 * self.model.decode(latent_BCHW).sample - 1
 
 
+class EfficientNetRAE(DC):
+    """Ours: features of EfficientNet-Lite0 and a decoder, see `ldt.models.representation`."""
+
+    def __init__(self, model: representation.EfficientNetRAE) -> None:
+        self.model = model
+        self.image_channels = model.config.image_channels
+        self.latent_channels, self.downsample = model.latent_channels, model.downsample
+        self.preprocessing = model.preprocessing
+
+    def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.model.encode(x_BCHW), None
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        image_BCHW: Tensor = self.model.decode(latent_BCHW)
+        return image_BCHW
+
+
 KINDS: dict[str, type[KL]] = {
     "AutoencoderKL": KL,
     "AutoencoderDC": DC,
@@ -108,5 +127,6 @@ KINDS: dict[str, type[KL]] = {
     "AutoencoderKLFlux2": KL,
     "AutoencoderKLQwenImage": QwenImage,
     "AutoencoderTiny": Tiny,
+    representation.KIND: EfficientNetRAE,
 }
-"""By the name of diffusers' class, which a saved autoencoder's config.json has."""
+"""By the name of the class, which a saved autoencoder's config.json has."""

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0: a feature net whose ImageNet weights come in a Python package, so that scores need no network.
+"""EfficientNet-Lite0: a feature net whose ImageNet weights come in a Python package, so that nothing is downloaded.
+
+Scores, targets of alignment and the embedded representation autoencoder look at images with it.
 
 Architecture: Tan and Le 1905.11946, the "lite" variant (no squeeze-and-excitation, ReLU6, fixed stem and head), with
 TensorFlow's SAME padding, as the weights were trained. Parameter names are those of the weights file, so it loads
@@ -24,6 +26,8 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM, HEAD, CLASSES = 32, 1280, 1000
+MAP_BLOCKS, MAP_WIDTH, MAP_STRIDE = 11, 112, 16  # the deepest map at a sixteenth of the images' size
+PREPROCESSING = "bicubic-antialias-{} clip (x-0.498)/0.502"  # what `normalise` does
 
 
 class SameConv2d(nn.Conv2d):
@@ -102,6 +106,12 @@ class EfficientNetLite0(nn.Module):
     def classify(self, feature_BD: Tensor) -> Tensor:
         """Logits [B, 1000] of pooled features."""
         return self._fc(feature_BD)
+
+
+def normalise(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the network sees of colour images with values from 0 to 255: [B, 3, *size]."""
+    x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return (x_BCHW / 255 - 0.498) / 0.502
 
 
 def weights_path() -> Path:

@@ -1,0 +1,32 @@
+"""What an autoencoder makes of embedded images: the best score that any model on its latents can hope for.
+
+python tools/reconstruct.py embedded:fashion_mnist reconstructed.npz
+ldt score reconstructed.npz reference=embedded:fashion_mnist fit=pad
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldt.data.images import EMBEDDED, prepare
+from ldt.data.images.open import open_images
+from ldt.models.autoencoder import Autoencoder
+
+
+def main(name: str, output: Path, count: int) -> None:
+    torch.set_num_threads(1)
+    source, autoencoder = open_images(EMBEDDED), Autoencoder.load(name)
+    image_BHWC = torch.from_numpy(np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(count)]))
+    parts = [autoencoder.decode(autoencoder.encode(part)[0]) for part in image_BHWC.split(50)]
+    np.savez(output, arr_0=torch.cat(parts).numpy(), arr_1=np.array([source.label(i) for i in range(count)]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("autoencoder")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--images", type=int, default=1300)
+    arguments = parser.parse_args()
+    main(arguments.autoencoder, arguments.output, arguments.images)
