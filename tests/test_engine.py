@@ -3,6 +3,7 @@
 This file is the canary for the private attributes of DeepSpeed that `ldt.engine.partition` reads.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -132,6 +133,8 @@ def check_swap(engine, average):
         (2, 1, 1, "fp32"),
         (2, 2, 3, "fp32"),
         (2, 3, 1, "fp32"),
+        (2, 1, 1, "bf16"),
+        (2, 1, 2, "bf16"),
         (2, 2, 1, "bf16"),
         (3, 0, 1, "fp32"),
         (3, 1, 3, "fp32"),
@@ -141,6 +144,44 @@ def check_swap(engine, average):
 )
 def test_a_step_equals_plain_pytorch(pool, size, stage, micro_batches, precision):
     pool(size).run(train_case, stage=stage, micro_batches=micro_batches, precision=precision)
+
+
+def norms_case(world: World, stage: int, told: int) -> tuple[list[float], float]:
+    """Gradient norms of bf16 steps of one micro-batch a rank, where DeepSpeed was told to expect `told` of them; and
+    the bytes a parameter that the last one's passes copy and add.
+    """
+    engine = Engine(build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage, "bf16"), OPTIMIZER, world, told)
+    mine = slice(BATCH * world.rank // world.size, BATCH * (world.rank + 1) // world.size)
+    norms, moved = [], Moved()
+    for step in range(STEPS):
+        with moved if step == STEPS - 1 else contextlib.nullcontext():
+            engine.gradients([tuple(x[mine] for x in data(step))], lambda d, b: loss_B(d, b).sum(), BATCH)
+        norms.append(engine.apply(LR).result().grad_norm)
+    return norms, moved.bytes / sum(p.numel() for p in engine.deepspeed.module.parameters())
+
+
+class Moved(TorchDispatchMode):
+    """Bytes written by operations that copy or add."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.removeprefix("aten::") in ("copy_", "add_", "cat", "_to_copy"):
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_bf16_at_stage_1_sums_over_ranks_in_float32(pool, ranks):
+    """Though it is DeepSpeed's stage 2 that is run for a single micro-batch: as by its BF16_Optimizer, which keeps all
+    gradients in float32 and is run for several. Stage 2 that is asked for sums in bf16.
+    """
+    (lean, moved), (kept, moved_to_keep) = (pool(ranks).run(norms_case, stage=1, told=told) for told in (1, 2))
+    assert lean == pytest.approx(kept, rel=1e-5) and moved < moved_to_keep - 8
+    if ranks > 1:
+        rounded, _ = pool(ranks).run(norms_case, stage=2, told=1)
+        assert max(abs(a / b - 1) for a, b in zip(rounded, kept, strict=True)) > 1e-4
 
 
 def copies_case(world: World, stage: int) -> dict[str, float]:

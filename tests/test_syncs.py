@@ -75,13 +75,20 @@ class Waits(TorchDispatchMode):
 
 
 def waits_case(
-    world: World, stage: int, precision: str, clip: float = 0.0, muon: float = 0.0, flow: bool = False
+    world: World,
+    stage: int,
+    precision: str,
+    clip: float = 0.0,
+    muon: float = 0.0,
+    micro_batches: int = 2,
+    flow: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Of a step as the training loop makes it: where it waits for its own results, and for those of the one before."""
     from deepspeed.accelerator import get_accelerator
 
     model = build(ModelConfig(width=32, depth=2, heads=2, interval=flow), (4, 8, 8), 10, 0)
-    engine = Engine(model, EngineConfig(stage, precision), OptimizerConfig(clip=clip, muon_lr=muon), world, 2)
+    optimizer = OptimizerConfig(clip=clip, muon_lr=muon)
+    engine = Engine(model, EngineConfig(stage, precision), optimizer, world, micro_batches)
     ema = ShardedEMA(EMAConfig(), [f.master for f in engine.partition.owned])
     bare, objective = forward_differentiable(engine.bare), Objective(ObjectiveConfig(mean_flow=0.5))
 
@@ -96,7 +103,7 @@ def waits_case(
         return mean_flow.loss(objective, denoiser, bare, x, x, t_B, second_B, 1, condition).sum()
 
     def step(queued):
-        engine.gradients([batch(), batch()], loss, 4)
+        engine.gradients([batch() for _ in range(micro_batches)], loss, 4)
         if queued is not None:
             queued.result()
         queued = engine.apply(1e-3, votes=(1, 2))
@@ -119,6 +126,12 @@ def test_a_step_never_waits_for_itself(pool, stage, precision, clip, muon):
     """What it reads is the result of the step before: loss, norm and votes, all in one."""
     ranks = 2 if precision == "fp32" and stage in (1, 2) else 1  # alone it would be stage 0
     waits = pool(ranks).run(waits_case, stage=stage, precision=precision, clip=clip, muon=muon)
+    assert waits == [[], ["tolist in result"]]
+
+
+def test_nor_does_a_single_micro_batch_in_bf16(pool):
+    """For which another part of DeepSpeed is run."""
+    waits = pool(1).run(waits_case, stage=1, precision="bf16", clip=1.0, micro_batches=1)
     assert waits == [[], ["tolist in result"]]
 
 

@@ -171,7 +171,9 @@ class Bench:
         """What `ldt plan` says of it."""
         trainer, engine = self.trainer, self.trainer.config.engine
         spec, ranks, averages = trainer.spec, trainer.world.size, len(trainer.ema.profiles)
-        state = memory.state_bytes(trainer.parameters, engine.zero_stage, engine.precision, ranks, averages)
+        state = memory.state_bytes(
+            trainer.parameters, engine.zero_stage, engine.precision, ranks, averages, trainer.loader.micro_batches
+        )
         classes, text = len(spec.classes), spec.text_shape
         kept = memory.activations(trainer.config.model, spec.latent_shape, classes, text, engine.precision)
         recomputed = kept.blocks if trainer.config.model.activation_checkpointing else 0

@@ -200,8 +200,12 @@ def by_bucket(config: PlanJob, chosen: Placement) -> Iterator[str]:
 def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     """The numbers of a run on that many nodes at that ZeRO stage."""
     engine, ranks = config.engine, nodes * config.gpus
-    state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, len(ema.profiles(config.ema)))
+    averages = len(ema.profiles(config.ema))
+    state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, averages)
     share, recomputed = _micro_batches(config, model, ranks, state)
+    if share.count > 1:
+        state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, averages, share.count)
+        share, recomputed = _micro_batches(config, model, ranks, state)
     need = state.peak + model.activations.of(share.size, recomputed)
     muon = config.optimizer.muon_lr > 0
     if muon:
@@ -209,9 +213,9 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     again = model.activations.share(recomputed)  # of a forward pass more
     flow = config.objective.mean_flow  # forward passes for its derivative, in which attention counts once more
     passes, scores = again + mean_flow.FORWARD_PASSES * flow, again + (mean_flow.FORWARD_PASSES + 1) * flow
-    rows, attention, averages = share.rows, model.attention, len(ema.profiles(config.ema))
+    rows, attention = share.rows, model.attention
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
-    moved = roofline.optimizer_bytes(model.parameters, stage, engine.precision, ranks, averages)
+    moved = roofline.optimizer_bytes(model.parameters, stage, engine.precision, ranks, averages, share.count)
     return Placement(
         nodes=nodes,
         ranks=ranks,

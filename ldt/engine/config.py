@@ -37,11 +37,17 @@ class EngineConfig:
             )
 
 
-def stage_at_work(stage: int, precision: str, ranks: int) -> int:
-    """The ZeRO stage that is run. One process has nothing to share out: in float32 its stages 1 and 2 would only copy
-    every gradient and weight several times in a step, for the same results.
+def stage_at_work(stage: int, precision: str, ranks: int, micro_batches: int) -> int:
+    """DeepSpeed's stage that is run.
+
+    One process has nothing to share out: in float32 its stages 1 and 2 would only copy every gradient and weight
+    several times in a step, for the same results. In bf16 DeepSpeed's stage 1 keeps all gradients in float32, to add up
+    those of several micro-batches before it reduces them, after the backward pass; for a single one its stage 2 does
+    without, and reduces during the backward pass.
     """
-    return 0 if ranks == 1 and precision == "fp32" and stage in (1, 2) else stage
+    if ranks == 1 and precision == "fp32" and stage in (1, 2):
+        return 0
+    return 2 if (stage, precision, micro_batches) == (1, "bf16", 1) else stage
 
 
 @dataclass

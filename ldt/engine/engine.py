@@ -96,7 +96,8 @@ class Engine:
         """micro_batches: the most that a step may have, on all ranks alike."""
         self.world = world
         self.micro_batches = micro_batches
-        config = replace(config, zero_stage=stage_at_work(config.zero_stage, config.precision, world.size))
+        settings = _deepspeed_config(config, micro_batches, parameter_count(denoiser), world)
+        config = replace(config, zero_stage=settings["zero_optimization"]["stage"])
         deepspeed = _import_deepspeed(world.device)
         denoiser.to(world.device)
         if config.compile:
@@ -118,7 +119,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=denoiser,
                 optimizer=self._adam,
-                config=_deepspeed_config(config, micro_batches, parameter_count(denoiser), world.device),
+                config=settings,
             )
         if world.size == 1 and config.zero_stage == 0:  # it would flatten all gradients and copy them back
             self.deepspeed.enable_backward_allreduce = False
@@ -209,21 +210,20 @@ def parameter_groups(
     return [g for g in groups if g["params"]]
 
 
-def _deepspeed_config(
-    config: EngineConfig, micro_batches: int, parameters: int, device: torch.device
-) -> dict[str, Any]:
-    """Norm, clipping and the look for overflow are `Engine.step`'s: each of DeepSpeed's own waits for the GPU."""
+def _deepspeed_config(config: EngineConfig, micro_batches: int, parameters: int, world: World) -> dict[str, Any]:
+    """Norm, clipping and the look for overflow are `Engine.apply`'s: each of DeepSpeed's own waits for the GPU."""
+    stage = stage_at_work(config.zero_stage, config.precision, world.size, micro_batches)
     bucket = min(parameters + parameters % 2, BUCKET)  # it refuses an odd one
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own reports
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": device.type == "cuda",
-            "compute_grad_norm": config.zero_stage in (0, 3) or (config.zero_stage, config.precision) == (1, "bf16"),
+            "overlap_comm": world.device.type == "cuda",
+            "compute_grad_norm": stage in (0, 3) or (stage, config.precision) == (1, "bf16"),
             "memory_efficient_linear": not config.compile,  # stage 3's own linear layer can't be compiled
         },
         "zero_allow_untested_optimizer": True,
@@ -233,6 +233,9 @@ def _deepspeed_config(
     }
     if config.precision == "bf16":
         out["data_types"] = {"grad_accum_dtype": "fp32"}
+    if (config.precision, config.zero_stage) == ("bf16", 1):  # sums over ranks stay in float32, also inside of stage 2
+        out["communication_data_type"] = "fp32"
+        out["zero_optimization"]["reduce_scatter"] = False
     return out
 
 
@@ -251,6 +254,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     torch.nn.functional.linear = torch._C._nn.linear
     deepspeed.utils.logger.setLevel("ERROR")
     for module in (deepspeed.runtime.bf16_optimizer, deepspeed.runtime.zero.stage3):
-        assert callable(module.is_invalid_grad_norm), module  # it reads the norm a second time, after `Engine.step`
+        assert callable(module.is_invalid_grad_norm), module  # it reads the norm a second time, after `Engine.apply`
         module.is_invalid_grad_norm = lambda norm: False
     return deepspeed

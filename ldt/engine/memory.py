@@ -36,12 +36,17 @@ class State:
     peak: int
 
 
-def state_bytes(parameters: int, stage: int, precision: str, ranks: int, averages: int) -> State:
+def state_bytes(
+    parameters: int, stage: int, precision: str, ranks: int, averages: int, micro_batches: int = 1
+) -> State:
     """Memory for `parameters` at a ZeRO stage (Rajbhandari et al. 1910.02054, section 5), DeepSpeed's buffers included.
 
     precision: fp32 or bf16, that of the weights the network computes with; masters, moments and averages are fp32.
     """
-    stage = stage_at_work(stage, precision, ranks)
+    reduced, stage = (
+        4 if (stage, precision) == (1, "bf16") else 0,
+        stage_at_work(stage, precision, ranks, micro_batches),
+    )
     width = 2 if precision == "bf16" else 4
     bucket = width * min(parameters, BUCKET)
     weights, master, moments = width * parameters, 4 * parameters, 8 * parameters
@@ -54,7 +59,8 @@ def state_bytes(parameters: int, stage: int, precision: str, ranks: int, average
         return State(persistent, persistent + 2 * weights + 2 * bucket + 2 * master // ranks)
     persistent = weights + (master + moments) // ranks + average
     if stage == 2:
-        return State(persistent, persistent + 2 * bucket + 2 * master // ranks)
+        copy = reduced * min(parameters, BUCKET)  # of a bucket in float32
+        return State(persistent, persistent + 2 * bucket + copy + 2 * master // ranks)
     if precision == "bf16":  # gradients of all weights in float32 beside those in bf16, and two flat copies
         return State(persistent + master, persistent + master + weights + 2 * master)
     return State(persistent, persistent + weights + 2 * bucket)

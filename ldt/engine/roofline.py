@@ -91,17 +91,23 @@ def _moved(
     return forward.total, backward.total
 
 
-def optimizer_bytes(parameters: int, stage: int, precision: str, ranks: int, averages: int) -> int:
+def optimizer_bytes(
+    parameters: int, stage: int, precision: str, ranks: int, averages: int, micro_batches: int = 1
+) -> int:
     """What a rank moves between the backward pass and the next forward pass.
 
-    Gradients: read for their norm, and copied by DeepSpeed 0.19 into flat buffers; in bf16 at stage 1 they are kept,
-    added, reduced and zeroed in float32 for all weights. Adam reads and writes master and moments (28 bytes), writes
-    the weights; an average takes 12. Clipping is inside of Adam's kernel. All but the first are a rank's share.
+    Gradients: read for their norm, and copied by DeepSpeed 0.19 into flat buffers; in bf16 at stage 1 they are reduced
+    in float32, and with several micro-batches also kept, added and zeroed in it for all weights. Adam reads and writes
+    master and moments (28 bytes), writes the weights; an average takes 12. Clipping is inside of Adam's kernel. All but
+    the first are a rank's share.
     """
     width = 2 if precision == "bf16" else 4
     own = 4 + 28 + 12 * averages + 4 + width  # norm, Adam, averages, master to weights
     if stage == 0:
         return (4 + 28 + 8) * parameters + 12 * averages * parameters // ranks
+    widened = 0
     if (precision, stage) == ("bf16", 1):
-        return (18 + 8 + 4 + 8) * parameters + own * parameters // ranks
-    return 4 * width * parameters + (own + 8) * parameters // ranks
+        if micro_batches > 1:
+            return (18 + 8 + 4 + 8) * parameters + own * parameters // ranks
+        widened = 2 + 4
+    return (4 * width + widened) * parameters + (own + 8) * parameters // ranks

@@ -40,13 +40,14 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     cost = memory.activations(
         config.model, spec.latent_shape, classes, spec.text_shape, engine.precision, world.device.type
     )
-    if not budget:
-        parameters = parameter_count(denoiser)
-        state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages)
-        room = memory.available(world.device, world.local_size) - state.peak
-        budget = memory.ROOM * min(all_gather(room))  # the same on all ranks
     least = cost.blocks if config.model.activation_checkpointing else 0
-    samples, blocks = cost.fit(micro_batch, -(-config.train.global_batch // world.size), budget, least)
+    share, parameters = -(-config.train.global_batch // world.size), parameter_count(denoiser)
+    for micro_batches in (1, 2):  # where one does not fit, the state of a step with several may be larger
+        state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages, micro_batches)
+        room = min(all_gather(memory.available(world.device, world.local_size) - state.peak))  # the same on all ranks
+        samples, blocks = cost.fit(micro_batch, share, budget or memory.ROOM * room, least)
+        if samples >= share:
+            break
     checkpoint_blocks(denoiser, blocks)
     held = cost.of(samples, blocks) / 1e9
     logger.info("micro-batch %d keeps %.3g GB; recomputed blocks: %d of %d", samples, held, blocks, cost.blocks)
