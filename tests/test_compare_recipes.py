@@ -28,7 +28,7 @@ def data(tmp_path_factory):
     make_autoencoder(root / "vae")
     make_images(root / "images", 60)
     keys = [f"images.path={root}/images", "images.size=32", "images.fit=pad", f"autoencoder={root}/vae"]
-    done = forked.run("-m", "ldt", "encode", *keys, f"output={root}/shards", "validation_fraction=0.1")
+    done = forked.run("-m", "ldt", "encode", *keys, f"output={root}/shards", "validation_fraction=0.2")
     assert done.returncode == 0, done.stderr
     return root
 

@@ -17,6 +17,7 @@ from ldt.nn.sizes import dit, dit_dh, dit_of, flops, uvit
 from ldt.training.config import TrainJob
 
 ROOT = Path(__file__).parents[1] / "configs"
+DEMO = ROOT / "fashion_mnist.yaml"
 TRAINING = sorted(p for d in ("imagenet256", "imagenet512") for p in (ROOT / d).glob("*.yaml"))
 MILLIONS = {
     "imagenet256/dcae_f32_xl": 674.9,
@@ -111,11 +112,20 @@ def test_the_study_is_matched():
     assert rest[0] == rest[1] == rest[2]
 
 
+@pytest.mark.parametrize("path", [*(ROOT / "study").glob("*.yaml"), ROOT / "recipes" / "small.yaml", DEMO], ids=name_of)
+def test_validation_losses_compare_between_the_arms(path):
+    log = configs.load(TrainJob, path).log
+    assert log.validation_times == 8 and log.validation_every_samples == 6000
+
+
 def test_arms_over_the_base_change_what_they_are_about_and_nothing_else():
     base = configs.load(TrainJob, ROOT / "study" / "transformer.yaml")
     said = {
         "mean_flow": ["model.time=unit", "model.interval=true", "objective.mean_flow=0.25", "evaluate.steps=2",
                       "evaluate.sampler=mean_flow"],
+        "mean_flow_guided": ["model.time=unit", "model.interval=true", "objective.mean_flow=0.25",
+                             "objective.mean_flow_guidance=1.5", "evaluate.steps=1", "evaluate.sampler=mean_flow",
+                             "evaluate.guidance=1.0"],
         "align": ["data.path=data/fashion_mnist_target", "align={weight: 0.5, block: 2, until_samples: 24000}"],
         "inner_head": ["model.inner_head=2", "evaluate.guidance_inner=1.25"],
     }  # fmt: skip

@@ -78,7 +78,7 @@ def test_the_loss_is_the_mean_squared_error_with_the_gradient_of_the_weighted_on
 
     second_B = torch.where(torch.arange(64) % 4 == 0, 0.3, 0.0).double()
     uniform_B = t_B.clamp(0.01, 0.99)
-    losses = mean_flow.loss(FLOW, denoiser, denoiser, x0, eps, uniform_B, second_B, 16, condition)
+    losses = mean_flow.loss(FLOW, denoiser, denoiser, x0, eps, uniform_B, second_B, 16, condition, 1)
     t_B, r_B = mean_flow.interval(FLOW, uniform_B, second_B)
     assert torch.equal(r_B < t_B, second_B > 0)
     t, r = t_B[:, None, None, None], r_B[:, None, None, None]
@@ -94,7 +94,7 @@ def test_the_loss_is_the_mean_squared_error_with_the_gradient_of_the_weighted_on
 
 def test_without_a_second_time_it_is_flow_matching(draws):
     x0, eps, t_B, _, condition = draws
-    losses = mean_flow.loss(FLOW, gaussian, gaussian, x0, eps, t_B, torch.zeros(64), 0, condition)
+    losses = mean_flow.loss(FLOW, gaussian, gaussian, x0, eps, t_B, torch.zeros(64), 0, condition, 1)
     plain = FLOW.loss(gaussian, x0, eps, FLOW.timesteps(t_B), condition)
     torch.testing.assert_close(losses, plain)
 
@@ -112,8 +112,84 @@ def test_the_derivative_is_told_of_each_samples_own_text(draws):
     t_B, r_B = mean_flow.interval(FLOW, t_B, second_B)
     u_B = t_B.square() * word_B + (t_B - r_B) * 2 * t_B * word_B
     expected = (u_B[:, None, None, None] - (eps - x0)).square().mean((1, 2, 3))
-    losses = mean_flow.loss(FLOW, reader, reader, x0, eps, draws[2], second_B, condition)
+    losses = mean_flow.loss(FLOW, reader, reader, x0, eps, draws[2], second_B, 32, condition, 0)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ guidance inside
+
+SCALE, NOTHING = 1.5, 1
+GUIDED = Objective(ObjectiveConfig(mean_flow=0.25, mean_flow_guidance=SCALE))
+NULL_STD = 0.8  # of the data without a condition, label NOTHING
+
+
+def logarithm(t, std):
+    """Of the deviation of x_t; the velocity of normal data is its derivative times x."""
+    return 0.5 * (t**2 + (1 - t) ** 2 * std**2).log()
+
+
+def guided_gaussian(x_BCHW, t_B, condition, r_B=None):
+    """The exact mean velocity of guidance between two Gaussians; without a condition that of the wider one alone."""
+    t, r = (v[:, None, None, None] for v in (t_B, t_B if r_B is None else r_B))
+    scale = torch.where(condition.label_B == NOTHING, 0.0, SCALE)[:, None, None, None].double()
+
+    def grown(t):
+        return scale * logarithm(t, STD) + (1 - scale) * logarithm(t, NULL_STD)
+
+    def slope(t, std):
+        return (t - (1 - t) * std**2) / (t**2 + (1 - t) ** 2 * std**2)
+
+    here = scale * slope(t, STD) + (1 - scale) * slope(t, NULL_STD)
+    moved = (1 - (grown(r) - grown(t)).exp()) / (t - r).clamp(min=1e-12)
+    return x_BCHW * torch.where(t > r, moved, here)
+
+
+def test_guidance_inside_has_the_guided_mean_velocity_as_its_fixed_point(draws):
+    """Of that one what is left is the spread of ε − x0 around its mean, by the scale; none of it can be learned."""
+    x0, eps, t_B, _, _ = draws
+    label_B = torch.arange(64) % 2
+    x0 = x0 * torch.where(label_B == NOTHING, NULL_STD / STD, 1.0)[:, None, None, None]
+    second_B = torch.where(torch.arange(64) % 3 == 0, 0.3, 0.0).double()
+    condition = Condition(label_B)
+    losses = mean_flow.loss(GUIDED, guided_gaussian, guided_gaussian, x0, eps, t_B, second_B, 22, condition, NOTHING)
+    t = mean_flow.interval(GUIDED, t_B, second_B)[0].double()[:, None, None, None]
+    xt, std = (1 - t) * x0 + t * eps, torch.where(label_B == NOTHING, NULL_STD, STD)[:, None, None, None]
+    mean = xt * (t - (1 - t) * std**2) / (t**2 + (1 - t) ** 2 * std**2)
+    factor = torch.where(label_B == NOTHING, 1.0, SCALE)[:, None, None, None]
+    expected = (factor * (mean - (eps - x0))).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_evaluation_then_draws_what_guidance_draws_in_many_steps():
+    """400 steps of class guidance between the unguided velocities end where one step of the guided ones does."""
+
+    def unguided(x_BCHW, t_B, condition):
+        t = t_B[:, None, None, None]
+        std = torch.where(condition.label_B == NOTHING, NULL_STD, STD)[:, None, None, None]
+        return x_BCHW * (t - (1 - t) * std**2) / (t**2 + (1 - t) ** 2 * std**2)
+
+    noise = torch.randn(16, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = (noise, Condition(torch.zeros(16, dtype=torch.int64)), NOTHING)
+    one = SamplerConfig(sampler="mean_flow", steps=1)
+    many = SamplerConfig(sampler="heun", steps=400, guidance=SCALE)
+    end = sample(guided_gaussian, GUIDED, *parts, one, lambda step: noise)
+    torch.testing.assert_close(end, sample(unguided, GUIDED, *parts, many, lambda step: noise), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(end, noise * STD**SCALE * NULL_STD ** (1 - SCALE), rtol=1e-9, atol=1e-9)
+
+
+def test_captions_are_conditions_of_guidance_inside():
+    """A sample that kept either class or caption is guided, one that lost both is not; no gradient goes that way."""
+    text = torch.tensor([[3, 0], [0, 0], [3, 0], [0, 0]])
+    condition = Condition(torch.tensor([0, 0, NOTHING, NOTHING]), text)
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def denoiser(x_BCHW, t_B, condition):
+        assert not condition.text.any() and (condition.label_B == NOTHING).all()
+        return weight * x_BCHW
+
+    x, target = torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 5.0)
+    ours = mean_flow.guided(denoiser, target, x, torch.ones(4), condition, NOTHING, SCALE)
+    assert ours.flatten().tolist() == [6.5, 6.5, 6.5, 5.0] and not ours.requires_grad
 
 
 TEXT = TextShape(5, vocabulary=257)
@@ -232,6 +308,19 @@ def test_training_is_the_same_at_any_world_and_stage(pool, data, reference, tmp_
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
 
 
+def test_with_guidance_inside_too(pool, data, tmp_path):
+    settings = [f"data.path={data}", *MEAN_FLOW, "objective.mean_flow_guidance=1.5", "train.total_samples=80"]
+    one = pool(1).run(train_case, settings=[*settings, f"run_dir={tmp_path}/one", "engine.zero_stage=0"])
+    placement = ["engine.zero_stage=2", "train.micro_batch=3"]
+    two = pool(2).run(train_case, settings=[*settings, *placement, f"run_dir={tmp_path}/two"])
+    assert [r["digest"] for r in one] == [r["digest"] for r in two]
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    plain = [*settings, "objective.mean_flow_guidance=1", "train.total_samples=16", f"run_dir={tmp_path}/plain"]
+    other = pool(1).run(train_case, settings=plain)
+    assert [r["digest"] for r in other] == [r["digest"] for r in one[:2]], "it draws nothing"
+    assert abs(other[1]["loss"] / one[1]["loss"] - 1) > 1e-3
+
+
 def test_bfloat16_and_compiled_blocks_train_alike(pool, data, reference, tmp_path):
     placement = [f"data.path={data}", "train.total_samples=40", *MEAN_FLOW]
     for change, tolerance in (("engine.precision=bf16", 0.05), ("engine.compile=true", 1e-3)):
@@ -250,6 +339,15 @@ def test_bfloat16_and_compiled_blocks_train_alike(pool, data, reference, tmp_pat
         ([*MEAN_FLOW, "model.inner_head=1"], "model.interval=true needs"),
         ([*MEAN_FLOW, "model.name=unet"], "model.interval=true needs model.name=transformer"),
         (["objective.mean_flow=1.5"], "must be a share of the samples"),
+        (
+            ["objective.mean_flow_guidance=1.5"],
+            "guidance=1.5 needs objective.mean_flow=0.0 and",
+        ),
+        (
+            [*MEAN_FLOW, "objective.mean_flow_guidance=2", "objective.condition_drop=0"],
+            "condition_drop=0.0 above 0",
+        ),
+        ([*MEAN_FLOW, "objective.mean_flow_guidance=-1"], "guidance=-1.0 must be positive, such as 1.5, or 1 for off"),
         (["log.preview.sampler=mean_flow"], "log.preview.sampler=mean_flow needs model.interval=true"),
         (["evaluate.sampler=mean_flow", "evaluate.guidance_inner=1.5"], "which guidance_inner=1.5 has none of"),
         (["evaluate.sampler=mean_flow", "evaluate.guide=x", "evaluate.guide_scale=2"], "guide=x may not know"),
@@ -273,3 +371,6 @@ def test_the_plan_counts_the_derivative():
     assert on.products == pytest.approx(off.products * 3.75 / 3)
     assert on.attention == pytest.approx(off.attention * 4.5 / 3.5)
     assert on.between > off.between and on.memory == off.memory
+    guided = planned(path, "nodes=1", "objective.mean_flow_guidance=1.5")[2]
+    assert guided.products == pytest.approx(off.products * 4.75 / 3)
+    assert guided.attention == pytest.approx(off.attention * 5.5 / 3.5)

@@ -306,6 +306,14 @@ def test_the_page_says_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "targets has fid, which no run was scored by; the scores there are fd_x, val" in capsys.readouterr().err
 
 
+def test_a_loss_at_fixed_times_is_said_to_be_another_one(tmp_path: Path, run_dir: Path) -> None:
+    def caption(path: Path) -> str:
+        return next(c.caption for c in make_charts([read_history(path, "run")]) if c.id == "loss")
+
+    assert "the velocity's loss at fixed times, which are not those of training" in caption(three_arms(tmp_path)[0])
+    assert caption(run_dir).endswith("dots: averaged weights on held-out images")
+
+
 def test_compute_of_a_score_is_that_of_training(run_dir: Path) -> None:
     history = read_history(run_dir, "run")
     (row,) = (r for r in reaches([history], {"fd_efficientnet_lite0": 1e9}))
@@ -328,6 +336,14 @@ def test_losses_of_other_kinds_are_not_compared(tmp_path: Path) -> None:
     (arms[2] / "config.yaml").write_text(yaml.safe_dump(config))
     runs = [read_history(path, path.name) for path in arms]
     assert {row.score for row in reaches(runs, {})} == {"fd_x"}
+
+
+def test_losses_of_guided_velocities_are_not_compared(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path)
+    config = yaml.safe_load((arms[2] / "config.yaml").read_text())
+    config["objective"] |= {"mean_flow": 0.25, "mean_flow_guidance": 1.5}
+    (arms[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert {row.score for row in reaches([read_history(path, path.name) for path in arms], {})} == {"fd_x"}
 
 
 def test_more_is_better_for_some_scores(tmp_path: Path) -> None:

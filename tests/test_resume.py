@@ -73,6 +73,7 @@ TABLE = {
     "objective.shift_base": ("16", GOES_ON),
     "objective.time_floor": ("0.05", GOES_ON, "objective.prediction=x", "objective.loss=flow"),
     "objective.mean_flow": ("0.5", OTHER_MODEL, "model.interval=true"),
+    "objective.mean_flow_guidance": ("1.5", OTHER_MODEL, "model.interval=true", "objective.mean_flow=0.5"),
     "align.weight": ("0.5", "needs data with targets", "align.block=1"),
     "align.block": ("1", GOES_ON),  # plays no part
     "align.until_samples": ("48", GOES_ON),

@@ -100,7 +100,7 @@ def waits_case(
             return denoiser(*batch).float().square().sum()
         x, t_B, condition = batch
         second_B = torch.tensor([0.0, 0.25])
-        return mean_flow.loss(objective, denoiser, bare, x, x, t_B, second_B, 1, condition).sum()
+        return mean_flow.loss(objective, denoiser, bare, x, x, t_B, second_B, 1, condition, 0).sum()
 
     def step(queued):
         engine.gradients([batch() for _ in range(micro_batches)], loss, 4)

@@ -211,8 +211,9 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     if muon:
         need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
     again = model.activations.share(recomputed)  # of a forward pass more
-    flow = config.objective.mean_flow  # forward passes for its derivative, in which attention counts once more
-    passes, scores = again + mean_flow.FORWARD_PASSES * flow, again + (mean_flow.FORWARD_PASSES + 1) * flow
+    flow = config.objective.mean_flow
+    passes = again + mean_flow.forward_passes(flow, config.objective.mean_flow_guidance)
+    scores = passes + flow  # in its derivative attention counts once more
     rows, attention = share.rows, model.attention
     traffic = traffic_bytes(model.parameters, stage, engine.precision, ranks, muon)
     moved = roofline.optimizer_bytes(model.parameters, stage, engine.precision, ranks, averages, share.count)

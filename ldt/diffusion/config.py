@@ -19,7 +19,8 @@ class ObjectiveConfig:
     `time_floor` (0: off; 0.05 in RAEv2, 2605.18324) belongs to x predictions compared as flow: the velocity is
     (x_t − x0) / max(t, time_floor), for both sides of the loss, whose weight 1/t² would be unbounded at the data.
     `mean_flow` (0: off; 0.25): the share of samples of which the mean velocity over an interval is learned, so that
-    `sampler=mean_flow` needs few steps (improved MeanFlow, Geng et al. 2512.02012).
+    `sampler=mean_flow` needs few steps (improved MeanFlow, Geng et al. 2512.02012). `mean_flow_guidance` (1: off; 1.5):
+    the scale of class guidance that its target contains, so that one evaluation draws a guided image (2505.13447).
     """
 
     prediction: str = choice("flow", "eps", "v", "x")
@@ -34,6 +35,7 @@ class ObjectiveConfig:
     time_floor: float = 0.0
     condition_drop: float = 0.1
     mean_flow: float = 0.0
+    mean_flow_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_drop <= 1:
@@ -53,9 +55,21 @@ class ObjectiveConfig:
             raise InputError(f"objective.time_floor={self.time_floor} must be a time below 1, such as 0.05, or 0")
         if not 0 <= self.mean_flow <= 1:
             raise InputError(f"objective.mean_flow={self.mean_flow} must be a share of the samples, such as 0.25, or 0")
+        self._check_mean_flow_guidance()
         plain = {"schedule": "rectified_flow", "weighting": "constant"}
         self._check_needs("time_floor", {"prediction": "x", "loss": "flow", **plain})
         self._check_needs("mean_flow", {"prediction": "flow", "loss": "same", **plain})
+
+    def _check_mean_flow_guidance(self) -> None:
+        scale = self.mean_flow_guidance
+        if not 0 < scale < math.inf:
+            raise InputError(f"objective.mean_flow_guidance={scale} must be positive, such as 1.5, or 1 for off")
+        if scale != 1 and not (self.mean_flow and self.condition_drop):
+            raise InputError(
+                f"objective.mean_flow_guidance={scale} needs objective.mean_flow={self.mean_flow} and "
+                f"objective.condition_drop={self.condition_drop} above 0, such as 0.25 and 0.1: it is part of the "
+                "former's target, and by the latter the network learns what there is without a condition"
+            )
 
     def _check_needs(self, option: str, needed: dict[str, str]) -> None:
         """`InputError` if the option is on and the others are not as it needs them."""

@@ -9,6 +9,10 @@ gives v = u + (t − r)·du/dt, which is what is trained:
 u̇ is one derivative in forward mode, without gradients, of the bare network: no hook of the training engine is crossed,
 which is why ZeRO stage 3, whose hooks gather the weights, can't have it. It is computed for those samples alone whose
 interval is not empty; the others are plain flow matching.
+
+With guidance inside (MeanFlow 2505.13447, section 4.2) the network learns the flow that class guidance of a scale ω
+makes: ε − x0 becomes u(x_t, t, t | no condition) + ω·(ε − x0 − u(x_t, t, t | no condition)) for samples that have their
+condition, without a gradient. What it predicts under a condition is then guided already, by one evaluation.
 """
 
 import functools
@@ -19,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldt.diffusion.condition import Condition
+from ldt.diffusion.condition import Condition, text_mask
 from ldt.diffusion.objectives import Denoiser, Objective
 
 SOFTENING = 0.01
@@ -27,6 +31,14 @@ SOFTENING = 0.01
 
 FORWARD_PASSES = 3.0
 """What u̇ costs a sample: u at r = t, u, and its derivative."""
+
+
+def forward_passes(share: float, guidance: float) -> float:
+    """How many forward passes a sample costs on average beside those of flow matching.
+
+    share, guidance: `objective.mean_flow` and `objective.mean_flow_guidance`.
+    """
+    return FORWARD_PASSES * share + (guidance != 1)
 
 
 def interval(objective: Objective, uniform_B: Tensor, second_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +64,26 @@ def slope(denoiser: Callable[..., Tensor], x_BCHW: Tensor, t_B: Tensor, r_B: Ten
     return slope_BCHW
 
 
+def guided(
+    denoiser: Callable[..., Tensor],
+    target_BCHW: Tensor,
+    x_BCHW: Tensor,
+    t_B: Tensor,
+    condition: Condition,
+    null_label: int,
+    scale: float,
+) -> Tensor:
+    """The target as class guidance of this scale has it, without a gradient; as it is where there is no condition."""
+    nothing = condition.unconditional(null_label)
+    with torch.no_grad():
+        null_BCHW = denoiser(x_BCHW, t_B, nothing).to(x_BCHW.dtype)
+    told_B = condition.label_B != nothing.label_B
+    if condition.text is not None:
+        told_B = told_B | text_mask(condition.text).any(1)
+    scale_B = torch.where(told_B, scale, 1.0).to(x_BCHW.dtype)
+    return null_BCHW + scale_B[:, None, None, None] * (target_BCHW - null_BCHW)
+
+
 @functools.cache
 def _prepare_torch() -> None:
     """Import what torch needs for forward mode, which complains about a part of torch that it uses."""
@@ -70,6 +102,7 @@ def loss(
     second_B: Tensor,
     intervals: int,
     condition: Condition,
+    null_label: int,
 ) -> Tensor:
     """The mean squared error of V of each sample in float32, with the gradient of its weighted error: [B].
 
@@ -87,6 +120,9 @@ def loss(
         slope_bCHW = slope(bare, xt_BCHW[rows], t_B[rows], r_B[rows], told)
         change_bCHW = (t_B - r_B)[rows, None, None, None] * slope_bCHW
         u_BCHW = u_BCHW.index_add(0, rows, change_bCHW.float())
-    square_BCHW = (u_BCHW - (eps_BCHW - x0_BCHW)).square()
+    target_BCHW = eps_BCHW - x0_BCHW
+    if (scale := objective.config.mean_flow_guidance) != 1:
+        target_BCHW = guided(bare, target_BCHW, xt_BCHW, t_B, condition, null_label, scale)
+    square_BCHW = (u_BCHW - target_BCHW).square()
     weighted_B = square_BCHW.sum((1, 2, 3)) / (square_BCHW.detach().sum((1, 2, 3)) + SOFTENING)
     return square_BCHW.detach().mean((1, 2, 3)) + (weighted_B - weighted_B.detach())

@@ -218,7 +218,9 @@ def _loss_chart(runs: Sequence[History]) -> Chart:
         held_out = _line(k, run, "validation_loss", run.validations, f"{run.name} · validation", smoothed=False)
         series += [Series(k, s.label, "points", s.samples, s.hours, s.y) for s in held_out]
     smoothed = " (smoothed)" if any(s.style == "faint" for s in series) else ""
-    caption = f"line: training batches{smoothed}, dots: averaged weights on held-out images"
+    fixed = any(run.lines[i].get("validation_times") for run in runs for i in run.validations)
+    other = " (the velocity's loss at fixed times, which are not those of training)" if fixed else ""
+    caption = f"line: training batches{smoothed}, dots: averaged weights on held-out images{other}"
     return Chart("loss", "Loss", series, caption=_sentence(caption, _not_finite(runs, "loss")))
 
 

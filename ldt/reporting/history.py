@@ -11,7 +11,7 @@ import yaml
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import Damaged, listed
 from ldt.config import from_dict
-from ldt.diffusion.mean_flow import FORWARD_PASSES
+from ldt.diffusion.mean_flow import forward_passes
 from ldt.errors import InputError
 from ldt.files import parse_json, real
 from ldt.nn.config import ModelConfig
@@ -56,7 +56,7 @@ class History:
     def training_flops(self) -> float:
         """Floating-point operations that one training sample costs; NaN without a checkpoint.
 
-        Three forward passes, and those of the mean flow's derivative.
+        Three forward passes, and those that a mean flow needs besides.
         """
         if self.checkpoint is None:
             return math.nan
@@ -65,8 +65,9 @@ class History:
             model = from_dict(ModelConfig, self.checkpoint.config["model"])
         except InputError:
             return math.nan
-        share = self.checkpoint.config["objective"].get("mean_flow", 0.0)
-        return (3.0 + FORWARD_PASSES * share) * spec.average(lambda shape: flops(model, shape, spec.text_shape))
+        objective = self.checkpoint.config["objective"]
+        more = forward_passes(objective.get("mean_flow", 0.0), objective.get("mean_flow_guidance", 1.0))
+        return (3.0 + more) * spec.average(lambda shape: flops(model, shape, spec.text_shape))
 
     @property
     def samples_seen(self) -> int:

@@ -247,7 +247,7 @@ class Trainer:
         if batch.second_B is not None:
             times = (batch.uniform_B, batch.second_B, batch.intervals)
             parts = (batch.latent_BCHW, batch.noise_BCHW, *times, condition)
-            return mean_flow.loss(objective, denoiser, self.bare, *parts)
+            return mean_flow.loss(objective, denoiser, self.bare, *parts, null_label=len(self.spec.classes))
         return objective.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, t_B, condition, inner)
 
     # ------------------------------------------------------------------------------------ start, return, and the state
