@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import streaming_package
+from image_sets import KINDS, add, content, directory, edm2_zip, imagefolder, mds, web_tars
 from PIL import Image
-from test_image_kinds import KINDS, add, content, directory, edm2_zip, imagefolder, mds, web_tars
 
 from ldt.data.images import Fields, open_images
 from ldt.data.images import parquet as parquet_images
