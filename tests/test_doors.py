@@ -175,6 +175,7 @@ def test_the_exported_autoencoder_whitens_what_it_encodes(loaded, tmp_path):
 def test_what_diffusers_cannot_hold_is_refused(loaded, tmp_path):
     for change, message in (
         ({"qk_norm": True}, "model.qk_norm=True would have to be False"),
+        ({"size_conditioning": True}, "model.size_conditioning=True would have to be False"),
         ({"time_frequencies": "dit"}, "model.time_frequencies=dit would have to be diffusers"),
         ({"mlp_ratio": 2.0}, "model.mlp_ratio=4"),
         ({"head": HeadConfig(1, 32, 2)}, "it has a wide head"),

@@ -86,7 +86,8 @@ def real_images(config: EvaluateConfig, loaded: Loaded) -> list[ImageSet]:
         if config.size == ALL:
             raise InputError(
                 f"evaluate.reference={path} is of images that are in no bucket, and evaluate.size={ALL} compares "
-                "bucket with bucket; leave evaluate.reference out, or give data in buckets or an .npz of statistics"
+                f"bucket with bucket; score one (evaluate.size={next(iter(loaded.spec.buckets))}), leave "
+                "evaluate.reference out, or give data in buckets or an .npz of statistics"
             )
         return [ImageSet(open_images(path), *_size(config, loaded), channels, config.fit)]
     shards = path or _own_data(loaded)
