@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import select
 import sys
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from ldt import __version__, config, log
 from ldt.checkpoint.checkpoint import saved_config
 from ldt.cluster.launchers import place
-from ldt.errors import InputError, RunError, in_a_sentence
+from ldt.errors import NO_ROOM, InputError, RunError, in_a_sentence
 from ldt.paths import local_path
 from ldt.run import stop
 from ldt.run.outcome import DONE, FAILED, WRONG_INPUT
@@ -134,6 +135,8 @@ Exit codes: 0 done, 1 failed, 2 wrong config or input, 75 stopped on request aft
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths and names of classes may be in any encoding
     # the deepspeed launcher puts --local_rank=N before the command
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop.listen()  # a request that comes while torch is being imported counts too
     try:
         with in_a_sentence():
-            return _run(name, rest)
+            return _run_and_flush(name, rest)
     except InputError as error:
         print(f"ldt {name}: error: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -164,17 +167,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _run_and_flush(name: str, words: list[str]) -> int:
+    """`_run`, and then write what was printed: where that has no room, Python says so at its end, by code 120."""
+    try:
+        code = _run(name, words)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno in NO_ROOM and not error.filename and not os.fstatvfs(sys.stdout.fileno()).f_bavail:
+            error.filename = "the standard output"
+            _to_nowhere()
+        raise
+    return code
+
+
+def _to_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _nobody_reads() -> bool:
     """Whether stdout is a pipe whose reader has ended, as `| head` does; then no further output can be read."""
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
     if not stdout.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _to_nowhere()
     return True
 
 
 def _run(name: str, words: list[str]) -> int:
+    if strange := next((word for word in words if not _is_text(word)), ""):
+        raise InputError(f"argument {strange} is not text in UTF-8; give the file or directory another name")
     if name not in COMMANDS:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
@@ -199,6 +221,15 @@ def _run(name: str, words: list[str]) -> int:
         return DONE
     log.configure(rank, quiet=flags.quiet)
     return int(program.run_sweep(jobs) if len(jobs) > 1 else program.run(jobs[0]))
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of the command line is text; Python keeps the bytes of others as surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Parser(argparse.ArgumentParser):

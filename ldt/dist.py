@@ -4,9 +4,11 @@ The launchers (torchrun, deepspeed, srun, submitit, none) differ only in the env
 reads them and the rest of the code sees a `World`. Without a process group the collectives are the identity.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -32,6 +34,7 @@ SLOWEST_RANK_TIMEOUT = datetime.timedelta(days=7)  # where ranks meet that may h
 RENDEZVOUS_TIMEOUT_S = 300.0
 MEETING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 GOODBYE_TIMEOUT_S = 10.0  # for the others to read what rank 0 found
+FREE_PORTS = (10_000, 16_800)  # the tests' SLURM clusters and then the jobs of launchers come next
 FIRST_COLLECTIVE_TIMEOUT_S = 180.0  # connecting 1,000 GPUs takes NCCL about a minute
 
 
@@ -293,7 +296,12 @@ def in_block_order(blocks: int, produce: Callable[[int], T], world: World) -> It
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port that nobody listens on right now, and that the system gives to nobody in the seconds until it is used.
+
+    Those it gives away by itself, to gloo's connections among others, are above 32,767.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*FREE_PORTS)  # programs and tests seed the usual generator
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return port

@@ -33,6 +33,11 @@ FAILURES = [
         "need less",
     ),
     (
+        r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing|unexpected pos \d+ vs",
+        "a disk is full, perhaps that of temporary files, for which TMPDIR names another place; make room and run the "
+        "same command again",
+    ),
+    (
         r"uncorrectable ECC|ECC error|fallen off the bus|hardware stack error|NVLink|CUDA error: unknown error",
         BROKEN_GPU,
     ),
@@ -86,11 +91,25 @@ PASSING = {
 """Of a disk or a network file system that is away, or of a machine short of something: it may be right again."""
 
 
+def on_one_line(text: str) -> str:
+    """A text with what is not printable escaped: the names in it may contain line breaks and terminals' commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+SHORTAGES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), and run the same command again",
+    errno.ENFILE: "run the same command again when this machine has fewer files open",
+    errno.ENOMEM: "run the same command again when this machine has memory left",
+    errno.EAGAIN: "run the same command again when this machine has fewer processes",
+}
+"""What a machine may be short of, and what helps; the other reasons that pass are a disk's or a network's."""
+
+
 class _Sentence(Exception):
     """An error whose message stays on one line, whatever characters the names in it contain."""
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        return on_one_line(super().__str__())
 
 
 class InputError(_Sentence, ValueError):
@@ -111,8 +130,10 @@ class RunError(_Sentence, RuntimeError):
 def by_reason(sentence: str, error: BaseException) -> InputError | RunError:
     """A sentence about a failure: `RunError` where its reason may pass, as code 2 keeps a job from being tried again.
 
-    A disk may have room again or come back; all else is an `InputError`.
+    A disk may have room again or come back; all else is an `InputError`. On a full disk the file without room is named.
     """
+    if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename:
+        return RunError(_sentence(error))
     passes = isinstance(error, OSError) and error.errno in (*PASSING, *NO_ROOM)
     return RunError(sentence) if passes else InputError(sentence)
 
@@ -124,7 +145,8 @@ def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
         return RunError(f"{what} could not be written ({reason}); make room and run it again")
     if error.errno in DENIED:
         return InputError(f"{what} can't be used by this user ({reason}); have its owner open it, or choose another")
-    advice = "run the same command again when its disk is back" if error.errno in PASSING else advice
+    if error.errno in PASSING:
+        advice = SHORTAGES.get(error.errno or 0, "run the same command again when its disk is back")
     return by_reason(f"{what} can't be used ({reason}); {advice}", error)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -29,14 +30,42 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
     try:
-        yield temporary
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        with naming(path, temporary):
+            yield temporary
+            with temporary.open("rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def making(directory: Path) -> Iterator[Path]:
+    """`replacing` for a directory that is not there yet: a temporary one, which takes its name after the block."""
+    temporary = directory.with_name(directory.name + UNFINISHED)
+    try:
+        with naming(directory, temporary):
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed writer's
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(directory.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """A full disk that the block meets is one without room for `path`: the system says no name where it only writes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and (not error.filename or str(error.filename).startswith(str(temporary or path))):
+            error.filename = str(path)
+        raise
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -55,11 +84,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_synced(path: Path, *parts: bytes | memoryview) -> None:
     """Write the parts one after another and fsync."""
-    with path.open("wb") as f:
+    with naming(path), path.open("wb") as f:
         for part in parts:
             f.write(part)
         f.flush()
         os.fsync(f.fileno())
+
+
+def write_npy(path: Path, array: Any) -> None:
+    """`replacing` for an array as .npy. NumPy's own writer hides from files on a full disk why it stopped."""
+    import numpy as np  # not for --help
+
+    array = np.ascontiguousarray(array)
+    with replacing(path) as temporary, temporary.open("wb") as f:
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+        f.write(array.reshape(-1).data.cast("B") if array.size else b"")
 
 
 def sync_directory(path: Path) -> None:

@@ -1,9 +1,9 @@
 """Images on disk and on one page: grids, folders of PNGs, .npz files. A file appears under its name only when whole."""
 
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ldt.files import UNFINISHED, replacing
+from ldt.files import making, replacing
 
 Images = Iterator[NDArray[np.uint8]]
 Labels = NDArray[np.int64]
@@ -112,36 +112,29 @@ def write_grid(output: Path, blocks: Images, label_N: Labels, record: dict[str, 
 
 def write_folder(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
     """`000000.png`, … by image id, and samples.json with the labels and the record."""
-    temporary = output.with_name(output.name + UNFINISHED)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    i = 0
-    for block_NHWC in blocks:
-        for image_HWC in block_NHWC:
-            to_pil(image_HWC).save(temporary / f"{i:06d}.png")
-            i += 1
-    assert i == len(label_N), (i, len(label_N))
-    (temporary / "samples.json").write_text(json.dumps(record | {"labels": label_N.tolist()}) + "\n")
-    temporary.rename(output)
+    with making(output) as temporary:
+        i = 0
+        for block_NHWC in blocks:
+            for image_HWC in block_NHWC:
+                to_pil(image_HWC).save(temporary / f"{i:06d}.png")
+                i += 1
+        assert i == len(label_N), (i, len(label_N))
+        (temporary / "samples.json").write_text(json.dumps(record | {"labels": label_N.tolist()}) + "\n")
 
 
 def write_npz(output: Path, blocks: Images, label_N: Labels, record: dict[str, Any]) -> None:
     """arr_0 (uint8 [N, H, W, C]) and arr_1 (labels): the layout of ADM's evaluator (Dhariwal and Nichol 2105.05233)."""
-    array_path = output.with_name(f"{output.name}.npy{UNFINISHED}")
-    array, start = None, 0
-    for block_NHWC in blocks:
-        if array is None:  # on disk: 50,000 images of 256 pixels are 10 GB
-            shape = (len(label_N), *block_NHWC.shape[1:])
-            array = np.lib.format.open_memmap(array_path, mode="w+", dtype=np.uint8, shape=shape)
-        array[start : start + len(block_NHWC)] = block_NHWC
-        start += len(block_NHWC)
-    assert array is not None and start == len(label_N), (start, len(label_N))
-    array.flush()
-    with replacing(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
-        z.write(array_path, "arr_0.npy")
+    first, start = next(blocks), 0
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(label_N), *first.shape[1:])}
+    with replacing(output) as temporary, zipfile.ZipFile(temporary, "w") as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:  # at once: 50,000 images of 256 pixels are 10 GB
+            np.lib.format.write_array_header_1_0(f, header)
+            for block_NHWC in chain([first], blocks):
+                f.write(np.ascontiguousarray(block_NHWC).data)
+                start += len(block_NHWC)
+        assert start == len(label_N), (start, len(label_N))
         with z.open("arr_1.npy", "w") as f:
             np.lib.format.write_array(f, label_N, allow_pickle=False)
-    array_path.unlink()
 
 
 WRITERS: dict[str, Writer] = {"grid": write_grid, "folder": write_folder, "npz": write_npz}

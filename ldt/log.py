@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldt.errors import InputError, by_reason
-from ldt.files import natural, parse_json, replacing
+from ldt.errors import InputError, by_reason, on_one_line
+from ldt.files import naming, natural, parse_json, replacing
 from ldt.progress import Handler, ProgressLine
 
 
@@ -22,10 +23,17 @@ def configure(rank: int, quiet: bool = False) -> None:
     root = logging.getLogger("ldt")
     root.handlers.clear()
     handler = Handler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(_OneLine("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
     root.propagate = False
+
+
+class _OneLine(logging.Formatter):
+    """A line a message, whatever names are in it; the tracebacks of our own mistakes follow below."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return on_one_line(super().formatMessage(record))
 
 
 def progress(total: int, unit: str, what: str, done: int = 0, show: bool = True) -> ProgressLine:
@@ -33,11 +41,19 @@ def progress(total: int, unit: str, what: str, done: int = 0, show: bool = True)
     return ProgressLine(total, unit, what, done, show and logging.getLogger("ldt").isEnabledFor(logging.INFO))
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one object as one line, in a single write."""
-    line = json.dumps(record, allow_nan=True, separators=(",", ":")) + "\n"
-    with path.open("a") as f:
-        f.write(line)
+def append_jsonl(path: Path, *records: dict[str, Any]) -> None:
+    """Append objects as a line each: all of them, or none where the disk is full."""
+    lines = "".join(json.dumps(record, allow_nan=True, separators=(",", ":")) + "\n" for record in records)
+    left = memoryview(lines.encode())
+    with naming(path), path.open("ab", buffering=0) as f:
+        start = f.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[f.write(left) :]
+        except OSError:
+            if f.seek(0, os.SEEK_END) == start + len(lines) - len(left):  # nobody else has appended meanwhile
+                f.truncate(start)
+            raise
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -73,8 +89,7 @@ def keep_jsonl_until(path: Path, key: str, limit: int) -> int:
     kept = [r for r in records if r[key] <= limit]
     cut = [r for r in records if r[key] > limit]
     if path.exists():
-        for record in cut:
-            append_jsonl(path.with_suffix(".cut.jsonl"), record)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept))
+            append_jsonl(path.with_suffix(".cut.jsonl"), *cut)  # what comes after it needs no room
     return len(cut)

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
+import threading
 import uuid
 import warnings
 from collections.abc import Callable
@@ -105,6 +107,7 @@ class Wandb:
     def __init__(self, run_dir: Path, config: dict[str, Any], job: str = "train") -> None:
         import wandb
 
+        logging.raiseExceptions = False  # else its own log prints a traceback a line where its disk is full
         known = "WANDB_API_KEY" in os.environ or "wandb" in _read_text(Path("~/.netrc").expanduser())
         identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
         training = job == "train"
@@ -157,6 +160,7 @@ class TensorBoard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own dependencies, while it is imported
             from torch.utils.tensorboard import SummaryWriter
+        threading.excepthook = _say_unless_tensorboard
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):  # else it finds out in a thread, whose traceback nobody can catch
             pass
@@ -171,7 +175,14 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         """Write what is left."""
+        self._writer.flush()  # which raises what its thread has met; `close` does not
         self._writer.close()
+
+
+def _say_unless_tensorboard(args: Any) -> None:
+    """What a thread prints of its end; TensorBoard's says it to whoever calls its writer next."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 def _read_text(path: Path) -> str:

@@ -1,5 +1,7 @@
 """A real SLURM cluster of four nodes on this machine, one a test session; the fixture cleans up after each test."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -69,17 +71,22 @@ class Slurm:
         self.sh("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
 
-def free_ports() -> int:
-    """The first of 100 TCP ports that nobody listens on, so that two suites can run at once."""
+@contextlib.contextmanager
+def free_ports() -> Iterator[int]:
+    """The first of 100 TCP ports that nobody listens on, nor will: other suites of this machine leave them alone."""
     for first in range(16800 + os.getpid() % 50 * 200, 32000, 100):
-        with socket.socket() as a, socket.socket() as b:
-            try:
-                a.bind(("", first))
-                b.bind(("", first + 11))
-            except OSError:
-                continue
-        return first
-    raise AssertionError("no free ports for a cluster")
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            ours = stack.enter_context(Path(f"/tmp/ldt-slurm-port-{first}").open("w"))
+            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for port in (first, first + 11):
+                with socket.socket() as s:
+                    s.bind(("", port))
+            kept = stack.pop_all()
+            break
+    else:
+        raise AssertionError("no free ports for a cluster")
+    with kept:
+        yield first
 
 
 @pytest.fixture(scope="session")
@@ -87,21 +94,22 @@ def slurm_session() -> Iterator[Slurm]:
     """The cluster; its absence is a failure, never a skip."""
     number = os.getpid()
     directory = Path(f"/tmp/ldt-slurm-{number}")  # short: unix sockets
-    settings = {
-        "SLURM_CLUSTER_DIR": str(directory),
-        "SLURM_CLUSTER_PORT": str(free_ports()),
-        "SLURM_CLUSTER_PREFIX": f"n{number}x",
-    }
-    env = os.environ | settings | {"OMP_NUM_THREADS": "1"}
-    try:
-        subprocess.run([SCRIPT, "start", str(NODES)], env=env, check=True, timeout=120)
-        exported = subprocess.run(
-            ["bash", "-c", f'eval "$({SCRIPT} env)" && env -0'], env=env, check=True, capture_output=True, text=True
-        ).stdout
-        yield Slurm(dict(pair.split("=", 1) for pair in exported.split("\0") if "=" in pair))
-    finally:
-        subprocess.run([SCRIPT, "stop"], env=env, check=False)
-        shutil.rmtree(directory, ignore_errors=True)
+    with free_ports() as port:
+        settings = {
+            "SLURM_CLUSTER_DIR": str(directory),
+            "SLURM_CLUSTER_PORT": str(port),
+            "SLURM_CLUSTER_PREFIX": f"n{number}x",
+        }
+        env = os.environ | settings | {"OMP_NUM_THREADS": "1"}
+        try:
+            subprocess.run([SCRIPT, "start", str(NODES)], env=env, check=True, timeout=120)
+            exported = subprocess.run(
+                ["bash", "-c", f'eval "$({SCRIPT} env)" && env -0'], env=env, check=True, capture_output=True, text=True
+            ).stdout
+            yield Slurm(dict(pair.split("=", 1) for pair in exported.split("\0") if "=" in pair))
+        finally:
+            subprocess.run([SCRIPT, "stop"], env=env, check=False)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -207,3 +207,16 @@ def imported():
 def test_a_command_imports_no_slow_library_that_it_may_not_need(imported, command):
     """Job scripts pay for torch, which takes seconds, and every start for the compiler and the other libraries."""
     assert imported[cli.COMMANDS[command].module] <= (set() if command in WITHOUT_TORCH else {"torch"})
+
+
+def test_names_in_any_encoding_can_be_said(tmp_path):
+    """Where the output can't hold them, their characters are escaped; an argument that is no text is refused."""
+    write_shards(tmp_path / "Käse", [3], classes=("Käse", "two\nlines", "c"))
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "ldt", "inspect"]
+    done = subprocess.run([*command, tmp_path / "Käse"], env=ascii, capture_output=True, text=True)
+    assert done.returncode == 0 and f"whole: {tmp_path}/K\\xe4se\n" in done.stdout, done.stderr
+    assert "two\\nlines" in done.stdout
+    done = subprocess.run([*command, os.fsencode(tmp_path) + b"/\xe9t\xe9"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "/\\udce9t\\udce9 is not text in UTF-8; give the file or directory another name" in done.stderr

@@ -32,6 +32,11 @@ WORDS = {  # as torch 2.13, NCCL 2.27 and CUDA 12 say it
         "8589934592 bytes. Error code 12 (Cannot allocate memory)",
         "unable to mmap 1024 bytes: Cannot allocate memory (12)",
     ],
+    "a disk is full": [
+        "[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "backend='inductor' raised:\nOSError: [Errno 28] No space left on device: '/tmp/torchinductor_root/x'",
+    ],
     "a GPU has failed": [
         "CUDA error: uncorrectable ECC error encountered",
         "CUDA error: hardware stack error",
@@ -125,6 +130,30 @@ def test_a_full_disk_is_a_sentence():
 def test_what_may_pass_keeps_no_job_from_being_tried_again(number):
     error = OSError(number, os.strerror(number))
     assert isinstance(by_reason("x", error), RunError) and isinstance(file_error("x", error, "y"), RunError)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOMEM, "has memory left"),
+        (errno.EIO, "when its disk is back"),
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "have its owner open it"),
+        (errno.ENOTDIR, "what the caller says"),
+    ],
+)
+def test_the_advice_is_that_of_the_reason(number, advice):
+    """Too many open files used to wait for a disk to come back."""
+    assert advice in str(file_error("shard x", OSError(number, os.strerror(number)), "what the caller says"))
+
+
+def test_a_full_disk_says_which_file_has_no_room():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
+    assert str(by_reason("choose another place", error)).startswith(
+        "the disk of /a/b is full (No space left on device)"
+    )
+    assert str(by_reason("choose another place", OSError(errno.ENOSPC, "x"))) == "choose another place"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP])

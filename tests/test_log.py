@@ -56,6 +56,12 @@ def test_cutting_back_loses_nothing(tmp_path):
     assert path.read_text().endswith("}\n")  # the torn tail is gone, so that the next line starts on its own
 
 
+def test_a_message_is_a_line_whatever_names_are_in_it(capsys):
+    log.configure(rank=0)
+    log.get_logger("x").info("2 images in 1 class (%s)", "two\nlines\x1b[2J")
+    assert capsys.readouterr().err == "2 images in 1 class (two\\nlines\\x1b[2J)\n"
+
+
 def test_nothing_is_drawn_where_nobody_watches(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN", 0.0)
     log.configure(rank=0, quiet=True)

@@ -30,7 +30,7 @@ from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
 from ldt.errors import InputError, by_reason
-from ldt.files import natural, parse_json, schema_error, write_atomic
+from ldt.files import making, natural, parse_json, schema_error, write_synced
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 
@@ -149,10 +149,10 @@ def read_exported(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], s
 
 
 def save_exported(directory: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write an exported model: float32 tensors, and what `model.json` says of them."""
-    directory.mkdir(parents=True)
-    facts = facts | {
-        "file": write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"}),
-        "written_by": versions(),
-    }
-    write_atomic(directory / MODEL, json.dumps(facts, indent=1).encode())
+    """Write an exported model, whole or not at all: float32 tensors, and what `model.json` says of them."""
+    with making(directory) as temporary:
+        facts = facts | {
+            "file": write_safetensors(temporary / WEIGHTS, tensors, {"format": "pt"}),
+            "written_by": versions(),
+        }
+        write_synced(temporary / MODEL, json.dumps(facts, indent=1).encode())

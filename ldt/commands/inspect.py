@@ -20,7 +20,7 @@ from ldt.data.shards import BucketShards, open_shards
 from ldt.data.shards.buckets import check_buckets, read_buckets
 from ldt.data.shards.reader import LatentShards
 from ldt.data.shards.summary import is_shard_directory, latents_to_show, summarize
-from ldt.errors import InputError
+from ldt.errors import InputError, on_one_line
 from ldt.image_files import class_grid, write_picture
 from ldt.models.autoencoder import Autoencoder
 
@@ -97,7 +97,7 @@ def _inspect_exported(path: Path) -> int:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        print(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}")
+        print(on_one_line(f"{name:28} {value:,}" if isinstance(value, int) else f"{name:28} {value}"))
 
 
 def _data_of(data: dict[str, Any]) -> dict[str, str]:

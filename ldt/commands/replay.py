@@ -12,7 +12,7 @@ from ldt import log, tracking
 from ldt.config import to_dict
 from ldt.config_fields import choice, required_path_field
 from ldt.errors import InputError, by_reason
-from ldt.files import natural
+from ldt.files import naming, natural
 
 
 @dataclass
@@ -31,13 +31,14 @@ def run(config: ReplayJob) -> int:
     if not lines:
         raise InputError(f"{run_dir} has no lines in metrics.jsonl to replay; give the run_dir of a training run")
     where = run_dir / ("wandb" if config.to == "wandb" else "tensorboard-replay")
-    tracker, failed = _start(config, run_dir, where), True
-    try:
-        for line in lines:
-            tracker.log(line)
-        failed = False
-    finally:
-        tracker.close(failed)
+    with naming(where):
+        tracker, failed = _start(config, run_dir, where), True
+        try:
+            for line in lines:
+                tracker.log(line)
+            failed = False
+        finally:
+            tracker.close(failed)
     print(f"{len(lines)} lines replayed to {config.to}: {where}")
     return 0
 

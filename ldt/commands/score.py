@@ -5,7 +5,6 @@ a line of JSON at the end of `output`. With `against=` the two sets are compared
 interval that holds it 95 times of 100.
 """
 
-import json
 from pathlib import Path
 
 from ldt.cluster.gpus import choose_arithmetic
@@ -13,6 +12,7 @@ from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group, together
 from ldt.errors import InputError
 from ldt.evaluation.sets import ScoreJob, score_sets, table
 from ldt.files import unwritable
+from ldt.log import append_jsonl
 
 
 def run(config: ScoreJob) -> int:
@@ -30,8 +30,7 @@ def run(config: ScoreJob) -> int:
         together(check)
         result = score_sets(config, world)
         if world.rank == 0:
-            with output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            append_jsonl(output, result)
             print("\n".join(table(result)))
             print(f"{result['images']} images of {config.images}: {output}")
     return 0

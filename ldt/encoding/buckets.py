@@ -29,7 +29,7 @@ from ldt.encoding.inputs import ImageInput, open_source
 from ldt.encoding.look import look
 from ldt.encoding.plan import Plan
 from ldt.errors import InputError, by_reason
-from ldt.files import hash_of, load_npy, replacing
+from ldt.files import hash_of, load_npy, write_npy
 from ldt.models.autoencoder import Autoencoder
 from ldt.progress import pluralize
 
@@ -114,8 +114,7 @@ def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) 
     size_N2 = look(source, source.shape, config.threads, world, parts, skip).size_N2
 
     def keep() -> None:
-        with replacing(file) as temporary, temporary.open("wb") as f:
-            np.save(f, size_N2, allow_pickle=False)
+        write_npy(file, size_N2)
         for old in output.glob(f"{SIZES}*"):
             if old.suffix == PARTS:
                 shutil.rmtree(old)

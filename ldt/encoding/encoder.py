@@ -25,7 +25,7 @@ from ldt.encoding.config import EncodeJob
 from ldt.encoding.encoded import EncodedBatch, blocks, first_not_finite, pack
 from ldt.encoding.plan import NAMES, Plan, Unit
 from ldt.errors import InputError, RunError, by_reason
-from ldt.files import hash_of, parse_json, remove_unfinished, write_atomic
+from ldt.files import UNFINISHED, hash_of, parse_json, remove_unfinished, write_atomic
 from ldt.models.text_encoder import describe
 from ldt.progress import pluralize
 
@@ -107,19 +107,22 @@ class Encoder:
             except (ValueError, TypeError):
                 raise InputError(f"{marker} is damaged; remove {self.output} and encode again") from None
             self._compare(recipe)
-        elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        elif self.output.exists() and (not self.output.is_dir() or _others(self.output)):
             raise InputError(f"output={self.output} already holds other files; choose an empty or a new directory")
-        parts = [self.output] + ([self.output / VALIDATION] if self.plan.split.validation_samples else [])
+        self._make(self.output)
+        write_atomic(marker, json.dumps(self.plan.recipe(), indent=1).encode())  # first: by it the output is ours
+        if self.plan.split.validation_samples:
+            self._make(self.output / VALIDATION)
+        write_left_out(self.output, self.plan.input.unreadable)
+        return False
+
+    def _make(self, directory: Path) -> None:
         try:
-            for directory in parts:
-                directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise by_reason(
                 f"output={self.output} can't be made ({error.strerror}); choose another place", error
             ) from None
-        write_left_out(self.output, self.plan.input.unreadable)
-        write_atomic(marker, json.dumps(self.plan.recipe(), indent=1).encode())
-        return False
 
     def _compare(self, other: dict[str, Any]) -> None:
         mine, other = self.plan.recipe(), {"tf32": False} | other  # which older encodings did not say
@@ -278,6 +281,11 @@ def say_left_out(output: Path, unreadable: Sequence[tuple[str, str]]) -> None:
     if unreadable:
         images = pluralize(len(unreadable), "image", "images")
         logger.warning("left out, as they could not be read: %s, named in %s", images, output / LEFT_OUT)
+
+
+def _others(directory: Path) -> bool:
+    """Whether a directory holds anything that no encoding which was killed at its very beginning has left."""
+    return any(not path.name.endswith(UNFINISHED) for path in directory.iterdir())
 
 
 def _short(value: Any) -> str:

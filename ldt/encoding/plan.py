@@ -67,6 +67,8 @@ class Plan:
         self.layout = Layout(shape, config.dtype, config.flips, has_text, text_shape, posterior, target)
         self.split = Split(len(self.source), config.validation_fraction, config.seed)
         if self.split.training_samples == 0:
+            if bad := len(self.input.unreadable):
+                raise InputError(f"none of the {bad:,} images in {self.input.path} can be read; look at one of them")
             raise InputError(f"{self.input.path} leaves no training images; lower validation_fraction")
         self._names_hash = hash_of(self.source.key(i) for i in range(len(self.source)))
         if self.text and not self.source.captioned:

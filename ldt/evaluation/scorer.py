@@ -26,7 +26,7 @@ from ldt.evaluation.compared import Block, blocks_of, parts_of, real_images
 from ldt.evaluation.config import EvaluateConfig, is_statistics
 from ldt.files import natural, parse_json, replacing, schema_error, write_json
 from ldt.metrics.detectors import Detector
-from ldt.metrics.feature_store import FeatureStore, StoredFeatures
+from ldt.metrics.feature_store import FeatureStore, StoredFeatures, Vanished
 from ldt.metrics.features import store_features
 from ldt.metrics.reference import Reference, reference_of
 from ldt.metrics.reference import load as load_reference
@@ -107,7 +107,12 @@ def score_once(
         features = make_features(config, blocks, models, detector, store, world)
         if world.rank != 0:
             return None
-        scores, moments = compute(config.metrics, detector, features, reference, config.seed, asked)
+        try:
+            scores, moments = compute(config.metrics, detector, features, reference, config.seed, asked)
+        except Vanished:
+            if (result := _read_result(file, loaded.hash)) is None:
+                raise
+            return _announce(result, detector, output)
         assert moments.count == config.images, (moments.count, config.images)
         result = {
             "samples_seen": loaded.samples_seen,
@@ -128,10 +133,14 @@ def score_once(
         store.remove()
         if result["rank_deficient"] and detector.score in result:
             warn_of_few(detector, config.images, reference.images)
-    if world.rank == 0:
-        derive_jsonl(output)
-        shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
-        print(f"{shown} at {loaded.samples_seen} samples seen: {output}")
+    return _announce(result, detector, output) if world.rank == 0 else result
+
+
+def _announce(result: Section, detector: Detector, output: Path) -> Section:
+    """Add a result to the JSONL, and say it and where."""
+    derive_jsonl(output)
+    shown = ", ".join(f"{k} {result[k]:.4f}" for k in result if k in score_names(detector))
+    print(f"{shown} at {result['samples_seen']} samples seen: {output}")
     return result
 
 

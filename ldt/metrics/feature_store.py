@@ -1,7 +1,8 @@
 """Features of images on disk, one file a block of consecutive ids, while a score is being made.
 
 Blocks are written whole or not at all, by whichever process made them, so a job that was killed continues with the
-missing blocks; they are read back in the order of ids, so the result does not depend on who made what.
+missing blocks; they are read back in the order of ids, so the result does not depend on who made what. Several jobs may
+do the same work at once: the first one that has its result removes the blocks.
 """
 
 import shutil
@@ -14,9 +15,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from ldt.errors import RunError
 from ldt.files import replacing
 
 Arrays = dict[str, NDArray[np.float32]]
+
+
+class Vanished(RunError):
+    """The blocks are gone: another job that did the same work has its result."""
 
 
 class FeatureStore:
@@ -43,13 +49,19 @@ class FeatureStore:
 
     def write(self, k: int, arrays: Arrays) -> None:
         """Write block k atomically."""
+        self.directory.mkdir(parents=True, exist_ok=True)  # another job at the same work may have ended meanwhile
         with replacing(self._file(k)) as temporary:
             temporary.write_bytes(save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
     def read(self, blocks: int) -> Iterator[Arrays]:
-        """Read blocks 0 to blocks − 1 in order."""
+        """Read blocks 0 to blocks − 1 in order; `Vanished` if one is missing."""
         for k in range(blocks):
-            yield load_file(self._file(k))
+            try:
+                yield load_file(self._file(k))
+            except FileNotFoundError:
+                raise Vanished(
+                    f"{self.directory} was removed meanwhile, perhaps by a job that did the same; run the command again"
+                ) from None
 
     def column(self, name: str, blocks: int) -> NDArray[np.float32]:
         """One array of all blocks, in the order of ids."""
@@ -57,7 +69,7 @@ class FeatureStore:
 
     def remove(self) -> None:
         """Delete the directory, once the score is computed."""
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)  # another job may be at it too
 
 
 class FeatureSet(Protocol):

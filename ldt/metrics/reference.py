@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ldt import log
 from ldt.dist import World, barrier, broadcast
 from ldt.errors import InputError, by_reason
-from ldt.files import load_npy, parse_json, replacing, schema_error
+from ldt.files import load_npy, parse_json, replacing, schema_error, write_npy
 from ldt.metrics.detectors import Detector
-from ldt.metrics.feature_store import FeatureStore
+from ldt.metrics.feature_store import FeatureStore, Vanished
 from ldt.metrics.image_set import BLOCK, ImageSet
 from ldt.metrics.moments import MomentStream
 
@@ -102,7 +102,11 @@ def reference_of(sets: Sequence[ImageSet], detector: Detector, cache_dir: Path, 
                 "fit": sets[0].fit,
                 "detector": detector.name,
             }
-            _save(file, store, len(blocks), detector, made_by | {"hash": digest.hexdigest()})
+            try:
+                _save(file, store, len(blocks), detector, made_by | {"hash": digest.hexdigest()})
+            except Vanished:
+                if not file.exists():
+                    raise
             store.remove()
     # rank 0 hands its own around: the others may see another file system
     return broadcast(load(file, detector) if world.rank == 0 else None)  # type: ignore[return-value]
@@ -121,8 +125,7 @@ def _save(file: Path, store: FeatureStore, blocks: int, detector: Detector, made
         arrays |= {f"mu{suffix}": moments.mean_D, f"sigma{suffix}": moments.covariance_DD}
         arrays["count"] = np.int64(moments.count)  # type: ignore[assignment]
     arrays["made_by"] = np.array(json.dumps(made_by | {"detector_hash": detector.hash}))
-    with replacing(_features_file(file)) as temporary, temporary.open("wb") as f:
-        np.save(f, store.column("features", blocks), allow_pickle=False)
+    write_npy(_features_file(file), store.column("features", blocks))
     with replacing(file) as temporary, temporary.open("wb") as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
 

@@ -18,6 +18,8 @@ import uuid
 from pathlib import Path
 from typing import Self
 
+from ldt.files import naming
+
 STALE_TIMEOUT_S = 600.0
 HEARTBEAT_PERIOD_S = 60.0
 WATCH_PERIOD_S = 2 * HEARTBEAT_PERIOD_S
@@ -88,8 +90,13 @@ class Claim:
             return None
         mine = f"{platform.node()} {os.getpid()} {time.time():.0f} {uuid.uuid4().hex}\n"
         try:
-            with file.open("x") as f:
-                f.write(mine)
+            with naming(file), file.open("x") as f:
+                try:
+                    f.write(mine)
+                    f.flush()
+                except OSError:
+                    file.unlink()  # else the others would wait for the owner of an empty file
+                    raise
         except FileExistsError:
             return None
         return cls(file, mine)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ldt import rng
-from ldt.errors import NO_ROOM, by_reason
+from ldt.errors import by_reason
 from ldt.files import replacing
 from ldt.log import read_jsonl
 from ldt.progress import pluralize
@@ -40,8 +40,6 @@ def prepare(run_dir: Path, config_yaml: str, world_size: int, rng_version: int =
             for name, text in content.items():
                 files.enter_context(replacing(run_dir / name)).write_text(text, "utf-8")
     except OSError as error:
-        if error.errno in NO_ROOM:  # which passes
-            raise
         raise by_reason(
             f"run_dir={run_dir} can't be written ({error.strerror}); choose another run_dir", error
         ) from None

@@ -22,6 +22,7 @@ import torch
 from ldt import __version__, log
 from ldt.dist import World, all_gather, all_reduce_sum, broadcast, on_rank_zero, together
 from ldt.errors import NO_ROOM, InputError, RunError, by_reason
+from ldt.progress import si_format
 
 logger = log.get_logger(__name__)
 
@@ -127,5 +128,5 @@ def check_room(run_dir: Path, parameters: int, kinds: int, world: World) -> None
     needed, free = 4 * parameters * kinds, shutil.disk_usage(run_dir).free
     if broadcast(free) < needed:
         raise RunError(  # there may be room later
-            f"run_dir={run_dir} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB; make room"
+            f"run_dir={run_dir} has {si_format(free)}B free, but a checkpoint takes {si_format(needed)}B; make room"
         )

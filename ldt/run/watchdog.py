@@ -99,18 +99,21 @@ class Watchdog:
 
     def _give_up(self, since: float) -> None:
         """Report where this rank waits, see whether it goes on after all, and if not, end the process."""
-        faulthandler.dump_traceback(self._stacks)
-        report = {"rank": self._world.rank, "where": self._where, "seconds": round(self._awake - since, 1)}
-        self._report(self._world.rank).write_text(json.dumps(report))
+        with contextlib.suppress(OSError):  # on a full disk it is said without them
+            faulthandler.dump_traceback(self._stacks)
+        mine = {"rank": self._world.rank, "where": self._where, "seconds": round(self._awake - since, 1)}
+        with contextlib.suppress(OSError):
+            self._report(self._world.rank).write_text(json.dumps(mine))
         end = self._awake + GRACE_PERIOD_S
         while self._since == since and self._awake < end and self._tick():
             pass
         if self._since != since or self._done.is_set():
-            logger.warning("rank %d went on after %.0f s in %s", self._world.rank, self._awake - since, report["where"])
-            self._report(self._world.rank).unlink()
+            logger.warning("rank %d went on after %.0f s in %s", self._world.rank, self._awake - since, mine["where"])
+            self._report(self._world.rank).unlink(missing_ok=True)
             return
         try:
-            reports = [r for r in map(self._read, range(self._world.size)) if r]
+            ranks = range(self._world.size)
+            reports = [r for r in (mine if k == self._world.rank else self._read(k) for k in ranks) if r]
             summary = self._summary(reports)
             logger.error("%s", summary)
             if reports and reports[0]["rank"] == self._world.rank:

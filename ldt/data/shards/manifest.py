@@ -281,4 +281,6 @@ def _explain_absence(address: str | Path) -> str:
         return f"{directory} is not completely encoded; run the same `ldt encode` command again and it goes on"
     if any(directory.glob("*.tar")) or any(directory.glob("*.mds")):
         return f"{directory} holds shards but no {HEAD}; run `ldt encode index={directory} autoencoder=NAME` once"
+    if inside := sorted(p.parent.name for p in directory.glob(f"*/{HEAD}")):
+        return f"{directory} has no {HEAD}, but {', '.join(inside[:3])} in it has one; give the directory that you mean"
     return f"{directory} has no {HEAD}; give the output directory of `ldt encode`"
