@@ -43,7 +43,7 @@ RECORD ?= records/$(notdir $(SPEEDRUN:.yaml=))-$(shell date -u +%F)
 
 speedrun: setup
 	ldt encode configs/encode/fashion_mnist.yaml
-	deepspeed --num_accelerators 2 --module ldt train $(SPEEDRUN) run_dir=runs/speedrun log.every_samples=320 log.validation_times=8 checkpoint.every_samples=6000 checkpoint.keep=100
+	deepspeed --num_accelerators 2 --module ldt train $(SPEEDRUN) run_dir=runs/speedrun log.every_samples=320 checkpoint.every_samples=6000 checkpoint.keep=100
 	deepspeed --num_accelerators 2 --module ldt evaluate runs/speedrun evaluate.checkpoint=all
 	ldt verify runs/speedrun samples=1280
 	python tools/make_record.py runs/speedrun $(RECORD)
