@@ -1,4 +1,4 @@
-"""What an autoencoder makes of embedded images: the best score that any model on its latents can hope for.
+"""What an autoencoder makes of embedded images, to score what it costs by itself.
 
 python tools/reconstruct.py embedded:fashion_mnist reconstructed.npz
 ldt score reconstructed.npz reference=embedded:fashion_mnist fit=pad
