@@ -25,6 +25,7 @@ from ldt.cli import main
 from ldt.data.shards import open_shards
 from ldt.dist import discover
 from ldt.errors import RunError, in_a_sentence
+from ldt.nn.embedding import sincos_2d
 from ldt.reporting import png
 from ldt.run import claims, directory, outcome, owner
 
@@ -177,6 +178,7 @@ def test_an_exported_model(fill, run_dir, disk, weights):
 def test_an_imported_model(fill, disk, tmp_path):
     make_autoencoder(tmp_path / "vae")
     theirs = {name: torch.randn(shape) for name, shape in dit_layout(WIDTH, DEPTH, 7, 4).items()}
+    theirs["pos_embed"] = sincos_2d(WIDTH, 4, 4)[None]
     save_file(theirs, tmp_path / "dit.safetensors")
     words = [tmp_path / "dit.safetensors", f"to={disk.path}/model", f"autoencoder={tmp_path}/vae", f"heads={HEADS}"]
     fill([r"model"], "import", *words)
