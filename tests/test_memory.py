@@ -109,15 +109,18 @@ def test_a_budget_recomputes_no_more_blocks_than_it_must():
     assert cost.largest(64, 100) == 1
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sharding_saves_what_zero_says(precision):
-    """At many ranks only what is not sharded is left: ZeRO's Ψ·(weights) at stages 1 and 2, nothing at 3."""
+def test_sharding_saves_what_zero_says(precision, micro_batches):
+    """At many ranks only what is not sharded is left: ZeRO's Ψ·(weights) at stages 1 and 2, nothing at 3; and in bf16
+    at stage 1 the gradients, where several micro-batches are added up.
+    """
     width = 2 if precision == "bf16" else 4
     for stage, left in ((1, width), (2, width), (3, 0)):
-        many = memory.state_bytes(10**9, stage, precision, 1 << 20, averages=2).persistent
-        gradients = 4 if (stage, precision) == (1, "bf16") else 0
+        many = memory.state_bytes(10**9, stage, precision, 1 << 20, 2, micro_batches).persistent
+        gradients = 4 if (stage, precision, micro_batches) == (1, "bf16", 2) else 0
         assert many / 1e9 == pytest.approx(left + gradients, abs=1e-3)
-        alone = memory.state_bytes(10**9, stage, precision, 1, averages=2).persistent
+        alone = memory.state_bytes(10**9, stage, precision, 1, 2, micro_batches).persistent
         weights = 0 if precision == "fp32" and stage < 3 else width  # one process runs these as stage 0
         assert alone / 1e9 == pytest.approx(weights + gradients + 4 + 8 + 8)
     assert memory.state_bytes(10**9, 0, "fp32", 4, averages=2).persistent / 1e9 == pytest.approx(4 + 8 + 2)
