@@ -20,6 +20,8 @@ from ldt.training.config import DataConfig, TrainJob
 
 ROOT = Path(__file__).parents[1]
 SCORE = "fd_efficientnet_lite0"
+PATIENCE = 280
+"""Seconds for each program that the tool starts."""
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,10 @@ def test_it_trains_scores_and_goes_on_where_it_stopped(data, tmp_path):
         while first.poll() is None and not (dit / log).exists():
             time.sleep(0.05)
         first.send_signal(signal.SIGTERM)
-        _, said = first.communicate(timeout=120)
+        _, said = first.communicate(timeout=PATIENCE)
     assert first.returncode == 1 and f"the training of {dit} left with 75" in said, said
     with started(data, tmp_path) as second:
-        out, said = second.communicate(timeout=280)
+        out, said = second.communicate(timeout=5 * PATIENCE)
     assert second.returncode == 0, said
 
     lines = [r for r in read_jsonl(dit / log) if "loss" in r]

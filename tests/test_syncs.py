@@ -90,7 +90,8 @@ def waits_case(
     optimizer = OptimizerConfig(clip=clip, muon_lr=muon)
     engine = Engine(model, EngineConfig(stage, precision), optimizer, world, micro_batches)
     ema = ShardedEMA(EMAConfig(), [f.master for f in engine.partition.owned])
-    bare, objective = forward_differentiable(engine.bare), Objective(ObjectiveConfig(mean_flow=0.5))
+    bare = forward_differentiable(engine.bare)
+    objective = Objective(ObjectiveConfig(mean_flow=0.5, mean_flow_guidance=1.5))
 
     def batch():
         return torch.randn(2, 4, 8, 8), torch.rand(2), Condition(torch.randint(0, 11, (2,)))
@@ -100,7 +101,7 @@ def waits_case(
             return denoiser(*batch).float().square().sum()
         x, t_B, condition = batch
         second_B = torch.tensor([0.0, 0.25])
-        return mean_flow.loss(objective, denoiser, bare, x, x, t_B, second_B, 1, condition, 0).sum()
+        return mean_flow.loss(objective, denoiser, bare, x, x, t_B, second_B, 1, condition, 10).sum()
 
     def step(queued):
         engine.gradients([batch() for _ in range(micro_batches)], loss, 4)
