@@ -18,7 +18,7 @@ from bench_index import WRITERS
 from image_sets import KINDS, add, content, directory, edm2_zip, imagefolder, mds, web_tars
 from PIL import Image
 
-from ldt.data.images import Fields, listing, open_images
+from ldt.data.images import Fields, blobs, listing, open_images
 from ldt.data.images import parquet as parquet_images
 from ldt.data.images.blobs import LocalBlob
 from ldt.data.images.decode import _is_deep
@@ -377,6 +377,7 @@ def test_no_image_has_a_python_object_of_its_own(tmp_path, monkeypatch, kind):
     """With labels, captions and all. An object for each entry of a zip takes 613 bytes more, one for each row 774."""
     monkeypatch.setattr(listing, "CHUNK", 256)  # what is handled at a time is not to be taken for what grows
     monkeypatch.setattr(listing, "FEW", 64)
+    monkeypatch.setattr(blobs, "AHEAD", 1 << 16)
     peaks = []
     for count in (1000, 3000):
         (tmp_path / str(count)).mkdir()
