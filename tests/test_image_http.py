@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from image_sources import COUNT, KINDS, make_samples
+from image_sets import COUNT, KINDS, make_samples
 
 from ldt.data.images import open_images
 from ldt.data.shards import remote

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from contents import files
-from image_sources import (
+from image_sets import (
     CLASSES,
     COUNT,
     KINDS,

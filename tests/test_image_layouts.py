@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import streaming_package
 from bench_index import WRITERS
-from image_sources import KINDS, add, content, directory, edm2_zip, imagefolder, mds, web_tars
+from image_sets import KINDS, add, content, directory, edm2_zip, imagefolder, mds, web_tars
 from PIL import Image
 
 from ldt.data.images import Fields, blobs, listing, open_images

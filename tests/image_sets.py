@@ -1,4 +1,4 @@
-"""One set of images in every form that people have it."""
+"""One set of images, written in every form that people have them in."""
 
 import csv
 import io
