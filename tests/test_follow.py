@@ -154,6 +154,7 @@ def test_what_is_unfinished_or_half_deleted_is_passed_over_and_a_new_save_is_new
         (str(os.getpid()), "done", False),  # a new start of it waits or works
         ("4194305", "running", True),  # greater than any process number: killed before it could say so
     ],
+    ids=["none running", "none done", "lives", "killed"],
 )
 def test_a_job_decides_and_without_one_the_outcome(run_dir, job, says, ends):
     if says == "done":
