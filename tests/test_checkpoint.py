@@ -100,7 +100,10 @@ def test_precision_and_shard_format_may_change_too(pool, data, fifty, tmp_path):
         settings = [f"run_dir={tmp_path}/run", f"data.path={path}", f"train.total_samples={total}"]
         log = pool(ranks).run(train_case, settings=[*settings, f"engine.precision={precision}"])
     assert [r["digest"] for r in log] == [r["digest"] for r in fifty["fp32"]]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in fifty["fp32"]], rel=5e-2)
+    mixed, half, full = ([r["loss"] for r in lines] for lines in (log, fifty["bf16"], fifty["fp32"]))
+    assert mixed[:25] == pytest.approx(half[:25], rel=1e-2)
+    spread = max(abs(a / b - 1) for a, b in zip(half, full, strict=True))  # what rounding to bf16 does to a run: 2.4 %
+    assert mixed == pytest.approx(full, rel=2 * spread) and spread < 5e-2
 
 
 def as_format_2(path: Path) -> None:

@@ -56,6 +56,7 @@ def fill(disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             assert code == 1 and "Traceback" not in said, said
             after = disk.files()
             assert {name: after.get(name) for name in before} == before, f"{said}\nchanged what was there"
+            assert not [name for name in after if "unfinished" in name], "nothing half-written is left"
             disk.make_room()
             assert main(words) == 0, f"{said}\nthen: {capsys.readouterr().err}"
             assert not [name for name in disk.files() if "unfinished" in name or ".work" in name]
