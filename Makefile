@@ -62,12 +62,16 @@ CHECKED := architecture average checkpoint_paths config configs docs ema errors 
 check: lint
 	pytest -q $(CHECKED:%=tests/test_%.py)
 
-test: lint .venv/peers .venv/text .venv/triton
+test: lint .venv/peers .venv/s3 .venv/text .venv/triton
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # apart from the environment: torchvision's CUDA build beside a CPU torch breaks whoever finds it
 .venv/peers: .venv/ready tests/requirements-peers.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-peers.txt
+	touch $@
+
+.venv/s3: .venv/ready tests/requirements-s3.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ -r tests/requirements-s3.txt
 	touch $@
 
 .venv/text: .venv/ready tests/requirements-text.txt

@@ -1,6 +1,7 @@
 """Remote shards: the same samples, one download a node, a cache that keeps to its limit, damage never kept."""
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -265,6 +266,11 @@ class ClientResponseError(Exception):
         (ClientResponseError(403, "Forbidden"), InputError, "may not be read .*check the credentials"),
         (ClientResponseError(401, "Unauthorized"), InputError, "may not be read .*check the credentials"),
         (NoCredentialsError("Unable to locate credentials"), InputError, "may not be read .*check the credentials"),
+        (
+            OSError(errno.EINVAL, "The provided token is malformed or otherwise invalid."),
+            InputError,
+            "may not be read .*check the credentials",
+        ),
         (FileNotFoundError("manifest.json"), InputError, "has no manifest.json"),
         (ClientResponseError(503, "Slow Down"), RunError, "5 attempts .*check the address and the network, and run"),
         (TimeoutError("no answer"), RunError, "5 attempts .*check the address and the network, and run"),

@@ -270,7 +270,7 @@ def head_hash(head: dict[str, Any]) -> str:
 
 def _explain_absence(address: str | Path) -> str:
     if is_remote(address):
-        return f"data path {address} has no {HEAD}; upload the whole output directory of `ldt encode`"
+        return f"data path {address} has no {HEAD}; check the address or upload all of an output of `ldt encode`"
     directory = Path(address)
     if not directory.exists():
         return f"data path {directory} does not exist; make it with `ldt encode CONFIG output={directory}`"

@@ -27,7 +27,11 @@ ATTEMPTS = 5
 FIRST_WAIT = 0.2  # seconds before the second attempt; doubles, with jitter
 CHUNK = 1 << 22
 STALLED = 60.0  # seconds without an answer after which a request or a piece of a file counts as failed
-DENIED = re.compile(r"\b(401|403)\b|Access ?Denied|Forbidden|Unauthorized|NoCredentials|credentials", re.IGNORECASE)
+DENIED = re.compile(
+    r"\b(401|403)\b|Access ?Denied|Forbidden|Unauthorized|NoCredentials|credentials|"
+    r"ProfileNotFound|SSOToken|TokenRetrieval|provided token",  # botocore's names, and S3's words for InvalidToken
+    re.IGNORECASE,
+)
 ABANDONED = 3600  # seconds after which an untouched partial download is a dead process's
 
 T = TypeVar("T")
