@@ -120,6 +120,16 @@ def test_a_replaced_object_is_another_one(s3):
     assert open_blob("s3://bucket/replaced/one").stamp != before
 
 
+def test_images_that_come_later_are_seen(s3, tmp_path):
+    """Put there by somebody else, of whom s3fs, which keeps its listings, hears nothing."""
+    KINDS["web tars"](tmp_path / "set", SAMPLES, per=5)
+    other = boto3.client("s3")
+    for count, shard in enumerate(sorted((tmp_path / "set").glob("*.tar")), 1):
+        other.upload_file(str(shard), "bucket", f"later/{shard.name}")
+        for path in ("s3://bucket/later", "s3://bucket/later/*.tar"):
+            assert len(open_images(path)) == min(5 * count, 12)
+
+
 def test_images_on_s3_are_encoded_to_the_same_data(s3, tmp_path, encode, images):
     for name, path in (("here", images), ("there", upload(s3, images, "to-encode"))):
         assert encode(tmp_path / name, **{"images.path": path}) == 0

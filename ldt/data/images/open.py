@@ -165,6 +165,8 @@ def _unread(opened: list[Blob], facts: list[dict[str, Any]]) -> list[str]:
 
 def _files(path: str) -> list[str]:
     """The files that hold the images of a path; none for a directory that holds them itself."""
+    if is_remote(path):
+        blobs.filesystem(path)[0].invalidate_cache()  # it keeps its listings as long as the process lives
     if blobs.is_pattern(path):
         return blobs.expand(path)
     if not is_remote(path):
