@@ -51,8 +51,10 @@ def launch(data, tmp_path):
         words = [*before, *(str(w).format(port=free_port()) for w in LAUNCHERS[launcher])]
         words += ["train", *SETTINGS, f"run_dir={tmp_path}/run", f"data.path={data}", "train.total_samples=8000000"]
         words += settings
+        hup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it, and so would the launcher
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        signal.signal(signal.SIGHUP, hup)
         started.append(process)
         wait_for(lambda: len(lines(tmp_path / "run")) >= steps or process.poll() is not None)
         assert process.poll() is None, (tmp_path / "log").read_text()
