@@ -151,7 +151,7 @@ def test_a_first_collective_that_hangs_ends_with_a_sentence():
 # ------------------------------------------------------------------------------------------------------------- threads
 
 HOST_ONLY = {
-    "data.images.open": ["ThreadPoolExecutor"],
+    "data.images.open": ["THREADS", "THREADS"],
     "data.loader": ["ldt-download"],
     "data.shards.remote": ["ldt-remote"],
     "data.stages": ["threads"],
