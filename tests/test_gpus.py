@@ -156,7 +156,7 @@ HOST_ONLY = {
     "data.shards.remote": ["ldt-remote"],
     "data.stages": ["threads"],
     "dist": ["Timer"],
-    "encoding.look": ["config.threads"],
+    "encoding.look": ["threads"],
     "encoding.encoder": ["self.config.threads", "1"],  # they read images and write shards; the network is the caller's
     "reporting.pictures": ["THREADS"],
     "run.claims": ["self._beat"],
