@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from shard_data import write_shards
+from training_cases import BATCH
+from training_cases import SETTINGS as TRAINING
 
 from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of, resolve
 from ldt.checkpoint.manifest import TrainState, read_manifest
@@ -20,15 +22,8 @@ from ldt.training.attempt import attempt
 from ldt.training.bad_steps import RECENT_LOSSES, BadSteps
 from ldt.training.config import TrainJob
 
-BATCH, COUNTS, SPOILED = 8, [40, 24], 21
-SETTINGS = [
-    "seed=5",
-    "model={width: 32, depth: 2, heads: 2}",
-    f"train.global_batch={BATCH}",
-    "optimizer.lr=3e-3",
-    f"log.every_samples={BATCH}",
-    "checkpoint.every_samples=16",
-]
+COUNTS, SPOILED = [40, 24], 21
+SETTINGS = [*TRAINING, "checkpoint.every_samples=16"]
 
 
 def train_case(world: World, settings: list[str]) -> list:
