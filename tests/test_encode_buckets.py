@@ -216,6 +216,20 @@ def test_unreadable_images_are_skipped_where_asked(pool, arguments, spoiled, tmp
     }
 
 
+def test_what_was_skipped_before_is_not_skipped_when_asked_to_stop(arguments, spoiled, tmp_path, capsys):
+    """What an interrupted encoding has measured counts for the same settings alone."""
+    out = tmp_path / "out"
+    assert cli.main(["encode", *arguments(out, **{"images.path": spoiled, "images.on_error": "skip"})]) == 0
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith("sizes-"):
+            path.unlink()
+    capsys.readouterr()
+    assert cli.main(["encode", *arguments(out, **{"images.path": spoiled})]) == 2
+    assert f"image {spoiled}/ant/no_image.png is not readable" in capsys.readouterr().err
+
+
 def test_images_that_no_bucket_holds_are_skipped_where_asked(arguments, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["encode", *arguments(out, **{"images.fit": "pad", "images.on_error": "skip"})]) == 0

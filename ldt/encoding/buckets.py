@@ -26,15 +26,15 @@ from ldt.dist import World, broadcast, on_rank_zero
 from ldt.encoding.config import EncodeJob, ImagesConfig
 from ldt.encoding.encoder import LEFT_OUT, Encoder, say_left_out, write_left_out
 from ldt.encoding.inputs import ImageInput, open_source
-from ldt.encoding.look import look
+from ldt.encoding.look import identity, look
 from ldt.encoding.plan import Plan
 from ldt.errors import InputError, by_reason
-from ldt.files import hash_of, load_npy, write_npy
+from ldt.files import load_npy, write_npy
 from ldt.models.autoencoder import Autoencoder
 from ldt.progress import pluralize
 
 logger = log.get_logger(__name__)
-SIZES = "sizes-"  # and a hash of the images' names and bytes: their heights and widths, int32 [N, 2]
+SIZES = "sizes-"  # and the identity of the look at the images: their heights and widths, int32 [N, 2]
 PARTS = ".parts"  # ends the directory of what has been measured so far
 
 
@@ -104,13 +104,14 @@ def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) 
 
     `InputError` names one that can't be read; where these are skipped, it is 0 × 0.
     """
-    names = on_rank_zero(world, lambda: hash_of(f"{source.key(i)} {source.size(i)}" for i in range(len(source))))
-    file = output / f"{SIZES}{names}.npy"
+    wanted = config.images
+    name = on_rank_zero(world, lambda: identity(source, wanted.exif, wanted.on_error))
+    file = output / f"{SIZES}{name}.npy"
     known = broadcast(_read(file, len(source)) if world.rank == 0 else None)
     if known is not None:
         return known
 
-    parts, skip = file.with_suffix(PARTS), config.images.on_error == "skip"
+    parts, skip = file.with_suffix(PARTS), wanted.on_error == "skip"
     size_N2 = look(source, source.shape, config.threads, world, parts, skip).size_N2
 
     def keep() -> None:

@@ -1,7 +1,6 @@
 """What is encoded: images, or latents that another project has encoded already. `open_input` decides which."""
 
 from abc import ABC, abstractmethod
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from ldt.data.latent_files import LatentFiles
 from ldt.data.latent_sources import open_latents
 from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
-from ldt.encoding.look import look
+from ldt.encoding.look import identity, look
 from ldt.errors import InputError
-from ldt.files import hash_of
 from ldt.models.autoencoder import Autoencoder
 
 
@@ -103,11 +101,8 @@ class ImageInput(Input):
         def see(number: int) -> tuple[int, int]:
             return self.content(number).shape[:2]
 
-        def identity() -> str:
-            settings = f"{wanted.fit} {wanted.exif} {self.size} {self._autoencoder.image_channels}"
-            return hash_of(chain([settings], (f"{source.key(i)} {source.size(i)}" for i in range(len(source)))))
-
-        name = on_rank_zero(world, identity)
+        settings = (wanted.fit, wanted.exif, self.size, self._autoencoder.image_channels)
+        name = on_rank_zero(world, lambda: identity(source, *settings))
         kept = Path(wanted.index_dir).expanduser() / f"looked-{name}" if wanted.index_dir else None
         reasons = look(source, see, config.threads, world, kept, skip=True).reasons
         self.unreadable = [(source.key(number), reasons[number]) for number in sorted(reasons)]

@@ -6,6 +6,7 @@ All ranks share the blocks of images, and what a block has shown is kept, so tha
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ldt import log
 from ldt.data.images.source import ImageSource
 from ldt.dist import World, all_gather, on_rank_zero, together
 from ldt.errors import InputError, RunError
-from ldt.files import natural, parse_json, schema_error, write_json
+from ldt.files import hash_of, natural, parse_json, schema_error, write_json
 
 logger = log.get_logger(__name__)
 BLOCKS, MOST = 256, 1024  # as many blocks as there should be at least, of at most so many images
@@ -68,6 +69,12 @@ def look(
     ordered = [parts[k] for k in range(len(blocks))]
     reasons = {i: why for seen in ordered for i, why in seen.reasons.items()}
     return Seen(np.concatenate([seen.size_N2 for seen in ordered]), reasons)
+
+
+def identity(source: ImageSource, *settings: object) -> str:
+    """A hash of the images' names and sizes and of what else decides what a look sees: whose results may be kept."""
+    images = (f"{source.key(i)} {source.size(i)}" for i in range(len(source)))
+    return hash_of(chain([" ".join(map(str, settings))], images))
 
 
 def _known(kept: Path, blocks: Sequence[range]) -> dict[int, Seen]:

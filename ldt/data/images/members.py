@@ -5,7 +5,6 @@ Members of one name but for their ending are one sample, as webdataset and img2d
 `x.json`, `x.cls`.
 """
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from ldt.data.images.listed import IMG2DATASET, METADATA, SINGLE_CLASS, VALUE
 from ldt.data.images.listing import Listing, Names, Table, numbers_of
 from ldt.data.images.names import HEAD, SUFFIXES, begins_like_an_image, is_hidden, stem
 from ldt.errors import InputError
+from ldt.files import parse_json
 
 TEXT, JSON_VALUE = 0, 1  # forms of a caption
 IMAGE = "/"  # stands for the ending of an image without one: no name holds it
@@ -125,8 +125,8 @@ class Members:
         if ending != ".json" or not (self.fields.label or self.fields.caption):
             return "", captioned
         try:
-            facts = json.loads(read(-1))
-        except (ValueError, RecursionError):
+            facts = parse_json(read(-1))
+        except ValueError:
             raise InputError(f"{self.where}/{name} is not readable as JSON; write it again") from None
         if not isinstance(facts, dict):
             raise InputError(f"{self.where}/{name} holds no keys; write it again") from None
@@ -219,8 +219,8 @@ def check_captions(table: Table, where: str, fields: Fields) -> None:
 def captions_in(content: bytes, key: str, image: str) -> list[bytes]:
     """The captions under a key of a .json member."""
     try:
-        return [text.encode() for text in texts_of(json.loads(content)[key])]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return [text.encode() for text in texts_of(parse_json(content)[key])]
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"the .json beside {image} has no readable {key}; write it again") from None
 
 
