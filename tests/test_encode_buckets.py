@@ -193,8 +193,8 @@ def test_unreadable_images_are_skipped_where_asked(pool, arguments, spoiled, tmp
     out, plain, skip = tmp_path / "out", tmp_path / "plain", {"images.path": spoiled, "images.on_error": "skip"}
     assert cli.main(["encode", *arguments(out, **skip)]) == 0
     said = capsys.readouterr().err
-    assert f"left out, as they could not be read: 1 image, named in {out}/left_out.jsonl" in said
-    assert f"left out, as they could not be read: 1 image, named in {out}/12x8/left_out.jsonl" in said
+    assert f"left out: 1 image, named with the reasons in {out}/left_out.jsonl" in said
+    assert f"left out: 1 image, named with the reasons in {out}/12x8/left_out.jsonl" in said
     left = {path: list(read_jsonl(path)) for path in sorted(out.rglob("left_out.jsonl"))}
     assert [(path.parent.name, line["image"]) for path, lines in left.items() for line in lines] == [
         ("12x8", "ant/cut.png"),

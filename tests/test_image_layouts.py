@@ -247,6 +247,7 @@ def test_bad_images_are_named_in_every_kind(tmp_path, kind):
     if kind in ("pattern", "glob"):
         path = str(tmp_path / "set")
     source = open_images(path)
+    assert len(source) == len(bad), "none is left out"
     said = dict(bad)
     for i in range(len(source)):
         with pytest.raises(InputError, match=f"image .*{said[source.content(i)]}") as error:

@@ -156,7 +156,9 @@ WORLDS = [place for place in itertools.product((1, 2, 3), range(4)) if place != 
 
 @pytest.mark.parametrize(("ranks", "stage"), WORLDS)
 def test_a_run_on_them_is_the_same_at_any_world_and_stage(pool, data, alone, tmp_path, ranks, stage):
-    whitening = ("channel", "element")[(ranks + stage) % 2]
+    whitening = ("channel", "element")[
+        (ranks + stage) % 2
+    ]  # one of the two a place: it acts before ranks share anything
     settings = [f"data.path={data}/{whitening}", f"engine.zero_stage={stage}"]
     records = pool(ranks).run(train_case, settings=[*settings, "train.total_samples=80", f"run_dir={tmp_path}/run"])
     assert [r["digest"] for r in records] == [r["digest"] for r in alone[whitening]]

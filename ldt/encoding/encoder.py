@@ -280,7 +280,7 @@ def say_left_out(output: Path, unreadable: Sequence[tuple[str, str]]) -> None:
     """Warn of images that are left out."""
     if unreadable:
         images = pluralize(len(unreadable), "image", "images")
-        logger.warning("left out, as they could not be read: %s, named in %s", images, output / LEFT_OUT)
+        logger.warning("left out: %s, named with the reasons in %s", images, output / LEFT_OUT)
 
 
 def _others(directory: Path) -> bool:

@@ -112,6 +112,7 @@ def score_once(
         except Vanished:
             if (result := _read_result(file, loaded.hash)) is None:
                 raise
+            store.remove()  # made again by blocks that were written after the other job had removed it
             return _announce(result, detector, output)
         assert moments.count == config.images, (moments.count, config.images)
         result = {

@@ -213,9 +213,6 @@ class Listing:
         for column, value in zip(NUMBERS, (size, offset, stored, *caption, 0), strict=True):
             self._numbers[column].append(value)
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
     def table(self) -> Table:
         """The images that were added, in the order in which they came; no more can be added."""
         numbers: dict[str, NDArray[Any]] = {name: _array(column, np.int64) for name, column in self._numbers.items()}
