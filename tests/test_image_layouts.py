@@ -69,11 +69,11 @@ FORMS = [as_directory, as_tar, as_zip, in_memory]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_labels_and_captions_beside_images(tmp_path, form):
-    """By ending, by an ending of two dots, in capitals, and by JSON key: the same from a directory and an archive."""
+    """By ending, by an ending of two dots, in letters of either case, and by JSON key: the same from a directory and an archive."""
     names = ["a", "b", "c"]
     facts = [{"said": f"{n} by key", "kind": "xyx"[i]} for i, n in enumerate(names)]
     members = [(f"{n}.png", content(i)) for i, n in enumerate(names)]
-    members += [(f"{n}.txt", f"{n} by ending".encode()) for n in "ab"] + [("c.TXT", b"c by ending")]
+    members += [(name, f"{name[0]} by ending".encode()) for name in ("a.txt", "b.Txt", "c.TXT")]
     members += [(f"{n}.long.txt", f"{n} by two dots".encode()) for n in names]
     members += [(f"{n}.json", json.dumps(f).encode()) for n, f in zip(names, facts, strict=True)]
     members += [(f"{n}.cls", str(i).encode()) for i, n in enumerate(names)]

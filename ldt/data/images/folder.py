@@ -28,6 +28,7 @@ class ImageFolder(ListedImages):
 
     def __init__(self, tree: Tree, fields: Fields = USUAL) -> None:
         self._tree, self._fields, self._described_by = tree, fields, Names(b"", np.zeros(0, np.int64))
+        self._endings: list[str] = []  # of captions, as they are written
         metadata = next((name for name in READABLE if tree.holds(name)), "")
         members = Members(tree.where, USUAL if metadata else fields)
         self._list("", frozenset(), members)
@@ -49,10 +50,17 @@ class ImageFolder(ListedImages):
             if is_directory and not is_hidden(name):
                 directories.append(path)
             elif not is_directory and (inside or name not in ("classes.txt", *READABLE)):
-                in_capitals = path[len(stem(path)) :].isupper()
-                members.add(path, 0, size, 0 if in_capitals else -1, self._reader(path))
+                members.add(path, 0, size, self._number_of(members.split(path)[1]), self._reader(path))
         for path in sorted(directories):
             self._list(f"{path}/", above | {real}, members)
+
+    def _number_of(self, written: str) -> int:
+        """The number of an ending that may be a caption's, which may have letters of both cases; −1 for others."""
+        if written.lower() not in (self._fields.caption_ending, ".json"):
+            return -1
+        if written not in self._endings:
+            self._endings.append(written)
+        return self._endings.index(written)
 
     def _reader(self, path: str):  # type: ignore[no-untyped-def]
         def read(limit: int) -> bytes:
@@ -84,9 +92,7 @@ class ImageFolder(ListedImages):
         return captions_in(content, self._fields.caption, self.name(i)) if is_json else [content]
 
     def _caption_file(self, i: int) -> str:
-        in_capitals, form = divmod(int(self.table.numbers["caption_form"][i]), 2)
-        ending = ".json" if form == JSON_VALUE else self._fields.caption_ending
-        return stem(self.names[i]) + (ending.upper() if in_capitals else ending)
+        return stem(self.names[i]) + self._endings[int(self.table.numbers["caption_form"][i]) // 2 - 1]
 
     def _labels_files(self) -> Iterator[tuple[Ints, bytes, str]]:
         content = self._tree.read(LABELS, "file")

@@ -18,7 +18,8 @@ Ints = NDArray[np.int64]
 NUMBERS = ("size", "offset", "stored", "caption_offset", "caption_size", "caption_form", "part")
 """size: bytes of an image; offset: where it begins in its file; stored: how many bytes it has there where it is
 deflated, −1 where it lies as it is; caption_*: the same of its caption, offset −1 where there is none, form: as its
-source defines it; part: in which of several files. Parquet has row groups for offsets and rows for `stored`."""
+source defines it; part: in which of several files. Parquet has row groups for offsets and rows for `stored`,
+directories there the numbers of captions' endings."""
 CHUNK = 1 << 16
 FEW = 1 << 12  # names at a time where each of their letters takes several numbers
 

@@ -83,7 +83,7 @@ class Members:
         if is_hidden(name):
             self.left_out["hidden"] += 1
             return
-        key, written = self._split(name)
+        key, written = self.split(name)
         if not written and begins_like_an_image(read(HEAD)):
             written = IMAGE
         ending = written.lower()
@@ -106,7 +106,7 @@ class Members:
         self._stored.append(stored)
         self._captioned.append(captioned)
 
-    def _split(self, name: str) -> tuple[str, str]:
+    def split(self, name: str) -> tuple[str, str]:
         """The name of the sample, and the ending as it is written: asked for, it may have several dots."""
         for ending in (self.fields.caption_ending, self.fields.label_ending):
             key = name[: -len(ending)]
