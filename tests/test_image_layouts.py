@@ -69,7 +69,7 @@ FORMS = [as_directory, as_tar, as_zip, in_memory]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_labels_and_captions_beside_images(tmp_path, form):
-    """By ending, by an ending of two dots, in letters of either case, and by JSON key: the same from a directory and an archive."""
+    """By ending in letters of either case, by one of two dots, and by JSON key: alike from directories and archives."""
     names = ["a", "b", "c"]
     facts = [{"said": f"{n} by key", "kind": "xyx"[i]} for i, n in enumerate(names)]
     members = [(f"{n}.png", content(i)) for i, n in enumerate(names)]

@@ -9,15 +9,13 @@ images it names the class that was asked for (arr_1). The scale is its own: comp
 """
 
 import argparse
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from train_autoencoder import images, split
 
-from ldt.data.images import EMBEDDED, prepare
+from ldt.data.images import EMBEDDED
 from ldt.data.images.open import open_images
 from ldt.metrics.frechet import frechet_distance
 from ldt.metrics.moments import Moments
@@ -59,18 +57,15 @@ def look(judge: Judge, x_BCHW: Tensor, label_B: Tensor) -> tuple[Moments, float]
     return Moments.of(feature_BD.numpy()), float(named_B.float().mean())
 
 
-def read(path: Path) -> tuple[Tensor, Tensor]:
-    """The images of an .npz and their classes."""
-    source = open_images(str(path))
-    image_BHW = np.stack([prepare(source.image(i), 32, 1, "pad")[..., 0] for i in range(len(source))])
-    labels = torch.tensor([source.label(i) for i in range(len(source))])
-    return torch.from_numpy(image_BHW.astype(np.float32))[:, None] / 127.5 - 1, labels
+def read(path: str) -> tuple[Tensor, Tensor]:
+    """Images and their classes."""
+    source = open_images(path)
+    return images(path, 1, 32, "pad"), torch.tensor([source.label(i) for i in range(len(source))])
 
 
-def main(paths: list[Path]) -> None:
+def main(paths: list[str]) -> None:
     torch.set_num_threads(1)
-    embedded = open_images(EMBEDDED)
-    x_BCHW, label_B = images(EMBEDDED, 1, 32, "pad"), torch.tensor([embedded.label(i) for i in range(len(embedded))])
+    x_BCHW, label_B = read(EMBEDDED)
     (train_x, held_out_x), (train_label, held_out_label) = split(x_BCHW), split(label_B)
     judge = train(train_x, train_label)
     print(f"held-out real images: named {look(judge, held_out_x, held_out_label)[1]:.3f}")
@@ -83,5 +78,5 @@ def main(paths: list[Path]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sets", nargs="+", type=Path, help=".npz files of ldt sample or tools/reconstruct.py")
+    parser.add_argument("sets", nargs="+", help=".npz files of ldt sample or tools/reconstruct.py")
     main(parser.parse_args().sets)

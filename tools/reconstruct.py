@@ -12,6 +12,7 @@ import torch
 
 from ldt.data.images import EMBEDDED, prepare
 from ldt.data.images.open import open_images
+from ldt.image_files import write_npz
 from ldt.models.autoencoder import Autoencoder
 
 
@@ -19,8 +20,8 @@ def main(name: str, output: Path, count: int) -> None:
     torch.set_num_threads(1)
     source, autoencoder = open_images(EMBEDDED), Autoencoder.load(name)
     image_BHWC = torch.from_numpy(np.stack([prepare(source.image(i), 32, 1, "pad") for i in range(count)]))
-    parts = [autoencoder.decode(autoencoder.encode(part)[0]) for part in image_BHWC.split(50)]
-    np.savez(output, arr_0=torch.cat(parts).numpy(), arr_1=np.array([source.label(i) for i in range(count)]))
+    parts = (autoencoder.decode(autoencoder.encode(part)[0]).numpy() for part in image_BHWC.split(50))
+    write_npz(output, parts, np.array([source.label(i) for i in range(count)]), {})
 
 
 if __name__ == "__main__":
