@@ -23,8 +23,9 @@ from ldt.diffusion.config import ObjectiveConfig
 from ldt.diffusion.objectives import Objective
 from ldt.dist import broadcast
 from ldt.errors import InputError
-from ldt.evaluation.compared import Part, blocks_of, for_model, parts_of, real_images
 from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.parts import Part, blocks_of, parts_of, with_size
+from ldt.evaluation.real_images import real_images
 from ldt.image_files import class_grid, read_cells
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector
@@ -205,7 +206,7 @@ def test_a_model_of_one_size_has_no_joint_score(root):
     loaded = load_denoiser(root / "run")
     loaded.spec = dataclasses.replace(loaded.spec, buckets={})
     with pytest.raises(InputError, match="evaluate.size=all is for a model that was trained on buckets"):
-        for_model(EvaluateConfig(size="all"), loaded)
+        with_size(EvaluateConfig(size="all"), loaded)
     with pytest.raises(InputError, match="size has 'all', which is not HEIGHTxWIDTH"):
         DrawConfig(size="all")
 

@@ -24,8 +24,8 @@ from ldt.data.images import prepare
 from ldt.data.images.open import open_images
 from ldt.dist import World
 from ldt.errors import InputError
-from ldt.evaluation.compared import blocks_of, parts_of
 from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.parts import blocks_of, parts_of
 from ldt.evaluation.scorer import make_features, open_reference
 from ldt.log import read_jsonl
 from ldt.metrics.detectors import make_detector

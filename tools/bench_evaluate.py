@@ -12,8 +12,8 @@ import torch
 from ldt.checkpoint.load import load_denoiser
 from ldt.config import from_dict
 from ldt.dist import World, all_gather, barrier, broadcast, process_group
-from ldt.evaluation.compared import Part, blocks_of
 from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.parts import Part, blocks_of
 from ldt.evaluation.scorer import make_features
 from ldt.metrics.detectors import Detector, make_detector
 from ldt.metrics.feature_store import FeatureStore

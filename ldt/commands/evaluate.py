@@ -18,9 +18,9 @@ from ldt.config import to_dict
 from ldt.config_fields import path_field, section
 from ldt.dist import SLOWEST_RANK_TIMEOUT, World, broadcast, process_group, together
 from ldt.errors import InputError
-from ldt.evaluation.compared import for_model
 from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.follow import follow
+from ldt.evaluation.parts import with_size
 from ldt.evaluation.scorer import open_reference, score_once, short_hash
 from ldt.files import unwritable
 from ldt.metrics.detectors import make_detector
@@ -126,7 +126,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
     with contextlib.ExitStack() as stack:
         for path in paths:
             loaded = load_denoiser(path, settings.weights, world.device)
-            settings = for_model(settings, loaded)
+            settings = with_size(settings, loaded)
             output = _output(settings, loaded.path)
             require_writable(output.parent, "give a file of your own as")
             if reference is None:  # all checkpoints of a run have the same

@@ -22,8 +22,9 @@ from ldt.checkpoint.manifest import versions
 from ldt.config import to_dict
 from ldt.dist import World, broadcast, on_rank_zero
 from ldt.errors import InputError
-from ldt.evaluation.compared import Block, blocks_of, parts_of, real_images
 from ldt.evaluation.config import EvaluateConfig, is_statistics
+from ldt.evaluation.parts import Block, blocks_of, parts_of
+from ldt.evaluation.real_images import real_images
 from ldt.files import natural, parse_json, replacing, schema_error, write_json
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore, StoredFeatures, Vanished

@@ -22,8 +22,8 @@ from ldt.config_fields import check_seed, choice, path_field, required_path_fiel
 from ldt.data.images import ImageSource, open_images
 from ldt.dist import World, in_block_order, on_rank_zero
 from ldt.errors import InputError
-from ldt.evaluation.compared import images_of_shards
 from ldt.evaluation.config import MeasureConfig, is_images, is_statistics
+from ldt.evaluation.real_images import images_of_shards
 from ldt.evaluation.scorer import Section, device_name, short_hash, warn_of_few
 from ldt.metrics.detectors import Detector, make_detector
 from ldt.metrics.feature_store import ChosenFeatures, FeatureStore, StoredFeatures
