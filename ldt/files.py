@@ -68,6 +68,17 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise
 
 
+def write_new(path: Path, text: str) -> None:
+    """Create a file that says whose something is, whole or not at all; `FileExistsError` where there is one."""
+    with naming(path), path.open("x") as f:
+        try:
+            f.write(text)
+            f.flush()
+        except OSError:
+            path.unlink()  # else others would wait for the owner of an empty file
+            raise
+
+
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """`replacing` for content in memory; where it can't be written, that is said in a sentence."""
     try:

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldt import log
-from ldt.dist import World, barrier, broadcast
+from ldt.dist import World, broadcast
 from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, parse_json, replacing, schema_error, write_npy
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore, Vanished
+from ldt.metrics.features import block_sizes, store_features
 from ldt.metrics.image_set import BLOCK, ImageSet
 from ldt.metrics.moments import MomentStream
 
@@ -86,14 +88,14 @@ def reference_of(sets: Sequence[ImageSet], detector: Detector, cache_dir: Path, 
             digest.update(block_digest)
     file = cache_dir / f"{detector.name}-{digest.hexdigest()[:32]}.npz"
     if not broadcast(file.exists()):
-        store, blocks = FeatureStore(file.with_suffix(".work")), [(s, k) for s in sets for k in range(s.blocks)]
-        with log.progress(sum(map(len, sets)), "img", "reference", show=world.rank == 0) as bar:
-            for number in range(world.rank, len(blocks), world.size):
-                images, k = blocks[number]
-                if not store.has(number):
-                    store.write(number, detector(torch.from_numpy(images.block(k))).arrays())
-                bar.update(BLOCK * world.size)
-        barrier()
+        store, places = FeatureStore(file.with_suffix(".work")), [(s, k) for s in sets for k in range(s.blocks)]
+
+        def produce(number: int) -> Tensor:
+            images, k = places[number]
+            return torch.from_numpy(images.block(k))
+
+        wanted_K = [n for images in sets for n in block_sizes(len(images), BLOCK)]
+        blocks = store_features(store, detector, wanted_K, produce, world, "reference")
         if world.rank == 0:
             made_by: dict[str, object] = {
                 "images": sets[0].source.name(0),
@@ -103,7 +105,7 @@ def reference_of(sets: Sequence[ImageSet], detector: Detector, cache_dir: Path, 
                 "detector": detector.name,
             }
             try:
-                _save(file, store, len(blocks), detector, made_by | {"hash": digest.hexdigest()})
+                _save(file, store, blocks, detector, made_by | {"hash": digest.hexdigest()})
             except Vanished:
                 if not file.exists():
                     raise

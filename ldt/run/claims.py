@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Self
 
-from ldt.files import naming
+from ldt.files import write_new
 
 STALE_TIMEOUT_S = 600.0
 HEARTBEAT_PERIOD_S = 60.0
@@ -90,13 +90,7 @@ class Claim:
             return None
         mine = f"{platform.node()} {os.getpid()} {time.time():.0f} {uuid.uuid4().hex}\n"
         try:
-            with naming(file), file.open("x") as f:
-                try:
-                    f.write(mine)
-                    f.flush()
-                except OSError:
-                    file.unlink()  # else the others would wait for the owner of an empty file
-                    raise
+            write_new(file, mine)
         except FileExistsError:
             return None
         return cls(file, mine)

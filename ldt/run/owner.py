@@ -20,7 +20,7 @@ from typing import Any
 from ldt.cluster.job import this_job
 from ldt.dist import World, on_rank_zero
 from ldt.errors import InputError, RunError, by_reason
-from ldt.files import naming, parse_json
+from ldt.files import parse_json, write_new
 from ldt.log import get_logger
 from ldt.run.claims import Heartbeat, remove_dead
 from ldt.run.directory import OWNER
@@ -78,13 +78,7 @@ def _take(file: Path) -> str:
     for _ in range(3):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with naming(file), file.open("x") as f:
-                try:
-                    json.dump(me, f)
-                    f.flush()
-                except OSError:
-                    file.unlink()  # else the next start would wait for the owner of an empty file
-                    raise
+            write_new(file, json.dumps(me))
             return token
         except FileExistsError:
             _bury(file)

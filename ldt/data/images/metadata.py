@@ -54,7 +54,8 @@ def described(tree: Tree, file: str, table: Table, fields: Fields) -> tuple[Tabl
         row_n = row_n[row_n >= 0]
     if label:
         order = sorted(classes)
-        rank = np.array([order.index(name) for name in classes], np.int32)
+        place = {name: i for i, name in enumerate(order)}
+        rank = np.array([place[name] for name in classes], np.int32)
         table.classes, table.label_n, table.facts = order, rank[np.array(label_n)[row_n]], {"labels": VALUE}
     if not caption:
         return table, Names(b"", row_n[:0])
