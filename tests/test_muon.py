@@ -9,12 +9,13 @@ from ldt.dist import World, all_gather
 from ldt.engine.config import EngineConfig, OptimizerConfig
 from ldt.engine.engine import Engine
 from ldt.engine.muon import MOMENTUM, NEWTON_SCHULZ, STEPS, orthogonalised, share_out
-from ldt.errors import InputError
 from ldt.nn.build import build, matrices_of
 from ldt.nn.config import ModelConfig, UNetConfig
 
 LR, MUON_LR, DECAY, TRAINED = 2e-3, 0.02, 0.1, 8
 OPTIMIZER = OptimizerConfig(lr=LR, muon_lr=MUON_LR, weight_decay=DECAY, clip=0.0)
+UNET = ModelConfig(name="unet", unet=UNetConfig(channels=24, multipliers=[1, 2], blocks=1, head_channels=8, context=16))
+MODELS = {"transformer": MODEL, "unet": UNET}
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 40)])
@@ -75,17 +76,31 @@ def test_which_matrices_and_how_many_are_in_one():
         "mlp.down.weight": 1,
     }
     assert all(model.get_parameter(name).shape[0] % n == 0 for name, n in found.items())
-    unet = build(ModelConfig(name="unet", unet=UNetConfig(channels=32, blocks=1)), (4, 8, 8), 3, seed=0)
-    with pytest.raises(InputError, match="model.name=unet leave it at 0"):
-        matrices_of(unet)
 
 
-def reference():
-    """Losses and final weights of one process with torch's Muon, which has no stacked matrices and works in bf16."""
-    model = build(MODEL, (4, 8, 8), 10, seed=0)
+def test_of_a_unet_all_that_its_blocks_multiply_by():
+    """All but the first and last layers, embeddings, and what brings the time into a block."""
+    unet = build(UNET, (4, 8, 8), 10, seed=0)
+    found = matrices_of(unet)
+    left = {n for n, p in unet.named_parameters() if p.ndim >= 2 and n not in found}
+    ends = {f"net.{n}.weight" for n in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")}
+    assert {n for n in left if not n.endswith(".time_emb_proj.weight")} == ends | {"label.weight"}
+    assert any(n.endswith(".time_emb_proj.weight") for n in left)
+    assert {n for n, count in found.items() if count == 2} == {n for n in found if ".ff.net.0.proj." in n} != set()
+    assert set(found.values()) == {1, 2}
+
+
+def reference(name):
+    """Losses and final weights of one process with torch's Muon, which has no stacked matrices, nor any of more than
+    two dimensions, and works in bf16."""
+    model = build(MODELS[name], (4, 8, 8), 10, seed=0)
     stacked = matrices_of(model)
     matrices = {n: p for n, p in model.named_parameters() if n in stacked}
-    parts = {n: [torch.nn.Parameter(x.clone()) for x in p.detach().chunk(stacked[n])] for n, p in matrices.items()}
+
+    def parts_of(name, tensor):
+        return [x.flatten(1) for x in tensor.chunk(stacked[name])]
+
+    parts = {n: [torch.nn.Parameter(x.clone()) for x in parts_of(n, p.detach())] for n, p in matrices.items()}
     muon = torch.optim.Muon(
         [x for xs in parts.values() for x in xs], MUON_LR, LR * DECAY / MUON_LR, MOMENTUM, ns_steps=STEPS
     )
@@ -101,17 +116,17 @@ def reference():
         loss.backward()
         adam.step()
         for name, p in matrices.items():
-            for x, gradient in zip(parts[name], p.grad.chunk(stacked[name]), strict=True):
+            for x, gradient in zip(parts[name], parts_of(name, p.grad), strict=True):
                 x.grad = gradient
         muon.step()
         for name, p in matrices.items():
-            p.data.copy_(torch.cat([x.detach() for x in parts[name]]))
+            p.data.copy_(torch.cat([x.detach() for x in parts[name]]).view_as(p))
         losses.append(float(loss.detach()))
     return losses, {n: p.detach() for n, p in model.named_parameters()}
 
 
-def train_case(world: World, stage: int, precision: str):
-    engine = Engine(build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage, precision), OPTIMIZER, world, 1)
+def train_case(world: World, stage: int, precision: str, model: str = "transformer"):
+    engine = Engine(build(MODELS[model], (4, 8, 8), 10, seed=0), EngineConfig(stage, precision), OPTIMIZER, world, 1)
     mine = slice(BATCH * world.rank // world.size, BATCH * (world.rank + 1) // world.size)
     losses = []
     for step in range(TRAINED):
@@ -128,26 +143,45 @@ def train_case(world: World, stage: int, precision: str):
 
 @pytest.fixture(scope="module")
 def alone(pool):
-    losses, weights = pool(1).run(train_case, stage=0, precision="fp32")
-    return losses, {n: torch.tensor(w) for n, w in weights.items()}
+    """Of each model: losses and weights of one process."""
+    runs = {name: pool(1).run(train_case, stage=0, precision="fp32", model=name) for name in MODELS}
+    return {name: (losses, as_tensors(weights)) for name, (losses, weights) in runs.items()}
 
 
-def test_one_process_does_what_torch_does(alone):
-    losses, weights = reference()
-    torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(losses), rtol=0.01, atol=0)
-    start = {n: p.detach() for n, p in build(MODEL, (4, 8, 8), 10, seed=0).named_parameters()}
-    assert distance(alone[1], weights) < 0.03 * distance(start, weights), "up to torch's bf16"
+def as_tensors(weights):
+    return {n: torch.tensor(w) for n, w in weights.items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_process_does_what_torch_does(alone, model):
+    losses, weights = reference(model)
+    torch.testing.assert_close(torch.tensor(alone[model][0]), torch.tensor(losses), rtol=0.01, atol=0)
+    start = {n: p.detach() for n, p in build(MODELS[model], (4, 8, 8), 10, seed=0).named_parameters()}
+    assert distance(alone[model][1], weights) < 0.03 * distance(start, weights), "up to torch's bf16"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_any_partition_takes_the_same_steps(pool, alone, size, stage):
-    losses, weights = pool(size).run(train_case, stage=stage, precision="fp32")
+    assert_same(pool(size).run(train_case, stage=stage, precision="fp32"), alone["transformer"])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_any_partition_of_a_unet_does(pool, alone, stage):
+    """But for cross-attention's queries and keys: over a class's one token it is 1 whatever they are, so their
+    gradients are rounding alone, which Muon brings to full length."""
+    losses, weights = pool(2).run(train_case, stage=stage, precision="fp32", model="unet")
+    without = {n: w for n, w in alone["unet"][1].items() if ".attn2.to_q." not in n and ".attn2.to_k." not in n}
+    assert_same((losses, weights), (alone["unet"][0], without))
+
+
+def assert_same(run, alone):
+    losses, weights = run
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone[0]), rtol=1e-5, atol=0)
-    assert distance({n: torch.tensor(w) for n, w in weights.items()}, alone[1]) < 1e-4
+    assert distance(as_tensors(weights), alone[1]) < 1e-4
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_is_near(pool, alone, stage):
     losses, _ = pool(2).run(train_case, stage=stage, precision="bf16")
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone[0]), rtol=0.03, atol=0)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone["transformer"][0]), rtol=0.03, atol=0)

@@ -54,7 +54,7 @@ def stage_at_work(stage: int, precision: str, ranks: int, micro_batches: int) ->
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 1711.05101). Warm-up and decay are counted in samples.
 
-    `muon_lr`: above 0 the matrices in a Transformer's blocks are Muon's, with this rate where AdamW's is `lr`.
+    `muon_lr`: above 0 the matrices in a denoiser's blocks are Muon's, with this rate where AdamW's is `lr`.
     """
 
     lr: float = 1e-3

@@ -6,6 +6,8 @@ ZeRO leaves no rank a whole matrix, and every rank making all of them would wast
 the updates are gathered, each rank makes the matrices that are its share, and the results are gathered again: twice
 the matrices' size in float32 is sent in a step more than with AdamW. What is computed depends on no partition
 (promise 1).
+
+A convolution [out, in, height, width] is a matrix [out, in·height·width].
 """
 
 import math
@@ -59,7 +61,9 @@ class Muon:
     def __init__(self, partition: Partition, stacked: Mapping[str, int], world: World, precision: str) -> None:
         self._dtype = torch.bfloat16 if precision == "bf16" and world.device.type == "cuda" else torch.float32
         self.world, self.stage, self.stacked = world, partition.stage, stacked
-        self.shapes = {name: shape for name, shape in partition.shapes().items() if name in stacked}
+        self.shapes = {
+            name: (shape[0], math.prod(shape[1:])) for name, shape in partition.shapes().items() if name in stacked
+        }
         self.owners = {f.name: f.owner for f in partition.all if f.name in stacked}
         self.fragments = [f for f in partition.load_targets() if f.name in stacked]
         self.places = all_gather({f.name: (f.start, f.count, f.offset) for f in partition.all if f.name in stacked})
@@ -98,7 +102,7 @@ class Muon:
         mine = [name for name in names if self.makers[name] == self.world.rank]
         if self.stage == 0:
             by_owner = {id(owner): update for owner, update in zip(owners, ahead, strict=True)}
-            return {name: by_owner[id(self.owners[name])] for name in mine}
+            return {name: by_owner[id(self.owners[name])].reshape(self.shapes[name]) for name in mine}
         (update,) = ahead  # of a flat group
         parts = all_gather_tensor(update)
         return {name: self._assemble(name, parts) for name in mine}

@@ -68,12 +68,16 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def matrices_of(denoiser: nn.Module) -> dict[str, int]:
-    """The weight matrices in a Transformer's blocks by name, and how many are stacked in each (3 in qkv).
+    """The weight matrices in a denoiser's blocks by name, and how many are stacked in each (3 in qkv).
 
-    The wide head's blocks are among them.
+    The wide head's blocks are among them, a UNet's convolutions too; embeddings, first and last layers and what adds
+    or multiplies the condition (modulations, a UNet's time projections) are not.
     """
-    if not isinstance(denoiser, Transformer):
-        raise InputError("optimizer.muon_lr is for the matrices of a transformer; with model.name=unet leave it at 0")
+    assert isinstance(denoiser, (Transformer, UNet))
+    return _matrices_of_transformer(denoiser) if isinstance(denoiser, Transformer) else _matrices_of_unet(denoiser)
+
+
+def _matrices_of_transformer(denoiser: Transformer) -> dict[str, int]:
     out = {}
     for name, module in denoiser.named_modules():
         inside_blocks = name.startswith(("blocks.", "head.blocks."))
@@ -81,6 +85,16 @@ def matrices_of(denoiser: nn.Module) -> dict[str, int]:
             inside = denoiser.get_submodule(name.rpartition(".")[0])
             halves = 2 if isinstance(inside, SwiGLU) and module is inside.up else 1
             out[f"{name}.weight"] = 3 if isinstance(inside, Attention) and module is inside.qkv else halves
+    return out
+
+
+def _matrices_of_unet(denoiser: UNet) -> dict[str, int]:
+    out = {}
+    for name, module in denoiser.net.named_modules():
+        inside_blocks = name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+        if inside_blocks and isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith(".time_emb_proj"):
+            gated = name.endswith(".ff.net.0.proj")  # GEGLU's, twice as wide as what follows
+            out[f"net.{name}.weight"] = 2 if gated else 1
     return out
 
 
