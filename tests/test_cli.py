@@ -209,6 +209,29 @@ def test_a_command_imports_no_slow_library_that_it_may_not_need(imported, comman
     assert imported[cli.COMMANDS[command].module] <= (set() if command in WITHOUT_TORCH else {"torch"})
 
 
+TRAIN = """
+import os, sys
+import torch
+from ldt.cli import main
+for i, settings in enumerate((["engine.precision=fp32"], ["engine.precision=bf16", "engine.zero_stage=1"])):
+    if os.fork() == 0:
+        assert main(["train", *sys.argv[2:], f"run_dir={sys.argv[1]}/{i}", "--quiet", *settings]) == 0
+        os.write(1, " ".join(["modules", *sys.modules, "\\n"]).encode())
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_training_imports_no_compiler_that_it_does_not_ask_for(tmp_path):
+    """Torch's optimizers and DeepSpeed's Muon, for which ZeRO asks, would import it, at 2 CPU seconds a rank."""
+    write_shards(tmp_path / "data", [16])
+    words = [f"data.path={tmp_path}/data", "model={width: 32, depth: 1, heads: 2}"]
+    words += ["train.global_batch=8", "train.total_samples=16"]
+    done = subprocess.run([sys.executable, "-c", TRAIN, tmp_path, *words], capture_output=True, text=True, check=True)
+    imported = [SLOW & set(line.split()) for line in done.stdout.splitlines() if line.startswith("modules")]
+    assert imported == [{"torch", "deepspeed"}] * 2
+
+
 def test_names_in_any_encoding_can_be_said(tmp_path):
     """Where the output can't hold them, their characters are escaped; an argument that is no text is refused."""
     write_shards(tmp_path / "Käse", [3], classes=("Käse", "two\nlines", "c"))

@@ -31,7 +31,7 @@ def words(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.uin
     """`n` raw words for each index: uint32 [B, n]."""
     index_B = np.asarray(index_B, np.int64)
     out = np.empty((len(index_B), n), np.uint32)
-    _rows_of_words(np.uint64(seed), np.uint32(purpose), index_B, out)
+    _fill(seed, purpose, index_B, False, out)
     return out
 
 
@@ -43,7 +43,12 @@ def uniform(seed: int, purpose: int, index_B: ArrayLike, n: int) -> NDArray[np.f
 def fill_normal(seed: int, purpose: int, index_B: ArrayLike, out_BN: NDArray[np.float32]) -> None:
     """A row of standard normal numbers for each index, written into contiguous rows. Tails reach ±6.7."""
     assert out_BN.dtype == np.float32 and out_BN.flags.c_contiguous, (out_BN.dtype, out_BN.strides)
-    _rows_of_normals(np.uint64(seed), np.uint32(purpose), np.asarray(index_B, np.int64), out_BN)
+    _fill(seed, purpose, index_B, True, out_BN.view(np.uint32))
+
+
+def _fill(seed: int, purpose: int, index_B: ArrayLike, normal: bool, out_BN: NDArray[np.uint32]) -> None:
+    scratch_4W = np.empty((4, CHUNK), np.uint32)
+    _rows(np.uint64(seed), np.uint32(purpose), np.asarray(index_B, np.int64), normal, scratch_4W, out_BN)
 
 
 def _reinterpret(source: types.Type, target: types.Type) -> Any:
@@ -63,27 +68,17 @@ _bits, _from_bits = _reinterpret(types.float32, types.uint32), _reinterpret(type
 
 
 @njit(nogil=True, error_model="numpy")
-def _rows_of_words(seed, purpose, index_B, out_BN):  # type: ignore[no-untyped-def]
-    word_4W = np.empty((4, CHUNK), np.uint32)
+def _rows(seed, purpose, index_B, normal, scratch_4W, out_BN):  # type: ignore[no-untyped-def]
+    """A row of words for each index, or of normals as their bits: one function, as each takes a second to compile."""
     blocks = (out_BN.shape[1] + 3) // 4
     for row in range(len(index_B)):
         for start in range(0, blocks, CHUNK):
             size = min(CHUNK, blocks - start)
-            _philox(seed, purpose, np.uint64(index_B[row]), start, size, word_4W)
-            _place(word_4W, start, size, blocks, out_BN[row])
-
-
-@njit(nogil=True, error_model="numpy")
-def _rows_of_normals(seed, purpose, index_B, out_BN):  # type: ignore[no-untyped-def]
-    word_4W, normal_4W = np.empty((4, CHUNK), np.uint32), np.empty((4, CHUNK), np.float32)
-    blocks = (out_BN.shape[1] + 3) // 4
-    for row in range(len(index_B)):
-        for start in range(0, blocks, CHUNK):
-            size = min(CHUNK, blocks - start)
-            _philox(seed, purpose, np.uint64(index_B[row]), start, size, word_4W)
-            for j in (0, 2):
-                _box_muller(word_4W[j], word_4W[j + 1], normal_4W[j], normal_4W[j + 1], size)
-            _place(normal_4W, start, size, blocks, out_BN[row])
+            _philox(seed, purpose, np.uint64(index_B[row]), start, size, scratch_4W)
+            if normal:
+                _box_muller(scratch_4W[0], scratch_4W[1], size)
+                _box_muller(scratch_4W[2], scratch_4W[3], size)
+            _place(scratch_4W, start, size, blocks, out_BN[row])
 
 
 @njit(nogil=True, error_model="numpy")
@@ -111,8 +106,8 @@ def _philox(seed, purpose, index, start, size, out_4W):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, error_model="numpy")
-def _box_muller(radius_W, angle_W, first_W, second_W, size):  # type: ignore[no-untyped-def]
-    """Two normals of two words; `ldt.rng` says how."""
+def _box_muller(radius_W, angle_W, size):  # type: ignore[no-untyped-def]
+    """The bits of two normals in place of two words; `ldt.rng` says how."""
     for i in range(size):
         u = _bits((np.float32(radius_W[i]) + _HALF) * _ULP)
         exponent = np.int32(np.int32(u - _SQRT_HALF) >> np.int32(23))
@@ -126,5 +121,5 @@ def _box_muller(radius_W, angle_W, first_W, second_W, size):  # type: ignore[no-
         q = x * x
         cos = (((q * _C4 + _C3) * q + _C2) * q + _C1) * q + _C0
         sin = ((((q * _S4 + _S3) * q + _S2) * q + _S1) * q + _S0) * x
-        first_W[i] = _from_bits(np.uint32(_bits((cos - sin) * radius) ^ low << np.uint32(31)))
-        second_W[i] = _from_bits(np.uint32(_bits((cos + sin) * radius) ^ low << np.uint32(30) & _SIGN))
+        radius_W[i] = np.uint32(_bits((cos - sin) * radius) ^ low << np.uint32(31))
+        angle_W[i] = np.uint32(_bits((cos + sin) * radius) ^ low << np.uint32(30) & _SIGN)

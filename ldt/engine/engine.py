@@ -5,6 +5,7 @@ it has no schedule and no clock of its own.
 """
 
 import contextlib
+import inspect
 import io
 import math
 import os
@@ -72,6 +73,11 @@ class _AdamW(torch.optim.AdamW):
     grad_scale: Tensor | None = None  # the same: what all gradients are divided by
     muon: Muon
 
+    # without torch's decorators, which keep its compiler out of them and import it (2 s) to do so
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    _step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
     def step(self, closure: Any = None) -> Any:
         matrices = [(group, group["params"]) for group in self.param_groups if group["muon"]]
         for group, owners in matrices:
@@ -82,7 +88,7 @@ class _AdamW(torch.optim.AdamW):
                 lr = group["lr"]
                 self.muon.step(owners, self.state, lr * group["muon"], lr * group["weight_decay"], 1 - self.found_inf)
             group["params"] = []
-        super().step(closure)
+        self._step(closure)
         for group, owners in matrices:
             group["params"] = owners
 
@@ -253,6 +259,12 @@ def _import_deepspeed(device: torch.device) -> Any:
     # an earlier engine of stage 3 in this process leaves its own behind, which has no derivative in forward mode
     torch.nn.functional.linear = torch._C._nn.linear
     deepspeed.utils.logger.setLevel("ERROR")
+    # ZeRO imports DeepSpeed's own Muon to ask whether it is at work; compiled, it would import torch's compiler (2 s)
+    compiler = deepspeed.runtime.compiler
+    decorator, compiler.compile = compiler.compile, lambda: lambda function: function
+    import deepspeed.runtime.zero.muon.original_muon
+
+    compiler.compile = decorator
     for module in (deepspeed.runtime.bf16_optimizer, deepspeed.runtime.zero.stage3):
         assert callable(module.is_invalid_grad_norm), module  # it reads the norm a second time, after `Engine.apply`
         module.is_invalid_grad_norm = lambda norm: False
