@@ -30,15 +30,35 @@ def orthogonalised(update_KSL: Tensor, dtype: torch.dtype = torch.float32) -> Te
     """U·p(S)·Vᵀ of each update U·S·Vᵀ of a batch: singular values between about 0.6 and 1.2, but for the smallest.
 
     update_KSL: float32, the short side before the long one; dtype: of the products. Three steps of the quintic
-    iteration x ← a·x + (b·xxᵀ + c·(xxᵀ)²)·x, from a Frobenius norm of 1.
+    iteration x ← (a + b·xxᵀ + c·(xxᵀ)²)·x, from a Frobenius norm of 1.
     """
-    a, b, c = NEWTON_SCHULZ
     x_KSL = (update_KSL / (update_KSL.flatten(1).norm(dim=1)[:, None, None] + 1e-12)).to(dtype)
+    if 2 * x_KSL.shape[2] > 3 * x_KSL.shape[1] and dtype == torch.float32 and x_KSL.device.type == "cpu":
+        return _product_of_steps(x_KSL @ x_KSL.mT) @ x_KSL
     for _ in range(STEPS):
-        gram_KSS = x_KSL @ x_KSL.mT
-        gram_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
-        x_KSL = torch.baddbmm(x_KSL, gram_KSS, x_KSL, beta=a)
+        x_KSL = _factor(x_KSL @ x_KSL.mT) @ x_KSL
     return x_KSL.float()
+
+
+def _factor(gram_KSS: Tensor) -> Tensor:
+    """What a step multiplies x by: a + b·g + c·g² with g = xxᵀ."""
+    a, b, c = NEWTON_SCHULZ
+    factor_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
+    factor_KSS.diagonal(dim1=1, dim2=2).add_(a)
+    return factor_KSS
+
+
+def _product_of_steps(gram_KSS: Tensor) -> Tensor:
+    """What all steps together multiply a long x by: products of the short side alone, which needs float32's digits.
+
+    A step's factor f commutes with g = xxᵀ, of which it makes f·g·f.
+    """
+    product_KSS = factor_KSS = _factor(gram_KSS)
+    for _ in range(STEPS - 1):
+        gram_KSS = factor_KSS @ gram_KSS @ factor_KSS
+        factor_KSS = _factor(gram_KSS)
+        product_KSS = factor_KSS @ product_KSS
+    return product_KSS
 
 
 def _joined(parts: list[tuple[int, Tensor]]) -> Tensor:
