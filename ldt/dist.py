@@ -284,6 +284,26 @@ def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return out.view(-1, tensor.numel())
 
 
+def exchange(
+    pieces: Sequence[Sequence[torch.Tensor]], sizes: Sequence[Sequence[int]], like: torch.Tensor
+) -> list[list[torch.Tensor]]:
+    """What every rank has for this one: 1-D `pieces[r]` go to rank r, as many as come from it have `sizes[r]` numbers.
+
+    What a rank has for itself is not copied. like: a tensor of their type and device.
+    """
+    if _alone():
+        return [list(pieces[0])]
+    rank = dist.get_rank()
+    going = [[] if r == rank else list(of_rank) for r, of_rank in enumerate(pieces)]
+    coming = [[] if r == rank else list(of_rank) for r, of_rank in enumerate(sizes)]
+    sent = torch.cat([like.new_empty(0), *(piece for of_rank in going for piece in of_rank)])
+    received = like.new_empty(sum(map(sum, coming)))
+    counts = [sum(map(len, of_rank)) for of_rank in going]
+    dist.all_to_all_single(received, sent, list(map(sum, coming)), counts)
+    parts = iter(received.split([size for of_rank in coming for size in of_rank]))
+    return [list(pieces[r]) if r == rank else [next(parts) for _ in of_rank] for r, of_rank in enumerate(coming)]
+
+
 def in_block_order(blocks: int, produce: Callable[[int], T], world: World) -> Iterator[T]:
     """`produce(k)` for every block k, in order, on every rank; rank r makes blocks r, r + size, r + 2·size, …
 

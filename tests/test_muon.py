@@ -57,13 +57,37 @@ def products_case(world: World) -> dict[str, int]:
 
 def test_matrices_of_one_shape_are_made_together(pool):
     """qkv, its three parts, and the output projection are square, both halves of the MLP have one shape up to turning:
-    two batches, however deep the model."""
-    assert pool(1).run(products_case) == {"bmm": 2 * STEPS, "baddbmm": 4 * STEPS, "mm": 0}
+    two batches, however deep the model. The long ones are multiplied twice only: at the start and at the end."""
+    square, long = 2 * STEPS, 1 + 3 * (STEPS - 1) + 1
+    assert pool(1).run(products_case) == {"bmm": square + long, "baddbmm": 2 * STEPS, "mm": 0}
+
+
+def sent_case(world: World, stage: int) -> int:
+    """How many numbers a rank sends in a Muon step: of updates, and of what was made of them."""
+    engine, sent = Engine(build(MODEL, (4, 8, 8), 10, seed=0), EngineConfig(stage), OPTIMIZER, world, 1), []
+    engine.gradients([data(0)], lambda d, b: loss_B(d, b).sum(), BATCH)
+    real = torch.distributed.all_to_all_single
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.distributed, "all_to_all_single", lambda out, x, *counts: (sent.append(len(x)), real(out, x, *counts))
+        )
+        engine.apply(LR).result()
+    assert len(sent) == 2
+    return sum(sent)
+
+
+def test_a_rank_makes_what_it_holds(pool):
+    """Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them."""
+    model = build(MODEL, (4, 8, 8), 10, seed=0)
+    sizes = [model.get_parameter(name).numel() for name in matrices_of(model)]
+    assert pool(2).run(sent_case, stage=1) <= max(sizes)
+    assert pool(2).run(sent_case, stage=3) == pytest.approx(sum(sizes) / 2, rel=0.01)
 
 
 def test_the_work_is_shared_out():
-    makers = share_out({"a": 9, "b": 5, "c": 4, "d": 4, "e": 1}, 3)
-    assert makers == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
+    """In runs of the order, as a partition is, so that a rank has most of what it makes already."""
+    assert share_out({"a": 9, "b": 3, "c": 4, "d": 4, "e": 4}, 3) == {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
+    assert share_out({"a": 1, "b": 1}, 4) == {"a": 1, "b": 3}
 
 
 def test_which_matrices_and_how_many_are_in_one():

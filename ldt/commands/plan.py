@@ -209,7 +209,7 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     need = state.peak + model.activations.of(share.size, recomputed)
     muon = config.optimizer.muon_lr > 0
     if muon:
-        need = max(need, state.persistent + memory.muon_bytes(model.parameters, ranks))
+        need = max(need, state.persistent + memory.muon_bytes(model.parameters, stage, ranks))
     again = model.activations.share(recomputed)  # of a forward pass more
     flow = config.objective.mean_flow
     passes = again + mean_flow.forward_passes(flow, config.objective.mean_flow_guidance)
@@ -260,13 +260,14 @@ def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon:
     """Bytes a rank sends in a step by ring algorithms (1910.02054, section 7), as DeepSpeed 0.19 does it.
 
     An all-reduce of the gradients is twice their size; stages 1 and 2 all-reduce and then gather the weights, stage 3
-    scatters gradients and gathers the weights twice. Muon gathers its updates in float32, twice but for stage 0.
+    scatters gradients and gathers the weights twice. Muon gathers its updates in float32 at stage 0; at the others a
+    rank sends its part of them, and its share of what was made, at stages 1 and 2 less: only of matrices not its own.
     """
     width = 2 if precision == "bf16" else 4
     gradient = 4 if (precision, stage) == ("bf16", 1) else width
     passes = {0: 2 * gradient, 1: 2 * gradient + width, 2: 2 * gradient + width, 3: gradient + 2 * width}[stage]
-    passes += 4 * (1 if stage == 0 else 2) if muon else 0
-    return passes * parameters * (ranks - 1) // ranks
+    updates = 0 if not muon else 4 * parameters if stage == 0 else 8 * parameters // ranks
+    return (passes * parameters + updates) * (ranks - 1) // ranks
 
 
 def peak(config: PlanJob) -> float:

@@ -66,9 +66,11 @@ def state_bytes(
     return State(persistent, persistent + weights + 2 * bucket)
 
 
-def muon_bytes(parameters: int, ranks: int) -> int:
-    """At work in a step of Muon's, beside what lasts: all updates, raw and made, and this rank's share of both."""
-    return 8 * parameters + 16 * parameters // ranks
+def muon_bytes(parameters: int, stage: int, ranks: int) -> int:
+    """At work in a step of Muon's, beside what lasts: this rank's share of the updates, raw and made, and what it sends
+    and gets of both. At stage 0 it holds all updates, raw and made.
+    """
+    return (8 * parameters if stage == 0 else 0) + 16 * parameters // ranks
 
 
 @dataclass(frozen=True)
