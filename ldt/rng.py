@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     CAPTION = 17
     BUCKET = 20
     SAMPLE_DIRECTION = 24
+    TOKEN_NOISE = 25
 
 
 def _words(seed: int, purpose: int, key: tuple[int, ...], n: int) -> NDArray[np.uint64]:

@@ -12,6 +12,7 @@ from ldt.checkpoint.load import load_denoiser
 from ldt.config import load
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.samplers import sample
+from ldt.nn.entangled import Joined
 from ldt.training.config import TrainJob
 
 UNET = "{name: unet, unet: {channels: 16, multipliers: [1, 2], blocks: 1, head_channels: 8, context: 12}}"
@@ -79,8 +80,10 @@ def test_every_arm_of_the_study_and_every_recipe_runs(pool, tmp_path, path):
     settings += ["model.inner_head=1"] if load(TrainJob, path).model.inner_head else []
     pool(1).run(config_case, path=str(path), settings=settings)
     loaded, evaluate = load_denoiser(tmp_path / "run"), load(TrainJob, path).evaluate
-    noise = torch.randn(2, 4, 8, 8)
+    denoiser, noise = loaded.denoiser, torch.randn(2, 4, 8, 8)
+    if loaded.spec.token:
+        denoiser, noise = Joined(denoiser, (4, 8, 8)), torch.randn(2, 1, 1, 256 + loaded.spec.token)
     with torch.no_grad():
         arguments = (noise, Condition(torch.tensor([0, 2])), 3, replace(evaluate, steps=2), lambda step: noise)
-        image = sample(loaded.denoiser, loaded.objective, *arguments)
+        image = sample(denoiser, loaded.objective, *arguments)
     assert image.shape == noise.shape and image.isfinite().all()

@@ -127,6 +127,8 @@ def test_arms_over_the_base_change_what_they_are_about_and_nothing_else():
                              "objective.mean_flow_guidance=1.5", "evaluate.steps=1", "evaluate.sampler=mean_flow",
                              "evaluate.guidance=1.0"],
         "align": ["data.path=data/fashion_mnist_target", "align={weight: 0.5, block: 2, until_samples: 24000}"],
+        "reg": ["data.path=data/fashion_mnist_target",
+                "align={weight: 0.5, block: 2, until_samples: 24000, token_weight: 0.03}"],
         "inner_head": ["model.inner_head=2", "evaluate.guidance_inner=1.25"],
     }  # fmt: skip
     for arm, changes in said.items():

@@ -151,7 +151,7 @@ def test_each_time_has_as_many_samples(tmp_path, micro_batch):
 
     share, draws = RankSlice.of(21, 0, 1, micro_batch), SampleDraws(5)
     with ValidationLoader(shards, draws, share) as loader:
-        result = fixed_time_loss(loader, FixedTimes(objective, 4), denoiser, torch.device("cpu"))
+        result = fixed_time_loss(loader, FixedTimes(objective, 4), lambda batch: denoiser, torch.device("cpu"))
     with ValidationLoader(shards, draws, share) as loader:
         batches = [b.rows(0, int(b.weight_B.sum())) for b in map(_copied, loader.batches())]
     x0, eps = (torch.cat([getattr(b, n) for b in batches]) for n in ("latent_BCHW", "noise_BCHW"))
@@ -167,7 +167,9 @@ def case_loss(world, data):
     share = RankSlice.of(21, world.rank, world.size, 2)
     with ValidationLoader(open_shards(data), SampleDraws(5), share) as loader:
         times = FixedTimes(objective, 4)
-        return fixed_time_loss(loader, times, lambda x, t, condition: x * t[:, None, None, None], world.device)
+        return fixed_time_loss(
+            loader, times, lambda batch: lambda x, t, condition: x * t[:, None, None, None], world.device
+        )
 
 
 def test_any_number_of_ranks_has_the_same_loss(tmp_path, pool):

@@ -128,14 +128,15 @@ def test_each_row_is_what_the_formulas_say(data, version, numbers):
     assert 0.25 < np.mean(flips) < 0.75 and 0.1 < np.mean(drops) < 0.5
 
 
-@pytest.mark.parametrize("kind", ["flips", "no posterior", "by element"])
+@pytest.mark.parametrize("kind", ["flips", "no posterior", "by element", "token"])
 @pytest.mark.parametrize("real", [0, 5, 8])
 def test_drawing_on_the_device_makes_the_same_batch(data, tmp_path, kind, real):
     """The way of CUDA, on the CPU: mean and deviation are copied, latent, noise and digest are made of them there."""
     if kind != "flips":
-        write_shards(tmp_path, COUNTS, posterior=kind != "no posterior", by_element=kind == "by element")
+        how = {"posterior": kind != "no posterior", "by_element": kind == "by element"}
+        write_shards(tmp_path, COUNTS, target=(5, 1, 1) if kind == "token" else None, **how)
     shards = open_shards(data / "tar" if kind == "flips" else tmp_path)
-    draws = SampleDraws(5, 0.3, "class", shards.manifest.flips)
+    draws = SampleDraws(5, 0.3, "class", shards.manifest.flips, target=kind == "token", token=kind == "token")
     numbers, made = np.arange(real) + 40, []
     shard_n = numbers % len(COUNTS)
     samples = Located(numbers + 1000, shard_n, numbers % np.array(COUNTS)[shard_n])

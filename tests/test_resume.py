@@ -77,6 +77,7 @@ TABLE = {
     "align.weight": ("0.5", "needs data with targets", "align.block=1"),
     "align.block": ("1", GOES_ON),  # plays no part
     "align.until_samples": ("48", GOES_ON),
+    "align.token_weight": ("0.03", "needs data with targets"),
     "train.global_batch": ("6", GOES_ON),
     "train.bad_steps": ("2", GOES_ON),
     "train.spike_factor": ("20", GOES_ON),

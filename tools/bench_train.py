@@ -146,7 +146,7 @@ class Bench:
 
     def result(self, peak: float) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
-        cost = 3 * flops(config.model, trainer.spec.latent_shape, trainer.spec.text_shape)
+        cost = 3 * flops(config.model, trainer.spec.latent_shape, trainer.spec.text_shape, trainer.spec.token)
         seconds = statistics.median(self.seconds)
         out = {
             "processes": trainer.world.size,

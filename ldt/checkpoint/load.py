@@ -73,12 +73,12 @@ def load_denoiser(path: str | Path, weights: str = "ema", device: torch.device |
     classes, text = len(spec.classes), spec.text_shape
     try:
         with torch.device("meta"):  # a config that doesn't fit might describe a model that fits into no memory
-            expected = build(model, spec.latent_shape, classes, seed=0, text=text)
+            expected = build(model, spec.latent_shape, classes, seed=0, text=text, token=spec.token)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{directory} has a config of which no model can be built ({reason})") from None
     _check_fit(directory, {k: p.shape for k, p in expected.named_parameters() if p.requires_grad}, tensors)
-    denoiser = build(model, spec.latent_shape, classes, seed=0, text=text)
+    denoiser = build(model, spec.latent_shape, classes, seed=0, text=text, token=spec.token)
     denoiser.load_state_dict(tensors, strict=False)  # fixed positions are rebuilt, not stored
     return Loaded(
         denoiser=denoiser.to(device).eval(),

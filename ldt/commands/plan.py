@@ -129,27 +129,28 @@ def run(config: PlanJob) -> int:
 def measure(config: PlanJob, latent_shape: tuple[int, int, int] | None = None) -> Model:
     """Build the denoiser without weights, and count. latent_shape: of one bucket; by default of the largest."""
     shape, classes, text, posterior, known_from = data_shape(config)
-    shape = latent_shape or shape
+    shape, align = latent_shape or shape, config.align
+    features = _target_features(config) if align.weight or align.token_weight else 0
+    token = features if align.token_weight else 0
     with torch.device("meta"):
-        parameters = parameter_count(build(config.model, shape, classes, config.seed, text))
+        parameters = parameter_count(build(config.model, shape, classes, config.seed, text, token))
     kept = memory.activations(config.model, shape, classes, text, config.engine.precision, "cuda")
     numbers = (2 if posterior else 1) * math.prod(shape)
     data = f"latents {'x'.join(map(str, shape))} in {pluralize(classes, 'class', 'classes')} ({known_from})"
     precision = "fp32" if config.autocast else config.engine.precision
     between = roofline.elementwise(config.model, shape, classes, text, precision)
-    counts = flops(config.model, shape, text), attention_flops(config.model, shape, text)
+    counts = flops(config.model, shape, text, token), attention_flops(config.model, shape, text, token)
     sample_bytes = 2 * numbers  # a sample is the mean and, with a posterior, the deviation in fp16
-    if config.align.weight:
-        tokens = shape[1] * shape[2] // config.model.patch**2
-        features = _target_features(config)
+    tokens = shape[1] * shape[2] // config.model.patch**2
+    if align.weight:
         product = 9 * config.model.width * features  # the projector's 3 x 3 convolution
-        parameters, sample_bytes = parameters + product + features, sample_bytes + 2 * features * tokens
-        counts = counts[0] + 2 * product * tokens, counts[1]
-    return Model(parameters, data, *counts, between, kept, sample_bytes, numbers)  # a normal number for each
+        parameters, counts = parameters + product + features, (counts[0] + 2 * product * tokens, counts[1])
+    sample_bytes += 2 * features * tokens
+    return Model(parameters, data, *counts, between, kept, sample_bytes, numbers + token)  # a normal number for each
 
 
 def _target_features(config: PlanJob) -> int:
-    """Of the network in the data that the denoiser is aligned with; of a ViT-B where they are not here."""
+    """Of the network whose features are targets in the data; of a ViT-B where they are not here."""
     there = (Path(config.data.path) / HEAD).exists() and Manifest.load(config.data.path).target
     return int(there["shape"][0]) if there else 768
 

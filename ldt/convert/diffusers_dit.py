@@ -91,6 +91,11 @@ def check(config: ModelConfig, objective: Objective, spec: LatentSpec) -> None:
         raise InputError(
             "diffusers' DiT can't hold this model: it has a wide head (model.head); export it as safetensors"
         )
+    if spec.token:
+        raise InputError(
+            "diffusers' DiT can't hold this model: it denoises a class token (align.token_weight); export it as "
+            "safetensors"
+        )
     if objective.config.prediction != "eps" or not isinstance(objective.schedule, DiscreteVP):
         raise InputError(
             f"diffusers' DiT predicts eps on a discrete schedule, not {objective.config.prediction} on "

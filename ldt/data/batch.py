@@ -28,7 +28,8 @@ class Batch:
     label_B: int64, the number of classes where the condition is dropped; weight_B: float32, 1 or 0. text: token numbers
     int64 [B, M] or features float32 [B, M, F], zero where there is no text; None for a denoiser of classes alone.
     second_B: float32, for a second time (`objective.mean_flow`), 0 where there is none; None without mean flow.
-    target: float16 [B, D, G, G], features of patches to be aligned with; None where nothing is.
+    target: float16 [B, F, G, G], features of patches to be aligned with; None where nothing is. token_noise_BF:
+    standard normal, float32, for the class token that they give; None where none is denoised.
     intervals: how many rows have a second time, counted on the host, so that no one need ask the device.
     """
 
@@ -41,6 +42,7 @@ class Batch:
     text: torch.Tensor | None = None
     second_B: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    token_noise_BF: torch.Tensor | None = None
     intervals: int = 0
 
     @classmethod
@@ -52,11 +54,13 @@ class Batch:
         text: bool = False,
         mean_flow: bool = False,
         target: bool = False,
+        token: bool = False,
     ) -> "Batch":
         """Rows of padding, to be overwritten."""
-        latent_shape, words, features = manifest.latent_shape, None, None
+        latent_shape, words, features, token_noise_BF = manifest.latent_shape, None, None, None
         if target and manifest.layout.target:
             features = torch.zeros((rows, *manifest.layout.target), dtype=torch.float16, pin_memory=pin)
+            token_noise_BF = torch.zeros((rows, manifest.layout.target[0]), pin_memory=pin) if token else None
         if text and manifest.text_shape:
             kind = torch.int64 if manifest.text_shape.vocabulary else torch.float32
             words = torch.zeros((rows, *manifest.layout.text_shape), dtype=kind, pin_memory=pin)
@@ -70,6 +74,7 @@ class Batch:
             text=words,
             second_B=torch.zeros(rows, pin_memory=pin) if mean_flow else None,
             target=features,
+            token_noise_BF=token_noise_BF,
         )
 
     def __len__(self) -> int:
@@ -105,8 +110,8 @@ class SampleDraws:
     label_drop: probability with which the condition is left out, for guidance. Of class and text together as many
     samples again lose only the class, and as many only the text, so that either can be asked for alone.
     condition_on: class, text or class_and_text; flips: whether half of the samples are mirrored; mean_flow: the share
-    of samples that have a second time; target: whether the features of patches are read; version: of the random
-    numbers, that which the run began with.
+    of samples that have a second time; target: whether the features of patches are read; token: whether the class token
+    that these give is noised; version: of the random numbers, that which the run began with.
     """
 
     seed: int
@@ -115,6 +120,7 @@ class SampleDraws:
     flips: bool = False
     mean_flow: float = 0.0
     target: bool = False
+    token: bool = False
     version: int = rng.VERSION
 
     @property
@@ -154,6 +160,8 @@ class SampleDraws:
             text_n[no_text] = 0
         if batch.target is not None and records.target_n is not None:
             batch.target.numpy()[:n] = records.target_n
+        if batch.token_noise_BF is not None:
+            self._fill_normal(Purpose.TOKEN_NOISE, key_n, batch.token_noise_BF.numpy()[:n])
         batch.index_B[n:], batch.weight_B[n:] = -1, 0.0
         batch.index_B.numpy()[:n], batch.weight_B.numpy()[:n] = key_n, 1.0
 

@@ -134,7 +134,8 @@ def _shared_batches(rows: Sequence[int], shards: Sequence[Shards], pin: bool, dr
     """A batch of padding for each bucket, over one memory: the real rows are the same ones in all of them."""
 
     def padding(k: int) -> Batch:
-        return Batch.padding(rows[k], shards[k].manifest, pin, draws.uses_text, draws.mean_flow > 0, draws.target)
+        has = (draws.uses_text, draws.mean_flow > 0, draws.target, draws.token)
+        return Batch.padding(rows[k], shards[k].manifest, pin, *has)
 
     shapes = [s.manifest.latent_shape for s in shards]
     largest = max(range(len(rows)), key=lambda k: rows[k] * prod(shapes[k]))

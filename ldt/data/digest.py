@@ -40,7 +40,7 @@ def digest_text(total: int) -> str:
 
 
 def _large(batch: Batch) -> list[Tensor]:
-    there = (batch.text, batch.second_B, batch.target)
+    there = (batch.text, batch.second_B, batch.target, batch.token_noise_BF)
     return [batch.latent_BCHW, batch.noise_BCHW] + [x for x in there if x is not None]
 
 

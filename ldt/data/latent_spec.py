@@ -41,6 +41,7 @@ OPTIONAL_SCHEMA = {
     "mean_CHW": str,
     "std_CHW": str,
     "buckets": {...: {"latent_shape": SCHEMA["latent_shape"], "samples": natural}},
+    "token": natural,
     "text": lambda v: v == {} or not schema_error(v, TEXT_SCHEMA),
 }
 
@@ -55,6 +56,7 @@ class LatentSpec:
     each class, empty in old checkpoints; text: what `ldt.models.text_encoder.describe` says of the encoder of the
     captions, with some examples [label, caption], empty for data without captions; buckets: latent shape and training
     samples of each bucket by name, where data have several shapes: latent_shape and image_size are then the largest's.
+    token: features of the class token that a denoiser makes beside the latent (`align.token_weight`), 0 for none.
     image_size is the height of the images, whose width follows from the latents'.
 
     mean_CHW and std_CHW are a few megabytes in manifests whose checkpoints have gigabytes, and stay there: the hash of
@@ -74,6 +76,7 @@ class LatentSpec:
     mean_CHW: str = ""
     std_CHW: str = ""
     buckets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    token: int = 0
 
     @classmethod
     def from_json(cls, facts: Any) -> "LatentSpec":
@@ -103,6 +106,8 @@ class LatentSpec:
             del facts["mean_CHW"], facts["std_CHW"]
         if not self.buckets:
             del facts["buckets"]
+        if not self.token:
+            del facts["token"]
         return facts
 
     @property

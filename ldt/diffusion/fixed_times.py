@@ -43,8 +43,7 @@ class FixedTimes:
         """Of each sample, by its number in the split: float32 [B]."""
         k_B = number_B.clamp(min=0) % self.count
         t_B = self.t_K.to(k_B.device)[k_B].float()
-        t_B111, schedule = t_B[:, None, None, None], self.objective.schedule
-        xt_BCHW = schedule.alpha(t_B111) * x0_BCHW + schedule.sigma(t_B111) * eps_BCHW
+        xt_BCHW = self.objective.noised(x0_BCHW, eps_BCHW, t_B)
         y_BCHW = denoiser(xt_BCHW, t_B, condition).float()
         guess = self.objective.predict(y_BCHW, xt_BCHW, t_B)
         if self._open:

@@ -9,7 +9,7 @@ All extrapolate from a worse prediction through a better one, worse + scale · (
 Each is used inside the interval (guidance_low, guidance_high] of times alone (Kynkäänniemi et al. 2404.07724).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -68,6 +68,10 @@ class Guide:
     def at(self, latent_shape: Sequence[int]) -> "Guide":
         """The same for latents of another shape."""
         return Guide(self._denoiser, self._objective.at(latent_shape), self._scale, self.hash)
+
+    def seen_as(self, view: Callable[[Denoiser], Denoiser]) -> "Guide":
+        """The same with another view of its denoiser."""
+        return Guide(view(self._denoiser), self._objective, self._scale, self.hash)
 
     def extrapolate(self, better: Prediction, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Prediction:
         """worse + scale · (better − worse) of x0 and of ε, for the two models may predict different things."""

@@ -111,8 +111,7 @@ def loss(
     which is why the value is not theirs.
     """
     t_B, r_B = interval(objective, uniform_B, second_B)
-    t_B111 = t_B[:, None, None, None]
-    xt_BCHW = objective.schedule.alpha(t_B111) * x0_BCHW + objective.schedule.sigma(t_B111) * eps_BCHW
+    xt_BCHW = objective.noised(x0_BCHW, eps_BCHW, t_B)
     u_BCHW = denoiser(xt_BCHW, t_B, condition, r_B=r_B).float()  # type: ignore[call-arg]
     if intervals:
         rows = (second_B <= 0).int().argsort(stable=True)[:intervals]

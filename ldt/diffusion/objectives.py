@@ -93,15 +93,20 @@ class Objective:
 
         inner: add the same of the inner head's prediction (2512.24176, eq. 6 with λ = 1).
         """
-        t_B111 = t_B[:, None, None, None]
-        xt_BCHW = self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
+        xt_BCHW = self.noised(x0_BCHW, eps_BCHW, t_B)
         if not inner:
-            return self._error(denoiser(xt_BCHW, t_B, condition).float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B)
+            return self.error(denoiser(xt_BCHW, t_B, condition).float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B)
         outputs = denoiser(xt_BCHW, t_B, condition, inner=True)  # type: ignore[call-arg]
-        errors = [self._error(y_BCHW.float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B) for y_BCHW in outputs]
+        errors = [self.error(y_BCHW.float(), xt_BCHW, x0_BCHW, eps_BCHW, t_B) for y_BCHW in outputs]
         return errors[0] + errors[1]
 
-    def _error(self, y_BCHW: Tensor, xt_BCHW: Tensor, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    def noised(self, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """x_t = α·x0 + σ·ε, at a time for each sample."""
+        t_B111 = t_B[:, None, None, None]
+        return self.schedule.alpha(t_B111) * x0_BCHW + self.schedule.sigma(t_B111) * eps_BCHW
+
+    def error(self, y_BCHW: Tensor, xt_BCHW: Tensor, x0_BCHW: Tensor, eps_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The loss of a network's output y at x_t: [B]."""
         t_B111 = t_B[:, None, None, None]
         if self.config.time_floor:
             return ((y_BCHW - x0_BCHW) / t_B111.clamp(min=self.config.time_floor)).square().mean((1, 2, 3))

@@ -153,6 +153,7 @@ class Engine:
         assert 0 < count <= self.micro_batches, (count, self.micro_batches)
         factor = self.world.size * self.micro_batches / global_batch
         self._total, self._global_batch = torch.zeros((), dtype=torch.float64, device=self.world.device), global_batch
+        self.partition.forget_gradients()
         for i, batch in enumerate(micro_batches):
             if i:
                 self.deepspeed.step()  # only counts micro-batches until the last

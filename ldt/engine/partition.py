@@ -85,6 +85,13 @@ class Partition:
             return list(optimizer.fp32_groups_gradient_flat_partition)
         return [g for group in optimizer.averaged_gradients.values() for g in group if g is not None]
 
+    def forget_gradients(self) -> None:
+        """Before the first backward pass of a step: at stage 3 a parameter that the step does not use would keep the
+        gradient of an earlier one, which would count in the norm.
+        """
+        if self.stage == 3:
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+
     def optimizer_steps(self) -> int:
         """How many steps the optimizer has taken; 0 before the first."""
         return max((int(s["step"]) for s in self._base_optimizer().state.values() if "step" in s), default=0)

@@ -11,6 +11,7 @@ from ldt.errors import InputError
 from ldt.nn.attention import choose_kernel
 from ldt.nn.block import Attention, Block, Modulation, SwiGLU
 from ldt.nn.config import ModelConfig
+from ldt.nn.entangled import ClassToken
 from ldt.nn.text_shape import TextShape
 from ldt.nn.transformer import Transformer
 from ldt.nn.unet import UNet
@@ -22,11 +23,17 @@ limits, 8 and 256, it would run them eagerly."""
 
 
 def build(
-    config: ModelConfig, latent_shape: tuple[int, int, int], classes: int, seed: int, text: TextShape | None = None
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    classes: int,
+    seed: int,
+    text: TextShape | None = None,
+    token: int = 0,
 ) -> nn.Module:
     """The denoiser with its initial weights, which depend on the seed alone; the global generator is left as it was.
 
-    text: of the data's captions, None where they have none.
+    text: of the data's captions, None where they have none; token: features of the class token that a Transformer
+    denoises beside the image (`ldt.nn.entangled`), 0 for none, which leaves all other weights as they are.
     """
     if config.uses_class and classes < 1:
         raise InputError("the data have no classes; encode images with at least one, or name the classes of the shards")
@@ -38,7 +45,10 @@ def build(
     make = UNet if config.name == "unet" else Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(config, latent_shape, classes, text if config.uses_text else None)
+        denoiser = make(config, latent_shape, classes, text if config.uses_text else None)
+        if token:
+            denoiser.class_token = ClassToken(config, token)
+    return denoiser
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, int, int]]) -> None:

@@ -82,12 +82,14 @@ def _find(family: str, table: dict[str, tuple[int, int, int]], name: str) -> tup
     return *table[size], int(patch)
 
 
-def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None) -> int:
+def flops(
+    config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None, token: int = 0
+) -> int:
     """Floating-point operations of one sample's forward pass, two a multiply-add; training costs three times as many.
 
     Matrix products, attention and convolutions; norms, activations and embeddings are left out. (DiT's and U-ViT's
     tables count a multiply-add as one.) A Transformer's come from the formula below, a UNet's from running it on the
-    meta device.
+    meta device. token: features of the class token that is denoised beside the image.
     """
     if config.name == "unet":
         return _counted(config, latent_shape, text)
@@ -97,7 +99,7 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     text = text if config.uses_text else None
     in_context = config.conditioning == "in_context"
     extra = (1 + config.uses_class + (text.length if text else 0)) if in_context else 0
-    N = image + extra
+    N = image + extra + (token > 0)
     output = channels * (2 if config.learned_sigma else 1)
     total = config.depth * _block(config, N, D, 0 if in_context else 1) + image * p * p * channels * D
     if config.head.depth:
@@ -108,6 +110,8 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
     if config.inner_head:
         total += image * p * p * output * D + (0 if in_context else 2 * D * D)
+    if token:
+        total += 2 * token * D + (0 if in_context else 2 * D * D)
     total += ((config.time_embedding == "mlp") + config.interval) * (256 * D + D * D)
     if config.size_conditioning:
         total += 512 * D + D * D
@@ -120,12 +124,14 @@ def flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextSha
     return 2 * total
 
 
-def attention_flops(config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None) -> int:
+def attention_flops(
+    config: ModelConfig, latent_shape: tuple[int, int, int], text: TextShape | None = None, token: int = 0
+) -> int:
     """What of `flops` is scores and weighted sums of a Transformer's attention; a UNet's, which are few, count as 0."""
     if config.name == "unet":
         return 0
     image = (latent_shape[1] // config.patch) * (latent_shape[2] // config.patch)
-    tokens = image
+    tokens = image + (token > 0)
     if config.conditioning == "in_context":
         tokens += 1 + config.uses_class + (text.length if text and config.uses_text else 0)
     return 4 * (config.depth * tokens * tokens * config.width + config.head.depth * image * image * config.head.width)

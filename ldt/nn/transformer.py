@@ -20,6 +20,7 @@ from ldt.nn.attention import Padding, choose_kernel, padding_of
 from ldt.nn.block import Block, Modulation, PositionsByGrid, make_norm, make_position, modulate
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import AxialRotary, Rotation, SizeEmbedding, TextEmbedding, TimeEmbedding, TimeSinusoids
+from ldt.nn.entangled import ClassToken, with_unturned
 from ldt.nn.inner_head import InnerHead
 from ldt.nn.text_shape import TextShape
 from ldt.nn.wide_head import WideHead
@@ -61,6 +62,7 @@ class Transformer(nn.Module):
         )
         self.inner = InnerHead(config, output) if config.inner_head else None
         self.projector: Projector | None = None  # in training alone, see `ldt.nn.align.add_projector`
+        self.class_token: ClassToken | None = None  # where the data's targets give one, see `ldt.nn.build`
         self.head = None
         if config.head.depth:
             self.head = WideHead(config, channels, output, self.rows, self.columns)
@@ -120,11 +122,15 @@ class Transformer(nn.Module):
         inner: bool = False,
         r_B: Tensor | None = None,
         aligned: bool = False,
+        token_BF: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """The prediction; with `inner`, also that of the inner head; with `aligned`, last, that of the target.
+        """The prediction; then, with `inner`, that of the inner head; with `aligned`, that of the target; and with
+        `token_BF`, that of the class token.
 
-        r_B: the velocity is to be the mean over [r, t]; without it that at t.
+        r_B: the velocity is to be the mean over [r, t]; without it that at t. token_BF: the noisy class token, for a
+        denoiser that has one.
         """
+        assert (token_BF is None) == (self.class_token is None), "a class token, and a denoiser that has one"
         p = self.config.patch
         grid = grid_of(p, *x_BCHW.shape[2:])
         patch_BNP = rearrange(x_BCHW, "b c (r p) (k q) -> b (r k) (c p q)", p=p, q=p)
@@ -135,21 +141,25 @@ class Transformer(nn.Module):
             time_BD = time_BD + self.interval(torch.zeros_like(t_B) if r_B is None else t_B - r_B)
         if self.size is not None:
             time_BD = time_BD + self.size(*x_BCHW.shape[2:])
-        modulation_B1D = padding = None
+        modulation_B1D = mask_BM = padding = None
         if self.config.conditioning == "in_context":
             before_BMD, mask_BM = self._tokens(time_BD, condition)
             h_BND = torch.cat([before_BMD.to(h_BND.dtype), h_BND], dim=1)
-            if mask_BM is not None:
-                mask_BN = F.pad(mask_BM, (0, h_BND.shape[1] - mask_BM.shape[1]), value=True)
-                padding = padding_of(mask_BN, choose_kernel(self.config.attention, h_BND.device, h_BND.dtype))
         else:
             modulation_B1D = F.silu(self._summary(time_BD, condition))[:, None]
         position = self.positions.at(self.position, grid)
         if position is not None:
             h_BND = h_BND + position
         rotation = None if self.rotary is None else self.rotary.at(*grid)
+        if self.class_token is not None and token_BF is not None:
+            h_BND = torch.cat([h_BND, self.class_token(token_BF)], dim=1)
+            rotation = rotation and with_unturned(rotation)
+        if mask_BM is not None:
+            mask_BN = F.pad(mask_BM, (0, h_BND.shape[1] - mask_BM.shape[1]), value=True)
+            padding = padding_of(mask_BN, choose_kernel(self.config.attention, h_BND.device, h_BND.dtype))
         h_BND, kept = self._run_blocks(h_BND, modulation_B1D, padding, rotation)
-        h_BND = h_BND[:, self.prefix :]
+        image, last_B1D = slice(self.prefix, self.prefix + grid[0] * grid[1]), h_BND[:, -1:]
+        h_BND = h_BND[:, image]
         if self.head is not None:
             out_BNP = self.head(patch_BNP, h_BND, time_BD, max(0, self.checkpointed - self.config.depth), grid)
         else:
@@ -161,12 +171,14 @@ class Transformer(nn.Module):
         outputs = [self._image(out_BNP, grid)]
         if inner:
             assert self.inner is not None, "a denoiser without an inner head"
-            middle_BND = kept[self.config.inner_head][:, self.prefix :]
+            middle_BND = kept[self.config.inner_head][:, image]
             outputs.append(self._image(self.inner(middle_BND, modulation_B1D), grid))
         if aligned:
             assert self.projector is not None, "a denoiser that is not aligned"
-            token_BND = kept[self.projector.block][:, self.prefix :]
+            token_BND = kept[self.projector.block][:, image]
             outputs.append(self.projector(rearrange(token_BND, "b (r k) d -> b d r k", r=grid[0])))
+        if self.class_token is not None:
+            outputs.append(self.class_token.read(last_B1D, modulation_B1D))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _image(self, out_BNP: Tensor, grid: tuple[int, int]) -> Tensor:

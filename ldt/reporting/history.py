@@ -67,7 +67,7 @@ class History:
             return math.nan
         objective = self.checkpoint.config["objective"]
         more = forward_passes(objective.get("mean_flow", 0.0), objective.get("mean_flow_guidance", 1.0))
-        return (3.0 + more) * spec.average(lambda shape: flops(model, shape, spec.text_shape))
+        return (3.0 + more) * spec.average(lambda shape: flops(model, shape, spec.text_shape, spec.token))
 
     @property
     def samples_seen(self) -> int:

@@ -28,6 +28,7 @@ from ldt.models.autoencoder import Autoencoder
 from ldt.models.text_encoder import TextEncoder, reload_text_encoder
 from ldt.nn.build import check_shapes, compile_blocks
 from ldt.nn.config import ModelConfig
+from ldt.nn.entangled import Joined
 from ldt.rng import Purpose
 from ldt.sampling.config import MOST_STEPS, DrawConfig, ImageConfig
 
@@ -128,6 +129,11 @@ def load_guide(config: DrawConfig, loaded: Loaded, device: torch.device) -> Guid
         raise InputError(f"guide={config.guide} was trained with another objective.schedule than {loaded.path}")
     if (other.spec.text == {}) != (loaded.spec.text == {}):
         raise InputError(f"guide={config.guide} and {loaded.path} must both know captions, or neither")
+    if other.spec.token != loaded.spec.token:
+        raise InputError(
+            f"guide={config.guide} and {loaded.path} must both denoise the same class token (align.token_weight), or "
+            "neither"
+        )
     denoiser = other.denoiser.bfloat16() if config.precision == "bf16" else other.denoiser
     return Guide(denoiser, other.objective, config.guide_scale, other.hash)
 
@@ -187,8 +193,11 @@ def sample_images(
         content = model.text.encode([captions[i % len(captions)] for i in id_B])
         kind = torch.int64 if model.text.shape.vocabulary else torch.float32
         text = torch.from_numpy(content).to(model.device, kind)
-    noise = torch.from_numpy(rng.normal(config.seed, Purpose.SAMPLE_NOISE, id_B, int(np.prod(shape))))
-    noise_BCHW = noise.view(-1, *shape).to(model.device)
+    noise = torch.from_numpy(
+        rng.normal(config.seed, Purpose.SAMPLE_NOISE, id_B, int(np.prod(shape)) + model.spec.token)
+    )
+    state_shape = (1, 1, noise.shape[1]) if model.spec.token else shape  # a class token follows the latent
+    noise_BCHW = noise.view(-1, *state_shape).to(model.device)
     condition = Condition(label_B=labels.to(model.device), text=text)
 
     def step_noise(step: int) -> Tensor:
@@ -199,9 +208,12 @@ def sample_images(
             .to(model.device)
         )
 
-    latent_BCHW = sample(
-        model.denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise, model.guide
-    )
+    denoiser, guide = model.denoiser, model.guide
+    if model.spec.token:
+        denoiser, guide = Joined(denoiser, shape), guide and guide.seen_as(lambda other: Joined(other, shape))
+    latent_BCHW = sample(denoiser, model.objective, noise_BCHW, condition, classes, config, step_noise, guide)
+    if isinstance(denoiser, Joined):
+        latent_BCHW = denoiser.latent(latent_BCHW)
     mean, std = (torch.from_numpy(x).to(model.device) for x in model.spec.whitening)
     return model.autoencoder.decode(latent_BCHW * std + mean, config.decode_slice).cpu()
 

@@ -88,16 +88,20 @@ class AlignConfig:
     """Alignment of the tokens after `block` blocks with the targets in the shards (`ldt encode target=NAME`).
 
     `weight`: of the distance beside the loss (0: off; 0.5 in REPA). It counts for the first `until_samples` samples of
-    the run alone, 0 for all.
+    the run alone, 0 for all. `token_weight` (0: off; 0.03 in REG, 2507.01467): of the loss of a class token, the
+    target's mean over patches, that is denoised beside the image, in training for the whole run and in sampling.
     """
 
     weight: float = 0.0
     block: int = 0
     until_samples: int = 0
+    token_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise InputError(f"align.weight={self.weight} must be positive, such as 0.5, or 0 for off")
+        if not 0 <= self.token_weight < math.inf:
+            raise InputError(f"align.token_weight={self.token_weight} must be positive, such as 0.03, or 0 for off")
         if self.until_samples < 0:
             raise InputError(f"align.until_samples={self.until_samples} must be a number of samples, or 0 for all")
 
@@ -175,6 +179,11 @@ class TrainJob:
             raise InputError(
                 f"align.weight={self.align.weight} needs align.block={self.align.block} to be the number of a "
                 f"transformer's block, from 1 to model.depth={self.model.depth}"
+            )
+        if self.align.token_weight and (self.model.name != "transformer" or self.objective.mean_flow):
+            raise InputError(
+                f"align.token_weight={self.align.token_weight} is for a transformer's loss at one time; it needs "
+                "model.name=transformer and objective.mean_flow=0"
             )
         for name, source in sources.items():
             if not re.fullmatch(r"[\w-]+", name):

@@ -59,9 +59,15 @@ def validation_loss(
 
 
 def fixed_time_loss(
-    validation: ValidationLoader | BucketValidation, times: FixedTimes, denoiser: Denoiser, device: torch.device
+    validation: ValidationLoader | BucketValidation,
+    times: FixedTimes,
+    denoiser_of: Callable[[Batch], Denoiser],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The velocity's loss on as many held-out samples of each fixed time, and by bucket (collective)."""
+    """The velocity's loss on as many held-out samples of each fixed time, and by bucket (collective).
+
+    denoiser_of: what predicts the batch's latents.
+    """
     parts = validation.parts
     samples = sum(part.shards.manifest.samples for part in parts.values())
     counted = samples // times.count * times.count
@@ -71,7 +77,7 @@ def fixed_time_loss(
             for batch in part.batches():
                 condition = Condition(label_B=batch.label_B, text=batch.text)
                 number_B = batch.index_B
-                loss_B = times.loss(denoiser, batch.latent_BCHW, batch.noise_BCHW, number_B, condition)
+                loss_B = times.loss(denoiser_of(batch), batch.latent_BCHW, batch.noise_BCHW, number_B, condition)
                 counts_B = (number_B >= 0) & (number_B < counted)
                 time_B = number_B.clamp(min=0) % times.count
                 sums[0, p].index_add_(0, time_B, torch.where(counts_B, loss_B.double(), 0.0))

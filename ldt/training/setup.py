@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,16 +56,32 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     return samples
 
 
-def align_denoiser(denoiser: nn.Module, config: TrainJob, shards: AnyShards) -> None:
-    """Give the denoiser its projector, where it is to be aligned; `InputError` unless the data have targets for it."""
-    target, align = shards.manifest.target, config.align
-    if not align.weight:
-        return
-    if not target:
+def denoised(config: TrainJob, shards: AnyShards) -> LatentSpec:
+    """The facts of what the denoiser makes: latents as the data have them, and perhaps a class token."""
+    spec, weight = shards.manifest.spec, config.align.token_weight
+    if not weight:
+        return spec
+    target = target_of(shards, "token_weight", weight)
+    logger.info("the features of %s are denoised as a class token beside the image", target["name"])
+    return replace(spec, token=target["shape"][0])
+
+
+def target_of(shards: AnyShards, key: str, value: float) -> dict[str, Any]:
+    """What the data's manifest says of their targets; `InputError` where there are none."""
+    if not shards.manifest.target:
         raise InputError(
-            f"align.weight={align.weight} needs data with targets, and {shards.path} has none; encode the images with "
+            f"align.{key}={value} needs data with targets, and {shards.path} has none; encode the images with "
             "target=efficientnet_lite0 or timm:NAME"
         )
+    return shards.manifest.target
+
+
+def align_denoiser(denoiser: nn.Module, config: TrainJob, shards: AnyShards) -> None:
+    """Give the denoiser its projector, where it is to be aligned; `InputError` unless the data have targets for it."""
+    align = config.align
+    if not align.weight:
+        return
+    target = target_of(shards, "weight", align.weight)
     features, *grid = target["shape"]
     tokens = [side // config.model.patch for side in shards.manifest.latent_shape[1:]]
     if grid != tokens:
@@ -82,7 +100,7 @@ def make_loaders(
 
     micro_batch: of the largest latents, where there are several shapes.
     """
-    data, on = config.data, config.model.condition_on
+    data, on, token = config.data, config.model.condition_on, config.align.token_weight > 0
     order = make_order(shards, config.seed, config.train.global_batch, data.streams, data.window)
     views = views_of(shards)
     shapes = [view.manifest.latent_shape for view in views.values()]
@@ -93,12 +111,15 @@ def make_loaders(
         on,
         shards.manifest.flips,
         config.objective.mean_flow,
-        config.align.weight > 0,
+        config.align.weight > 0 or token,
+        token,
     )
     loader = Loader(shards, order, shares, draws, world.device, data.threads)
     if not config.log.validation_every_samples:
         return loader, None
-    held_out, draws = open_held_out(data, shards, world), SampleDraws(config.seed, 0.0, on)
+    held_out, draws = open_held_out(data, shards, world), SampleDraws(config.seed, 0.0, on, target=token, token=token)
+    if token and held_out.manifest.target != shards.manifest.target:
+        raise InputError(f"{held_out.path} has other targets than {shards.path}; encode both with one target")
     if held_out.manifest.samples == 0:
         raise InputError(f"{held_out.path} holds no samples; encode with a larger validation_fraction")
     if held_out.manifest.samples < config.log.validation_times:
@@ -120,8 +141,9 @@ def describe(
 ) -> Iterator[str]:
     """The lines that a run begins with."""
     spec = shards.manifest.spec
+    token = shards.manifest.target["shape"][0] if config.align.token_weight else 0
     kind = "UNet" if config.model.name == "unet" else f"Transformer ({config.model.conditioning})"
-    cost = si_format(spec.average(lambda shape: flops(config.model, shape, spec.text_shape)))
+    cost = si_format(spec.average(lambda shape: flops(config.model, shape, spec.text_shape, token)))
     size = si_format(parameters)
     yield f"model: {kind}, {size} parameters, {cost}FLOP an image and forward pass, attention by {kernel}"
     classes, shape = pluralize(len(spec.classes), "class", "classes"), "×".join(map(str, spec.latent_shape))

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from ldt.errors import RunError
 from ldt.nn.align import Aligned
 from ldt.nn.attention import choose_kernel, forward_differentiable
 from ldt.nn.build import build, check_shapes, parameter_count
+from ldt.nn.entangled import Entangled
 from ldt.progress import ProgressLine
 from ldt.run import directory
 from ldt.run.outcome import DONE, STOPPED
@@ -50,7 +52,7 @@ from ldt.training.data import open_data
 from ldt.training.journal import Journal
 from ldt.training.monitor import draw_preview, fixed_time_loss, preview_text, validation_loss
 from ldt.training.resume import cut_back, resume
-from ldt.training.setup import align_denoiser, describe, fit_into_memory, make_loaders
+from ldt.training.setup import align_denoiser, denoised, describe, fit_into_memory, make_loaders
 
 logger = log.get_logger(__name__)
 
@@ -79,7 +81,7 @@ class Trainer:
         if config.log.tensorboard:
             tracking.require_tensorboard()
         self.shards = open_data(config.data, world)
-        self.spec = self.shards.manifest.spec
+        self.spec = denoised(config, self.shards)
         check_shapes(config.model, self.spec.shapes)
         self.objective = Objective(config.objective, self.spec.latent_shape)
         fixed = config.log.validation_times
@@ -90,7 +92,7 @@ class Trainer:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.kernel = choose_kernel(config.model.attention, world.device, dtype)
         shape, classes, text = self.spec.latent_shape, len(self.spec.classes), self.spec.text_shape
-        denoiser = build(config.model, shape, classes, config.seed, text)
+        denoiser = build(config.model, shape, classes, config.seed, text, self.spec.token)
         align_denoiser(denoiser, config, self.shards)
         self.parameters, averages = parameter_count(denoiser), len(profiles(config.ema))
         micro_batch = fit_into_memory(denoiser, config, self.spec, averages, world)
@@ -233,12 +235,21 @@ class Trainer:
         """Sum of the samples' losses, padding left out: a scalar."""
         inner, align = self.config.model.inner_head > 0, self.config.align
         until = align.until_samples or math.inf
-        if batch.target is None or self.state.samples_seen >= until:
-            return (self._loss_B(denoiser, batch, inner) * batch.weight_B).sum()
-        aligned = Aligned(denoiser)
-        loss_B = self._loss_B(aligned, batch, inner)
-        distance_B = aligned.distance(batch.target) * (batch.index_B < until)
-        return ((loss_B + align.weight * distance_B) * batch.weight_B).sum()
+        net = self._entangled(denoiser, batch)
+        aligned = Aligned(net) if align.weight and self.state.samples_seen < until else None
+        loss_B = self._loss_B(aligned or net, batch, inner)
+        if isinstance(net, Entangled):
+            loss_B = loss_B + align.token_weight * net.loss()
+        if aligned is not None and batch.target is not None:
+            distance_B = aligned.distance(batch.target) * (batch.index_B < until)
+            loss_B = loss_B + align.weight * distance_B
+        return (loss_B * batch.weight_B).sum()
+
+    def _entangled(self, denoiser: Denoiser, batch: Batch) -> Denoiser:
+        """The denoiser, given the batch's class tokens where it has one."""
+        if batch.target is None or batch.token_noise_BF is None:
+            return denoiser
+        return Entangled(denoiser, self.objective, batch.target, batch.token_noise_BF)
 
     def _loss_B(self, denoiser: Denoiser, batch: Batch, inner: bool = False) -> Tensor:
         objective = self.objective.at(batch.latent_BCHW.shape[1:])
@@ -314,9 +325,13 @@ class Trainer:
         module, device = self.engine.module, self.world.device
         with self.engine.partition.using_weights(self.ema.tensors["ema"]):
             if self.times is not None:
-                losses = fixed_time_loss(self.validation, self.times, module, device)
+                losses = fixed_time_loss(self.validation, self.times, partial(self._entangled, module), device)
             else:
-                losses = validation_loss(self.validation, self.objective, lambda b: self._loss_B(module, b), device)
+
+                def loss_B(batch: Batch) -> Tensor:
+                    return self._loss_B(self._entangled(module, batch), batch)
+
+                losses = validation_loss(self.validation, self.objective, loss_B, device)
         self.journal.write(self.state, **losses)
 
     def _draw_preview(self) -> None:
