@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -59,12 +60,21 @@ def making(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """A full disk that the block meets is one without room for `path`: the system says no name where it only writes."""
+    """A full disk that the block meets is one without room for `path`: the system says no name where it only writes.
+
+    Libraries in Rust, such as safetensors, have the system's number in the words of an error of their own.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM and (not error.filename or str(error.filename).startswith(str(temporary or path))):
+        named = error.filename2 or error.filename  # the first is what was copied
+        if error.errno in NO_ROOM and (not named or str(named).startswith(str(temporary or path))):
             error.filename = str(path)
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and int(found[1]) in NO_ROOM:
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
 
 

@@ -12,8 +12,9 @@ thread: the same machine makes the same file again.
 from pathlib import Path
 
 import torch
+from program import finish
 from torch import Tensor, nn
-from train_autoencoder import optimise, psnr, read_arguments, reconstruction_loss, split
+from train_autoencoder import optimise, psnr, read_arguments, reconstruction_loss, replace_files, split
 
 from ldt.models.representation import DecoderConfig, EfficientNetRAE
 
@@ -49,9 +50,9 @@ def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
         return psnr(average(held_out_z), held_out)
 
     model.decoder = optimise(model.decoder, loss_of_batch, held_out_psnr, steps)
-    model.save(target)
+    replace_files(target, model.save)
 
 
 if __name__ == "__main__":
     arguments, content = read_arguments(__doc__, EfficientNetRAE.downsample)
-    main(arguments.target, content, arguments.steps, arguments.batch)
+    finish(lambda: main(arguments.target, content, arguments.steps, arguments.batch))
