@@ -27,7 +27,7 @@ from small_disk import FULL, SmallDisk, disk, fill, name_in
 from train_autoencoder import make_autoencoder, replace_files
 
 import records
-from ldt.models.representation import DecoderConfig, EfficientNetRAE
+from ldt.models.representation import EfficientNetRAE
 
 __all__ = ["disk", "fill"]
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_an_autoencoder_that_is_trained_again(fill, disk):
 
 
 def test_a_representation_autoencoder_that_is_trained_again(fill, disk):
-    model = EfficientNetRAE(DecoderConfig(1))
+    model = EfficientNetRAE()
     replace_files(disk.path / "model", model.save)
     fill(["model"], tool, replace_files, disk.path / "model", model.save)
 

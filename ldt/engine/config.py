@@ -81,6 +81,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer.lr={self.lr} must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas={list(self.betas)} must be at least 0 and below 1")
+        for key in ("eps", "weight_decay", "final_lr"):
+            if getattr(self, key) < 0:
+                raise InputError(f"optimizer.{key}={getattr(self, key)} must not be negative")
         if self.clip < 0:
             raise InputError(f"optimizer.clip={self.clip} must be positive, or 0 for no clipping")
         if self.muon_lr < 0:
