@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -79,6 +80,7 @@ def _update(merged: DictConfig, values: dict[str, Any], schema: type, where: str
 
 def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
     _settle_paths(merged, schema)
+    _check_finite(OmegaConf.to_container(merged))
     try:
         built = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -88,6 +90,14 @@ def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
     _check_choices(built)
     assert isinstance(built, schema)
     return built
+
+
+def _check_finite(values: Any) -> None:
+    """Refuse numbers that compare with nothing, which no other check would find."""
+    for key, value in flatten(values).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{key}={value} is not a finite number; give one")
 
 
 def _settle_paths(merged: DictConfig, schema: type, prefix: str = "") -> None:

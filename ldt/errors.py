@@ -9,6 +9,10 @@ OUT_OF_MEMORY = (
     "a GPU has no memory left; train.micro_batch=auto or a smaller one, engine.zero_stage=2 and "
     "model.activation_checkpointing=true need less"
 )
+NO_MEMORY = (
+    "a node has no memory left; fewer processes a node, a smaller train.micro_batch, engine.zero_stage=2, fewer images "
+    "at once need less"
+)
 LOST_RANK = (
     "another rank is gone: what it said stands in its own lines, a kill -9 or a lost node says nothing; run the same "
     "command again"
@@ -29,8 +33,7 @@ FAILURES = [
     (r"CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", OUT_OF_MEMORY),
     (
         r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory",
-        "a node has no memory left; fewer processes a node, a smaller train.micro_batch or engine.zero_stage=2 "
-        "need less",
+        NO_MEMORY,
     ),
     (
         r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing|unexpected pos \d+ vs",
@@ -84,6 +87,8 @@ FAILURES = [
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MISPLACED = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Of a path that can't be one: below a file, a directory where a file is to be, too long a name."""
 PASSING = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK, errno.ENODEV, errno.ENXIO,
@@ -154,7 +159,7 @@ def file_error(what: str, error: OSError, advice: str) -> InputError | RunError:
 def in_a_sentence() -> Iterator[None]:
     """Turns expected runtime failures into a `RunError`: a lost rank, a full disk, no room on the GPU, a broken one.
 
-    A file that this user may not read or write is an `InputError`.
+    A file that this user may not read or write, or that can't be where it is said to be, is an `InputError`.
 
     All other errors pass as they are, with their traceback: they are mistakes of ours.
     """
@@ -162,9 +167,11 @@ def in_a_sentence() -> Iterator[None]:
         yield
     except (InputError, RunError):
         raise
+    except MemoryError as error:
+        raise RunError(f"{NO_MEMORY} ({' '.join(str(error).split()) or 'out of memory'})") from None
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in DENIED:
-            raise file_error(_text(error.filename or "a file"), error, "") from None
+        if isinstance(error, OSError) and error.errno in (*DENIED, *MISPLACED):
+            raise file_error(_text(error.filename or "a file"), error, "give another path") from None
         sentence = _sentence(error)
         if not sentence:
             raise

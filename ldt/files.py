@@ -1,10 +1,13 @@
 """Files that are either whole or absent, and whether what was read from one has the shape it should."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -27,7 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to be written in the block; it is then synced and takes the name of `path`.
 
     A crash at any point leaves the old file or the new one. A block that raises leaves the old one and nothing else.
+    `InputError` where there is something else than a file: root would replace /dev/null for the whole machine.
     """
+    if path.exists() and not path.is_file():
+        what = "directory" if path.is_dir() else "pipe or a device"
+        raise InputError(f"{path} is a {what}; give the path of a file")
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
     try:
         with naming(path, temporary):
@@ -59,12 +66,21 @@ def making(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """A full disk that the block meets is one without room for `path`: the system says no name where it only writes."""
+    """A full disk that the block meets is one without room for `path`: the system says no name where it only writes.
+
+    Libraries in Rust, such as safetensors, have the system's number in the words of an error of their own.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM and (not error.filename or str(error.filename).startswith(str(temporary or path))):
+        named = error.filename2 or error.filename  # the first is what was copied
+        if error.errno in NO_ROOM and (not named or str(named).startswith(str(temporary or path))):
             error.filename = str(path)
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and int(found[1]) in NO_ROOM:
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
 
 
@@ -110,6 +126,18 @@ def write_npy(path: Path, array: Any) -> None:
     with replacing(path) as temporary, temporary.open("wb") as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
         f.write(array.reshape(-1).data.cast("B") if array.size else b"")
+
+
+def regular(path: str, flags: int) -> int:
+    """An `opener` of `open` for files: what waits for a writer, or never ends, is an `OSError`."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is a pipe or a device", path)
 
 
 def sync_directory(path: Path) -> None:

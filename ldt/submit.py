@@ -20,7 +20,8 @@ from ldt import config as configuration
 from ldt.cli import main
 from ldt.cluster.job import requeue, this_job
 from ldt.config_fields import choice, path_field
-from ldt.errors import InputError
+from ldt.errors import InputError, file_error
+from ldt.files import naming
 from ldt.log import get_logger
 from ldt.run.outcome import DONE, STOPPED
 from ldt.training.config import TrainJob
@@ -192,7 +193,11 @@ def run_dir_of(run: Sequence[str]) -> str:
 
 
 def _executor(config: SubmitJob, tasks: int, nodes: int, name: str) -> submitit.AutoExecutor:
-    executor = submitit.AutoExecutor(folder=config.logs, cluster="local" if config.cluster == "local" else "slurm")
+    cluster = "local" if config.cluster == "local" else "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder=config.logs, cluster=cluster)
+    except OSError as error:
+        raise file_error(f"logs={config.logs}", error, "give another directory") from None
     parameters: dict[str, Any] = {"name": name, "timeout_min": config.minutes, "tasks_per_node": tasks, "nodes": nodes}
     parameters["cpus_per_task"] = config.cpus_per_task
     gpus = int(config.gpus or tasks)
@@ -208,9 +213,12 @@ def _executor(config: SubmitJob, tasks: int, nodes: int, name: str) -> submitit.
 def _submit(executor: submitit.AutoExecutor, tasks: Sequence[Any]) -> list[Any]:
     """Submit the tasks, as a job array if there are several; SLURM's own words if it refuses."""
     try:
-        if len(tasks) == 1:
-            return [executor.submit(tasks[0])]
-        with executor.batch():
-            return [executor.submit(task) for task in tasks]
+        with naming(executor.folder):
+            if len(tasks) == 1:
+                return [executor.submit(tasks[0])]
+            with executor.batch():
+                return [executor.submit(task) for task in tasks]
+    except OSError as error:
+        raise file_error(f"logs={executor.folder}", error, "give another directory") from None
     except submitit.core.utils.FailedJobError as error:
         raise InputError(f"SLURM refused the job: {' '.join(str(error).split())}") from None

@@ -1,6 +1,8 @@
 """Typed configs: what loads, and the sentence a user reads for each mistake."""
 
+import importlib
 from dataclasses import dataclass
+from typing import get_origin
 
 import pytest
 import yaml
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldt import config
+from ldt.cli import COMMANDS
 from ldt.commands.evaluate import EvaluateJob
 from ldt.commands.report import ReportJob
 from ldt.commands.sample import SampleJob
@@ -116,6 +119,25 @@ def loads_or_says_why(schema, path, overrides):
         assert str(error) and "\n" not in str(error)
     else:
         assert config.to_yaml(config.from_dict(schema, config.to_dict(loaded))) == config.to_yaml(loaded)
+
+
+JOBS = {name: getattr(importlib.import_module(f"ldt.commands.{c.module}"), c.job) for name, c in COMMANDS.items()}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_number_is_finite(name):
+    """NaN is neither below nor above any bound: it would pass all other checks, and training or sampling use it."""
+    for key, kind in config._types(JOBS[name]):
+        if "float" in str(kind) and get_origin(kind) is not dict:
+            value = "[nan, 0.5]" if get_origin(kind) else "nan"
+            with pytest.raises(InputError, match=rf"^{key}=.* is not a finite number; give one$"):
+                config.load(JOBS[name], None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("setting", ["guidance=inf", "guidance=-inf", "shift=1e400"])
+def test_infinity_is_no_number_either(setting):
+    with pytest.raises(InputError, match="is not a finite number"):
+        config.load(SampleJob, None, [setting])
 
 
 @given(st.sampled_from(SCHEMAS), st.dictionaries(keys, trees, max_size=4))

@@ -186,12 +186,14 @@ def spoiled(images, tmp_path):
     return copy
 
 
-def test_unreadable_images_are_skipped_where_asked(pool, arguments, spoiled, tmp_path, capsys):
+def test_unreadable_images_are_skipped_where_asked(pool, arguments, spoiled, tmp_path, capsys, monkeypatch):
     """The rest is as if they had never been there; each is named with its reason, once."""
     assert cli.main(["encode", *arguments(tmp_path / "stopped", **{"images.path": spoiled})]) == 2
     assert f"image {spoiled}/ant/no_image.png is not readable" in capsys.readouterr().err
     out, plain, skip = tmp_path / "out", tmp_path / "plain", {"images.path": spoiled, "images.on_error": "skip"}
-    assert cli.main(["encode", *arguments(out, **skip)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("ldt.encoding.buckets._why_unreadable", lambda *_: pytest.fail("asked a second time"))
+        assert cli.main(["encode", *arguments(out, **skip)]) == 0
     said = capsys.readouterr().err
     assert f"left out: 1 image, named with the reasons in {out}/left_out.jsonl" in said
     assert f"left out: 1 image, named with the reasons in {out}/12x8/left_out.jsonl" in said

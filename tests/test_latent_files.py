@@ -255,4 +255,4 @@ def test_the_tree_of_repa(vae, tmp_path, capsys):
     assert "img-mean-std-00000003.npy can't be used" in capsys.readouterr().err
     (root / "dataset.json").write_text("{}")
     assert encode(root, vae, tmp_path / "more") == 2
-    assert "dataset.json is not readable" in capsys.readouterr().err
+    assert "dataset.json names no latents" in capsys.readouterr().err

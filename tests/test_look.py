@@ -1,6 +1,8 @@
 """A look at all images before encoding: by any number of ranks and threads, once, also over interruptions."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from ldt.data.images.source import ImageSource
 from ldt.dist import World
-from ldt.encoding.look import look
+from ldt.encoding.look import OLD_S, look, remove_old
 from ldt.errors import InputError, RunError
 
 ALONE, COUNT = World(0, 1, 0, 1, torch.device("cpu")), 1000
@@ -73,7 +75,16 @@ def test_without_skip_the_first_one_is_named():
 def test_what_can_not_be_kept_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert same(look(Numbers(), see, 2, ALONE, tmp_path / "file" / "below", skip=True))
-    assert "can't be kept" in caplog.text
+    assert caplog.text.count("can't be kept") == 1, "once, not for every block"
+
+
+def test_looks_with_which_nobody_goes_on_are_removed(tmp_path):
+    for name, age in (("looked-a", 2 * OLD_S), ("looked-b", OLD_S / 2), ("index.npz", 2 * OLD_S)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "000000.json").write_text("{}")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    remove_old(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.npz", "looked-b"]
 
 
 def case(world, kept, fail):

@@ -6,7 +6,7 @@ from shard_data import write_shards
 
 from ldt.cli import main
 from ldt.commands import plan
-from ldt.engine import roofline
+from ldt.engine import memory, roofline
 from ldt.errors import InputError
 
 XL2 = ROOT / "configs/imagenet256/dit_xl2.yaml"
@@ -77,11 +77,20 @@ def test_a_ring_leaves_each_node_once():
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
 def test_the_optimizers_bytes_are_shared(precision, stage):
     """Adam's 28 and an average's 12 bytes a parameter are a rank's share of the work, but for stage 0's replicas."""
-    few, many = (roofline.optimizer_bytes(10**9, stage, precision, ranks, 1) for ranks in (1, 1 << 20))
-    saved = (few - many) / 1e9
+    few, many = (roofline.optimizer_bytes(10**9, stage, precision, ranks, 1) for ranks in (2, 1 << 20))
+    saved = 2 * (few - many) / 1e9
     assert saved == pytest.approx(12 if stage == 0 else 12 + 28 + 8 + (2 if precision == "bf16" else 4), abs=8.1)
-    assert roofline.optimizer_bytes(10**9, stage, precision, 1, 2) - few == 12 * 10**9
-    assert few >= 40e9
+    assert roofline.optimizer_bytes(10**9, stage, precision, 2, 2) - few == 6 * 10**9
+    assert few >= 36e9
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_process_has_the_bytes_of_the_stage_that_is_run(stage):
+    """In float32 it runs stage 0; in bf16 it has a float32 copy to write."""
+    for count in (roofline.optimizer_bytes, memory.state_bytes):
+        assert count(10**9, stage, "fp32", 1, 1) == count(10**9, 0, "fp32", 1, 1)
+    replica = roofline.optimizer_bytes(10**9, 0, "fp32", 1, 1)
+    assert roofline.optimizer_bytes(10**9, stage, "bf16", 1, 1) != replica
 
 
 @pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 3), (2, 3), (3, 3)])

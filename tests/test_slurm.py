@@ -8,6 +8,7 @@ import forked
 from cluster import ROOT, outcome
 from cluster_runs import check_same_run, training_lines, write_config
 from run_data import make_autoencoder, make_images
+from small_disk import mounted
 
 from ldt.cluster.job import is_alive
 from ldt.log import read_jsonl
@@ -106,9 +107,9 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     config = write_config(tmp_path)
     command = ["tools/submit.py", config, f"logs={tmp_path}/logs"]
 
-    def refused(*arguments, env=slurm.env):
+    def refused(*arguments, env=slurm.env, code=2):
         done = forked.run(*command, *arguments, env=env, cwd=ROOT)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
     assert "invalid partition specified: nowhere" in refused("slurm.partition=nowhere")
@@ -117,6 +118,12 @@ def test_refusals_keep_the_words_of_slurm(slurm, tmp_path):
     assert "nodes=2 must be 1" in refused("cluster=local", "nodes=2")
     assert "neither slurm, local, a file" in refused("cluster=mars")
     assert "there is no sbatch on this machine" in refused(env=slurm.env | {"PATH": "/nowhere"})
+    with mounted(tmp_path / "full") as disk:
+        for pages in (0, 1):  # its pickle; its job script
+            disk.leave(pages)
+            said = refused(f"logs={disk.path}", code=1)
+            assert f"logs={disk.path} could not be written (No space left on device); make room" in said
+    assert f"logs={config} can't be used" in refused(f"logs={config}")
     dry = [sys.executable, *command, "--dry-run"]
     told = slurm.sh(*dry, "seed=1,2", "model={width: 48, depth: 2, heads: 2}").splitlines()
     assert len(told) == 3 and told[2].startswith("to slurm, nodes=1")

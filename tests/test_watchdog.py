@@ -4,16 +4,28 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import forked
 from shard_data import write_shards
+from small_disk import disk, mounted
 
+from ldt import cli
 from ldt.dist import barrier, process_group
 from ldt.run import watchdog
 from ldt.run.watchdog import Watchdog
 
+__all__ = ["disk"]
 SETTINGS = ["seed=5", "model={width: 32, depth: 2, heads: 2}", "train.global_batch=8", "log.every_samples=8"]
+
+
+def wait_for(condition: Callable[[], bool], processes: Sequence[forked.Forked]) -> None:
+    """Until it holds; a process that ends before is a failure."""
+    while not condition():
+        ended = [p.said()[1] for p in processes if p.poll() is not None]
+        assert not ended, ended
+        time.sleep(0.01)
 
 
 def main(directory: str) -> None:
@@ -41,6 +53,22 @@ def test_it_says_which_rank_waits_where(tmp_path):
     assert "rank 1 in loading the data of the step at 8 samples" in summary and "says nothing" not in summary
     assert "in barrier" in (tmp_path / "rank-00000.stacks.txt").read_text()
     assert "in main" in (tmp_path / "rank-00001.stacks.txt").read_text()
+
+
+def test_on_a_full_disk_it_says_so_all_the_same(tmp_path):
+    """What the files have no room for stands in the lines of each rank: its stacks, and who waits where."""
+    with mounted(tmp_path / "stalls") as disk:
+        ranks = forked.start_ranks(2, "-c", "import sys, test_watchdog; test_watchdog.main(sys.argv[1])", disk.path)
+        wait_for(lambda: len(list(disk.path.glob("*.stacks.txt"))) == 2, ranks)
+        disk.leave(0)
+        done = [rank.finish(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in done] == [1, 1], [rank.stderr for rank in done]
+    own = ("rank 0 in the step at 8 samples", "rank 1 in loading the data of the step at 8 samples")
+    for rank, where, stack in zip(done, own, ("in barrier", "in main"), strict=True):
+        (line,) = (line for line in rank.stderr.splitlines() if "no progress for 2 s" in line)
+        assert where in line and "what its own lines name, as the disk is full" in line and "says nothing" not in line
+        assert f"stacks are in the lines before this one, as {disk.path} has no room" in line
+        assert stack in rank.stderr and "Traceback" not in rank.stderr
 
 
 ALONE = """
@@ -82,9 +110,7 @@ def test_a_rank_that_goes_on_within_the_grace_is_left_alone(tmp_path):
 def test_time_in_which_the_process_stood_still_is_no_stall(tmp_path):
     """SIGSTOP for longer than any limit, also that of the guard; and of the guard with it, as a suspended job."""
     process = alone(tmp_path, "works")
-    while process.said()[0] != "begun\n":
-        assert process.poll() is None, process.said()[1]
-        time.sleep(0.01)
+    wait_for(lambda: process.said()[0] == "begun\n", [process])
     (guard,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     for stopped in ([process.pid], [process.pid, guard]):
         time.sleep(0.5)
@@ -101,13 +127,14 @@ def test_time_in_which_the_process_stood_still_is_no_stall(tmp_path):
 def test_a_stuck_interpreter_is_ended_by_the_guard(tmp_path):
     done = alone(tmp_path, "holds the lock", 0.5).finish(timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "has run no Python code for 3 s and is killed" in done.stderr
     assert '<string>", line' in (tmp_path / "stalls" / "rank-00000.stacks.txt").read_text()
 
 
 def test_a_checkpoint_that_can_not_be_read_ends_the_start(tmp_path):
     """Reading that never returns, as from a file server that is gone: here a pipe that nobody writes."""
     write_shards(tmp_path / "data", [40, 23])
-    settings = [*SETTINGS, f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data", "engine.stall_seconds=1"]
+    settings = [*SETTINGS, f"run_dir={tmp_path}/run", f"data.path={tmp_path}/data"]
     assert forked.run("-m", "ldt", "train", *settings, "train.total_samples=64").returncode == 0
     (file,) = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
     reader = (  # stat must say what the manifest says, so the pipe comes when the size is known
@@ -116,7 +143,8 @@ def test_a_checkpoint_that_can_not_be_read_ends_the_start(tmp_path):
         "restore.verify_file = lambda path, entry: open(sys.argv[1] + '.pipe').read()\n"
         "sys.exit(main(sys.argv[2:]))\n"
     )
-    done = forked.run("-c", reader, file, "train", *settings, "train.total_samples=128", timeout=120)
+    settings += ["train.total_samples=128", "engine.stall_seconds=1"]
+    done = forked.run("-c", reader, file, "train", *settings, timeout=120)
     assert done.returncode == 1 and "no progress for 4 s: rank 0 in reading the checkpoint" in done.stderr, done.stderr
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "failed"
 
@@ -126,11 +154,9 @@ def test_a_stopped_rank_ends_the_training(tmp_path):
     write_shards(tmp_path / "data", [40, 23])
     run_dir = tmp_path / "run"
     settings = [*SETTINGS, f"run_dir={run_dir}", f"data.path={tmp_path}/data", "train.total_samples=8000000"]
-    ranks = forked.start_ranks(2, "-m", "ldt", "train", *settings, "engine.stall_seconds=3")
+    ranks = forked.start_ranks(2, "-m", "ldt", "train", *settings, "engine.stall_seconds=6")
     try:
-        end = time.monotonic() + 90
-        while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_for((run_dir / "metrics.jsonl").exists, ranks)
         ranks[1].send_signal(signal.SIGSTOP)
         assert ranks[0].wait(timeout=60) == 1
     finally:
@@ -140,3 +166,26 @@ def test_a_stopped_rank_ends_the_training(tmp_path):
     assert outcome["outcome"] == "failed"
     assert "rank 0 in the step at" in outcome["message"] and "rank 1 says nothing" in outcome["message"]
     assert "torch/distributed" in (run_dir / "stalls" / "rank-00000.stacks.txt").read_text(), "in a collective"
+
+
+def test_a_stopped_rank_on_a_full_disk_ends_the_training(disk):
+    """The outcome can't be changed: it says running, from which `ldt verdict` makes a failure."""
+    write_shards(disk.path / "data", [40, 23])
+    run_dir = disk.path / "run"
+    settings = [*SETTINGS, f"run_dir={run_dir}", f"data.path={disk.path}/data", "train.total_samples=8000000"]
+    ranks = forked.start_ranks(2, "-m", "ldt", "train", *settings, "engine.stall_seconds=6")
+    try:
+        wait_for((run_dir / "metrics.jsonl").exists, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        disk.leave(0)
+        assert ranks[0].wait(timeout=60) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = ranks[0].said()[1]
+    assert "no progress for 6 s: rank 0 in the step at" in said and "rank 1 says nothing" in said
+    assert "torch/distributed" in said and "Traceback" not in said
+    assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "running"
+    disk.make_room()
+    assert cli.main(["verdict", *settings, "launcher_code=1"]) == 1

@@ -10,11 +10,12 @@ code is 1 if any of them failed.
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from program import finish
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,4 +50,4 @@ def clone(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -5,7 +5,6 @@ Prints a table and, with --json F, stores it with hardware, versions, date and c
 
 import argparse
 import importlib
-import json
 import platform
 import sys
 import time
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from program import finish
 
 from ldt.checkpoint.manifest import versions
-from ldt.errors import InputError
+from ldt.files import write_json
 
 BENCHMARKS = {
     "checkpoint": "how long training stops for a checkpoint, how fast it is written and read; what averages cost",
@@ -41,18 +41,14 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # key=value after an option, which argparse doesn't give to the list before it
         arguments.settings += rest
-    try:
-        result: dict[str, Any] | None = importlib.import_module(f"bench_{arguments.name}").run(arguments)
-    except InputError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 2
+    result: dict[str, Any] | None = importlib.import_module(f"bench_{arguments.name}").run(arguments)
     if result is None:  # not rank 0
         return 0
     for key, value in result.items():
         print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}")
     if arguments.json:
         about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "command": sys.argv, **versions()}
-        arguments.json.write_text(json.dumps(result | about, indent=1) + "\n")
+        write_json(arguments.json, result | about)
     return 0
 
 
@@ -67,4 +63,4 @@ def hardware() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

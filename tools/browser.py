@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ldt.files import write_atomic
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless",
@@ -104,7 +106,7 @@ class Browser:
             f"(document.querySelector({json.dumps(selector or 'html')}))"
         )
         data = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
-        output.write_bytes(base64.b64decode(data))
+        write_atomic(output, base64.b64decode(data))
 
     def __enter__(self) -> Self:
         return self

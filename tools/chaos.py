@@ -9,14 +9,12 @@ run of one process has at this step, and with its loss to 5 digits over the firs
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from capabilities import drop_overrides
+from program import finish as finish_with
 from ranks import start_ranks
 from shard_data import write_shards
 
 from ldt.checkpoint.checkpoint import Checkpoint
 from ldt.checkpoint.manifest import Damaged, listed
+from ldt.files import write_json
 from ldt.log import progress, read_jsonl
 
 BATCH, SHARDS = 8, [40, 23, 30]
@@ -93,7 +93,7 @@ def command(description: str | None, faults: Iterable[str], campaign: Campaign, 
             print(f"broken: {error}")
             return 1
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(r) for r in rounds], indent=1))
+        write_json(arguments.json, [asdict(r) for r in rounds])
     print(f"{len(rounds)} rounds, {promise}")
     return 0
 
@@ -394,4 +394,4 @@ def compare(undisturbed: Path, disturbed: Path, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish_with(main)

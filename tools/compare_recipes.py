@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from program import finish
 from ranks import start_ranks
 
 from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of
 from ldt.config import load
-from ldt.errors import InputError
 from ldt.log import append_jsonl, read_jsonl
 from ldt.reporting.curves import score_names
 from ldt.reporting.history import History, number, read_history
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
                 train(arm, seed, flags)
                 evaluate(arm, seed, flags)
         print("\n".join(table(arms, flags)))
-    except (InputError, Failed) as error:
+    except Failed as error:
         print(f"compare_recipes: {error}", file=sys.stderr)
         return 1
     return 0
@@ -274,4 +274,4 @@ def spread(values: Sequence[float], words: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    finish(lambda: main(sys.argv[1:]))

@@ -14,6 +14,9 @@ import tarfile
 from pathlib import Path
 
 from PIL import Image
+from program import finish
+
+from ldt.files import making
 
 SIDE = 32
 
@@ -23,18 +26,26 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    written = 0
-    with tarfile.open(arguments.package) as archive:
-        listed = json.load(_file(archive, "package/emoji.json"))
-        wanted = {e["image"]: e for e in listed if e["has_img_google"] and e["category"] != "Component"}
-        for member in archive:
-            directory, _, name = member.name.rpartition("/")
-            if directory == "package/img/google/64" and name in wanted:
-                content = archive.extractfile(member)
-                assert content is not None
-                _write(arguments.output, wanted[name], Image.open(io.BytesIO(content.read())))
-                written += 1
+    if arguments.output.exists():
+        parser.error(f"{arguments.output} exists; give a directory that does not")
+    with making(arguments.output) as directory, tarfile.open(arguments.package) as archive:
+        written = write_images(archive, directory)
     print(f"{written} captioned images: {arguments.output}")
+
+
+def write_images(archive: tarfile.TarFile, output: Path) -> int:
+    """All images of the package and their captions; returns how many."""
+    written = 0
+    listed = json.load(_file(archive, "package/emoji.json"))
+    wanted = {e["image"]: e for e in listed if e["has_img_google"] and e["category"] != "Component"}
+    for member in archive:
+        directory, _, name = member.name.rpartition("/")
+        if directory == "package/img/google/64" and name in wanted:
+            content = archive.extractfile(member)
+            assert content is not None
+            _write(output, wanted[name], Image.open(io.BytesIO(content.read())))
+            written += 1
+    return written
 
 
 def _file(archive: tarfile.TarFile, name: str) -> io.BufferedReader:
@@ -57,4 +68,4 @@ def _write(output: Path, emoji: dict[str, str], image: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from bench_train import matrix_peak
+from program import finish
 from shard_data import write_shards
 
 from ldt.cluster.gpus import choose_arithmetic
+from ldt.files import write_atomic, write_json
 from ldt.log import read_jsonl
 from ldt.nn import attention
 
@@ -54,8 +56,8 @@ def main() -> int:
         results.append({"name": name, **found, "seconds": round(time.time() - start, 1)})
         print(f"{'ok ' if found['ok'] else 'RED'}  {name:28} {results[-1]['seconds']:6.1f} s  {found['detail'][:120]}")
     report = {"machine": machine(), "checks": results, "ok": all(r["ok"] for r in results)}
-    (directory / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (directory / "gpu_check.html").write_text(page(report))
+    write_json(directory / "gpu_check.json", report)
+    write_atomic(directory / "gpu_check.html", page(report).encode())
     red = [r["name"] for r in results if not r["ok"]]
     print(f"{'red: ' + ', '.join(red) if red else 'all is well'}: {directory}/gpu_check.html")
     return 1 if red else 0
@@ -182,4 +184,4 @@ def page(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -12,6 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from program import finish
 from torch import Tensor, nn
 from train_autoencoder import images, split
 
@@ -79,4 +80,5 @@ def main(paths: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sets", nargs="+", help=".npz files of ldt sample or tools/reconstruct.py")
-    main(parser.parse_args().sets)
+    sets = parser.parse_args().sets
+    finish(lambda: main(sets))

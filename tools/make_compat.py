@@ -11,8 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from program import finish
+
 from ldt.data.images import EMBEDDED
 from ldt.data.images.open import open_images
+from ldt.errors import InputError
+from ldt.files import making
 from ldt.log import read_jsonl
 
 ENCODE = ["images.path=images", "images.size=32", "images.fit=pad", "autoencoder=embedded:fashion_mnist"]
@@ -26,9 +30,10 @@ BEFORE, AFTER = 40, 60
 
 
 def main() -> None:
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as name:
+    final = Path(sys.argv[1])
+    if final.exists():
+        raise InputError(f"{final} exists; give a directory that does not")
+    with tempfile.TemporaryDirectory() as name, making(final) as target:
         work = Path(name)
         write_images(work / "images", 12)
         for format in ("tar", "mds"):
@@ -59,4 +64,4 @@ def ldt(work: Path, *words: str, ranks: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

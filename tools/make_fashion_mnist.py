@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from program import finish
+
+from ldt.files import replacing, write_atomic
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 TILES, SIDE = 100, 28
@@ -25,10 +28,11 @@ def main(source: Path, target: Path) -> None:
     assert np.bincount(np.frombuffer(labels, np.uint8)).tolist() == [1000] * len(CLASSES)
     sheet = tiles.transpose(0, 2, 1, 3).reshape(TILES * SIDE, TILES * SIDE)
     target.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).convert("RGB").save(target / "images.webp", lossless=True, quality=100, method=6)
-    (target / "labels.bin").write_bytes(labels)
-    (target / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    with replacing(target / "images.webp") as written:
+        Image.fromarray(sheet).convert("RGB").save(written, "webp", lossless=True, quality=100, method=6)
+    write_atomic(target / "labels.bin", labels)
+    write_atomic(target / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    finish(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -10,7 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from program import finish
+
 from ldt.commands.verify import HASHES, hash_file
+from ldt.errors import InputError
+from ldt.files import making
 from ldt.log import read_jsonl
 
 FILES = ("config.yaml", "environment.jsonl", "metrics.jsonl", "evaluations.jsonl")
@@ -22,16 +26,18 @@ def make_record(run: Path, record: Path) -> None:
     """Copy the files that are there; config and log must be."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (run / name).is_file():
-            raise SystemExit(f"{run} has no {name}; give the run_dir of a training run")
-    record.mkdir(parents=True)
+            raise InputError(f"{run} has no {name}; give the run_dir of a training run")
+    if record.exists():
+        raise InputError(f"{record} exists; choose another name, as a record stays as it is")
     kept = [name for name in FILES if (run / name).is_file()]
-    for name in kept:
-        shutil.copyfile(run / name, record / name)
-    if "environment.jsonl" in kept:
-        attempts = [anonymous(line) for line in read_jsonl(run / "environment.jsonl")]
-        (record / "environment.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
-    hashes = {name: hash_file(record / name) for name in kept}
-    (record / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+    with making(record) as written:
+        for name in kept:
+            shutil.copyfile(run / name, written / name)
+        if "environment.jsonl" in kept:
+            attempts = [anonymous(line) for line in read_jsonl(run / "environment.jsonl")]
+            (written / "environment.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
+        hashes = {name: hash_file(written / name) for name in kept}
+        (written / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
 
 
 def anonymous(attempt: dict[str, Any]) -> dict[str, Any]:
@@ -40,10 +46,14 @@ def anonymous(attempt: dict[str, Any]) -> dict[str, Any]:
     return {key: attempt[key] for key in KEPT if key in attempt} | {"command": [Path(program).name, *words]}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("record", type=Path)
     arguments = parser.parse_args()
     make_record(arguments.run, arguments.record)
     print(f"record: {arguments.record}")
+
+
+if __name__ == "__main__":
+    finish(main)

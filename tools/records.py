@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from program import finish
+
+from ldt.files import write_atomic
 from ldt.reporting.curves import best_score, hours_at, of_most_images, score_names
 from ldt.reporting.history import History, number, read_history
 from ldt.reporting.summary import count, date, duration, score
@@ -68,10 +71,10 @@ def main(arguments: list[str]) -> int:
     if flags.check:
         print(f"{flags.page}: the table is {'' if new == old else 'not '}that of {flags.records}")
         return int(new != old)
-    flags.page.write_text(new)
+    write_atomic(flags.page, new.encode())
     print(f"table of records: {flags.page}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    finish(lambda: main(sys.argv[1:]))

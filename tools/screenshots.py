@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from browser import Browser
+from program import finish
 
 VIEWS = {
     "desktop": {"width": 1200, "height": 900},
@@ -48,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from program import finish
 
 from ldt.data.latent_spec import LatentSpec
 from ldt.data.mixture import MixedOrder
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

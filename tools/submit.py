@@ -6,8 +6,9 @@ Prints the job ids and where to look. `--dry-run` shows what would be submitted.
 import sys
 from inspect import cleandoc
 
+from program import finish
+
 from ldt.config import defaults_yaml
-from ldt.errors import InputError
 from ldt.submit import SubmitJob, submit
 
 
@@ -17,14 +18,10 @@ def main() -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\n{cleandoc(SubmitJob.__doc__ or '')}\n\nKeys and defaults:\n\n{defaults_yaml(SubmitJob)}")
         return 0
-    try:
-        for line in submit(arguments):
-            print(line)
-    except InputError as error:
-        print(f"submit: error: {error}", file=sys.stderr)
-        return 2
+    for line in submit(arguments):
+        print(line)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -11,6 +11,7 @@ machine makes the same file again.
 
 import argparse
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from program import finish
 from torch import Tensor, nn
 
 from ldt.data.images import EMBEDDED, prepare
 from ldt.data.images.open import open_images
 from ldt.errors import InputError
+from ldt.files import naming
 
 HELD_OUT, FACTOR = 500, 4
 KL_WEIGHT, LR, WARMUP = 1e-4, 2e-3, 100
@@ -111,7 +114,17 @@ def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
     def held_out_psnr(average: AutoencoderKL) -> float:
         return psnr(average.decode(average.encode(held_out).latent_dist.mean).sample, held_out)
 
-    optimise(model, loss_of_batch, held_out_psnr, steps).save_pretrained(target, safe_serialization=True)
+    trained = optimise(model, loss_of_batch, held_out_psnr, steps)
+    replace_files(target, lambda directory: trained.save_pretrained(directory, safe_serialization=True))
+
+
+def replace_files(target: Path, save: Callable[[Path], object]) -> None:
+    """Save a model into a directory; one that was there before stays as it is unless all files of the new are whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    with naming(target), tempfile.TemporaryDirectory(dir=target) as written:
+        save(Path(written))
+        for file in Path(written).iterdir():
+            file.replace(target / file.name)
 
 
 def read_arguments(doc: str, factor: int) -> tuple[argparse.Namespace, Tensor]:
@@ -136,4 +149,4 @@ def read_arguments(doc: str, factor: int) -> tuple[argparse.Namespace, Tensor]:
 
 if __name__ == "__main__":
     arguments, content = read_arguments(__doc__, FACTOR)
-    main(arguments.target, content, arguments.steps, arguments.batch)
+    finish(lambda: main(arguments.target, content, arguments.steps, arguments.batch))

@@ -12,10 +12,11 @@ thread: the same machine makes the same file again.
 from pathlib import Path
 
 import torch
+from program import finish
 from torch import Tensor, nn
-from train_autoencoder import optimise, psnr, read_arguments, reconstruction_loss, split
+from train_autoencoder import optimise, psnr, read_arguments, reconstruction_loss, replace_files, split
 
-from ldt.models.representation import DecoderConfig, EfficientNetRAE
+from ldt.models.representation import EfficientNetRAE
 
 NOISE = 0.5  # each image's noise has the deviation |NOISE · normal|, in deviations of the latents; not tuned (RAE: 0.8)
 TOGETHER = 100
@@ -30,7 +31,7 @@ def latents(model: EfficientNetRAE, x_BCHW: Tensor) -> Tensor:
 def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, generator = EfficientNetRAE(DecoderConfig(everything.shape[1])), torch.Generator().manual_seed(2)
+    model, generator = EfficientNetRAE(everything.shape[1]), torch.Generator().manual_seed(2)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, held_out = split(everything)
     train_z, held_out_z = latents(model, train), latents(model, held_out)
@@ -49,9 +50,9 @@ def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
         return psnr(average(held_out_z), held_out)
 
     model.decoder = optimise(model.decoder, loss_of_batch, held_out_psnr, steps)
-    model.save(target)
+    replace_files(target, model.save)
 
 
 if __name__ == "__main__":
     arguments, content = read_arguments(__doc__, EfficientNetRAE.downsample)
-    main(arguments.target, content, arguments.steps, arguments.batch)
+    finish(lambda: main(arguments.target, content, arguments.steps, arguments.batch))

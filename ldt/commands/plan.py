@@ -5,7 +5,7 @@ of docs/plan.md; BENCHMARKS.md compares them with published and with measured ru
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ldt.data.shards import Manifest
 from ldt.data.shards.buckets import read_buckets
 from ldt.diffusion import mean_flow
 from ldt.engine import ema, memory, roofline
+from ldt.engine.config import at_work
 from ldt.errors import InputError
 from ldt.nn.build import build, check_shapes, parameter_count
 from ldt.nn.sizes import attention_flops, flops
@@ -202,11 +203,11 @@ def place(config: PlanJob, model: Model, nodes: int, stage: int) -> Placement:
     """The numbers of a run on that many nodes at that ZeRO stage."""
     engine, ranks = config.engine, nodes * config.gpus
     averages = len(ema.profiles(config.ema))
-    state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, averages)
-    share, recomputed = _micro_batches(config, model, ranks, state)
-    if share.count > 1:
-        state = memory.state_bytes(model.parameters, stage, engine.precision, ranks, averages, share.count)
-        share, recomputed = _micro_batches(config, model, ranks, state)
+
+    def state_of(micro_batches: int) -> memory.State:
+        return memory.state_bytes(model.parameters, stage, engine.precision, ranks, averages, micro_batches)
+
+    state, share, recomputed = _micro_batches(config, model, ranks, state_of)
     need = state.peak + model.activations.of(share.size, recomputed)
     muon = config.optimizer.muon_lr > 0
     if muon:
@@ -245,16 +246,19 @@ def bandwidth(config: PlanJob) -> float:
     return MEMORY_RATE * DEVICES[config.device].bandwidth
 
 
-def _micro_batches(config: PlanJob, model: Model, ranks: int, state: memory.State) -> tuple[RankSlice, int]:
-    """Split the batch into micro-batches as the trainer will on this device."""
+def _micro_batches(
+    config: PlanJob, model: Model, ranks: int, state_of: Callable[[int], memory.State]
+) -> tuple[memory.State, RankSlice, int]:
+    """The state, and the micro-batches and recomputed blocks that the trainer will choose on this device."""
     batch, micro_batch, cost = config.train.global_batch, config.train.micro_batch, model.activations
-    share = -(-batch // ranks)
+    given = 1e9 * config.engine.activation_memory_gb or (0 if micro_batch == "auto" else math.inf)
+
+    def budget(state: memory.State) -> float:
+        return given or max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
+
     least = cost.blocks if config.model.activation_checkpointing else 0
-    budget = 1e9 * config.engine.activation_memory_gb or math.inf
-    if micro_batch == "auto" and math.isinf(budget):
-        budget = max(memory.ROOM * (memory_of(config) - state.peak), cost.of(1, cost.blocks))
-    samples, recomputed = cost.fit(micro_batch, share, budget, least)
-    return RankSlice.of(batch, 0, ranks, samples), recomputed
+    state, samples, recomputed = cost.settle(micro_batch, -(-batch // ranks), state_of, budget, least)
+    return state, RankSlice.of(batch, 0, ranks, samples), recomputed
 
 
 def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon: bool = False) -> int:
@@ -264,8 +268,7 @@ def traffic_bytes(parameters: int, stage: int, precision: str, ranks: int, muon:
     scatters gradients and gathers the weights twice. Muon gathers its updates in float32 at stage 0; at the others a
     rank sends its part of them, and its share of what was made, at stages 1 and 2 less: only of matrices not its own.
     """
-    width = 2 if precision == "bf16" else 4
-    gradient = 4 if (precision, stage) == ("bf16", 1) else width
+    width, gradient = 2 if precision == "bf16" else 4, at_work(stage, precision, ranks, 1).summed_bytes
     passes = {0: 2 * gradient, 1: 2 * gradient + width, 2: 2 * gradient + width, 3: gradient + 2 * width}[stage]
     updates = 0 if not muon else 4 * parameters if stage == 0 else 8 * parameters // ranks
     return (passes * parameters + updates) * (ranks - 1) // ranks

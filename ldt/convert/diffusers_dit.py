@@ -19,7 +19,7 @@ from ldt.data.latent_spec import LatentSpec
 from ldt.diffusion.objectives import Objective
 from ldt.diffusion.schedules import DiscreteVP
 from ldt.errors import InputError
-from ldt.files import write_atomic
+from ldt.files import making
 from ldt.models.autoencoder import Autoencoder
 from ldt.nn.config import ModelConfig
 from ldt.nn.transformer import Transformer
@@ -71,12 +71,12 @@ def write_pipeline(loaded: Loaded, directory: Path) -> None:
     schedule = loaded.objective.schedule
     assert isinstance(schedule, DiscreteVP)
     scheduler = DDIMScheduler(trained_betas=schedule.betas.tolist(), clip_sample=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), making(directory) as written:
         warnings.simplefilter("ignore")
-        DiTPipeline(transformer, whitened(autoencoder.model, loaded.spec), scheduler).save_pretrained(directory)
-    index = directory / "model_index.json"
-    names = {"id2label": {str(i): name for i, name in enumerate(loaded.spec.classes)}}
-    write_atomic(index, json.dumps(json.loads(index.read_text()) | names, indent=2).encode())
+        DiTPipeline(transformer, whitened(autoencoder.model, loaded.spec), scheduler).save_pretrained(written)
+        index = written / "model_index.json"
+        names = {"id2label": {str(i): name for i, name in enumerate(loaded.spec.classes)}}
+        index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2))
 
 
 def check(config: ModelConfig, objective: Objective, spec: LatentSpec) -> None:

@@ -30,6 +30,8 @@ class Converted:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, of the average where it is a training checkpoint. Nothing else in it is looked at."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"weights={path} is not a file; give a .pt, .pth or .safetensors file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

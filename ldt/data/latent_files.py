@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldt.data.images.labels_file import LABELS, listed_labels
 from ldt.errors import InputError, by_reason, file_error
-from ldt.files import MOST_CLASSES, class_names, load_npy, natural, parse_json
-
-REPA_LABELS = "dataset.json"
+from ldt.files import MOST_CLASSES, class_names, load_npy
 
 
 class LatentFiles(ABC):
@@ -163,13 +162,16 @@ class RepaFiles(LatentFiles):
     """REPA's tree: `00000/img-mean-std-00000000.npy`, mean and standard deviation [2·C, H, W], and `dataset.json`."""
 
     def __init__(self, where: Path) -> None:
-        file = where / REPA_LABELS
+        file = where / LABELS
         try:
-            self._known: dict[str, Any] = dict(parse_json(file.read_bytes())["labels"])
+            names, label_n = listed_labels(file.read_bytes(), str(file))
         except OSError as error:
             raise file_error(str(file), error, "write it again") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f'{file} is not readable ({error}); it needs {{"labels": [[file, class], …]}}') from None
+        if not len(names):
+            raise InputError(f'{file} names no latents; it needs {{"labels": [[file, class number], …]}}')
+        if len(twice := names.repeated()):
+            raise InputError(f"{file} names {names[int(twice[0])]} twice; give each file one label")
+        self._known = dict(zip(names, label_n.tolist(), strict=True))
         super().__init__(where, [where / name for name in self._known])
         self.files = sorted(self.files)
         self.labels = np.array([self._label(i) for i in range(len(self.files))], np.int64)
@@ -184,10 +186,7 @@ class RepaFiles(LatentFiles):
         return np.stack([mean, std])
 
     def _label(self, i: int) -> int:
-        label = self._known[self.files[i].relative_to(self.where).as_posix()]
-        if not natural(label):
-            raise InputError(f"{self.where / REPA_LABELS} has {label!r} as a label; labels are class numbers from 0")
-        return int(label)
+        return self._known[self.key(i)]
 
 
 def listed(directory: Path, ending: str) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ldt.data.latent_files import REPA_LABELS, DrawFiles, LatentFiles, MomentFiles, RepaFiles, listed, load
+from ldt.data.images.labels_file import LABELS
+from ldt.data.latent_files import DrawFiles, LatentFiles, MomentFiles, RepaFiles, listed, load
 from ldt.data.latent_shards import SafetensorsFiles
 from ldt.errors import InputError
 
@@ -18,7 +19,7 @@ def open_latents(path: str, scale: float, second: str = "log_variance") -> Laten
     shards = listed(where, ".safetensors")
     if shards:
         return SafetensorsFiles(where, shards)
-    if (where / REPA_LABELS).is_file():
+    if (where / LABELS).is_file():
         return RepaFiles(where)
     archives = listed(where, ".npz")
     if archives:
@@ -27,5 +28,5 @@ def open_latents(path: str, scale: float, second: str = "log_variance") -> Laten
         load(one)  # U-ViT's are pickles: say so
     raise InputError(
         f"latents={path} has neither one *_features and one *_labels directory of .npy files nor .npz or .safetensors "
-        f"files nor {REPA_LABELS} in it"
+        f"files nor {LABELS} in it"
     )

@@ -26,7 +26,7 @@ from ldt.dist import World, broadcast, on_rank_zero
 from ldt.encoding.config import EncodeJob, ImagesConfig
 from ldt.encoding.encoder import LEFT_OUT, Encoder, say_left_out, write_left_out
 from ldt.encoding.inputs import ImageInput, open_source
-from ldt.encoding.look import identity, look
+from ldt.encoding.look import Seen, identity, look
 from ldt.encoding.plan import Plan
 from ldt.errors import InputError, by_reason
 from ldt.files import load_npy, write_npy
@@ -99,23 +99,23 @@ def _claim(output: Path, names: list[str]) -> None:
         raise by_reason(f"output={output} can't be made ({error.strerror}); choose another place", error) from None
 
 
-def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) -> NDArray[np.int32]:
-    """Height and width of every image, int32 [N, 2] (collective).
+def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) -> Seen:
+    """Height and width of every image, 0 × 0 where one can't be read and is skipped (collective).
 
-    `InputError` names one that can't be read; where these are skipped, it is 0 × 0.
+    `InputError` names one that can't be read. What an earlier start has measured comes without reasons.
     """
     wanted = config.images
     name = on_rank_zero(world, lambda: identity(source, wanted.exif, wanted.on_error))
     file = output / f"{SIZES}{name}.npy"
     known = broadcast(_read(file, len(source)) if world.rank == 0 else None)
     if known is not None:
-        return known
+        return Seen(known, {})
 
     parts, skip = file.with_suffix(PARTS), wanted.on_error == "skip"
-    size_N2 = look(source, source.shape, config.threads, world, parts, skip).size_N2
+    seen = look(source, source.shape, config.threads, world, parts, skip)
 
     def keep() -> None:
-        write_npy(file, size_N2)
+        write_npy(file, seen.size_N2)
         for old in output.glob(f"{SIZES}*"):
             if old.suffix == PARTS:
                 shutil.rmtree(old)
@@ -123,7 +123,7 @@ def measure(source: ImageSource, config: EncodeJob, output: Path, world: World) 
                 old.unlink()
 
     on_rank_zero(world, keep)
-    return size_N2
+    return seen
 
 
 def _read(file: Path, images: int) -> NDArray[np.int32] | None:
@@ -136,15 +136,13 @@ def _read(file: Path, images: int) -> NDArray[np.int32] | None:
     return found if found.shape == (images, 2) and found.dtype == np.int32 else None
 
 
-def sort(
-    source: ImageSource, size_N2: NDArray[np.int32], wanted: ImagesConfig
-) -> tuple[list[Bucket], list[tuple[str, str]]]:
+def sort(source: ImageSource, seen: Seen, wanted: ImagesConfig) -> tuple[list[Bucket], list[tuple[str, str]]]:
     """The buckets that have images, in the order of `wanted.sizes`; names of images that have none, and why not.
 
     `InputError` instead of the latter unless they are to be skipped.
     """
     sizes, fit = wanted.sizes, wanted.fit
-    different, inverse = np.unique(size_N2, axis=0, return_inverse=True)
+    different, inverse = np.unique(seen.size_N2, axis=0, return_inverse=True)
     images = [Size(*pair) for pair in different.tolist()]
     chosen, reasons = [], {}
     for image in images:
@@ -169,7 +167,8 @@ def sort(
         out.append(Bucket(size, Chosen(source, np.flatnonzero(bucket_N == k)), facts))
 
     def reason(i: int) -> str:
-        return reasons.get(Size(*size_N2[i].tolist())) or _why_unreadable(source, i)
+        found = seen.reasons.get(i) or reasons.get(Size(*seen.size_N2[i].tolist()))
+        return found or _why_unreadable(source, i)
 
     return out, [(source.key(i), reason(i)) for i in np.flatnonzero(bucket_N < 0).tolist()]
 

@@ -3,11 +3,14 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ldt.config_fields import check_seed, choice, path_field, required_path_field, section
 from ldt.data.images.bucket_rule import Size
 from ldt.errors import InputError
+
+MOST_SIDE = 1 << 14  # pixels of what is encoded
 
 
 @dataclass
@@ -40,6 +43,8 @@ class ImagesConfig:
             raise InputError(f"images.size={self.size} and images.buckets are both given; leave one of them out")
         if repeated := [size for size, n in Counter(self.sizes).items() if n > 1]:
             raise InputError(f"images.buckets names {repeated[0]} twice; name it once")
+        if (side := max(self.size, *chain(*self.sizes), 0)) > MOST_SIDE:
+            raise InputError(f"a side of {side} pixels, in images.size or images.buckets, is more than {MOST_SIDE:,}")
 
     @property
     def sizes(self) -> list[Size]:

@@ -18,7 +18,7 @@ from ldt.data.latent_files import LatentFiles
 from ldt.data.latent_sources import open_latents
 from ldt.dist import World, on_rank_zero, together
 from ldt.encoding.config import EncodeJob
-from ldt.encoding.look import identity, look
+from ldt.encoding.look import LOOKED, identity, look, remove_old
 from ldt.errors import InputError
 from ldt.models.autoencoder import Autoencoder
 
@@ -103,7 +103,9 @@ class ImageInput(Input):
 
         settings = (wanted.fit, wanted.exif, self.size, self._autoencoder.image_channels)
         name = on_rank_zero(world, lambda: identity(source, *settings))
-        kept = Path(wanted.index_dir).expanduser() / f"looked-{name}" if wanted.index_dir else None
+        kept = Path(wanted.index_dir).expanduser() / (f"{LOOKED}{name}") if wanted.index_dir else None
+        if kept:
+            on_rank_zero(world, lambda: remove_old(kept.parent))
         reasons = look(source, see, config.threads, world, kept, skip=True).reasons
         self.unreadable = [(source.key(number), reasons[number]) for number in sorted(reasons)]
         if reasons:

@@ -3,6 +3,9 @@
 All ranks share the blocks of images, and what a block has shown is kept, so that a look that was interrupted goes on.
 """
 
+import contextlib
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from ldt.files import hash_of, natural, parse_json, schema_error, write_json
 
 logger = log.get_logger(__name__)
 BLOCKS, MOST = 256, 1024  # as many blocks as there should be at least, of at most so many images
+LOOKED = "looked-"  # begins the name of a directory in which the results of a look are kept among other files
+OLD_S = 30 * 24 * 3600  # age of a look that is not kept any longer
 SEEN = {"sizes": [[natural]], "reasons": {...: str}}
 
 
@@ -54,14 +59,15 @@ def look(
 
     def mine() -> dict[int, Seen]:
         out: dict[int, Seen] = {}
+        keeps = bool(kept)
         total = sum(len(blocks[k]) for k in undone)
         with ThreadPoolExecutor(threads) as readers, log.progress(total, "img", "look", show=world.rank == 0) as bar:
             for k in undone[world.rank :: world.size]:
                 found = list(readers.map(one, blocks[k]))
                 reasons = {i: why for i, (*_, why) in zip(blocks[k], found, strict=True) if why}
                 out[k] = Seen(np.array([f[:2] for f in found], np.int32), reasons)
-                if kept:
-                    _keep(kept, k, out[k])
+                if kept and keeps:
+                    keeps = _keep(kept, k, out[k])
                 bar.update(world.size * len(found))
         return out
 
@@ -92,9 +98,20 @@ def _known(kept: Path, blocks: Sequence[range]) -> dict[int, Seen]:
     return out
 
 
-def _keep(kept: Path, k: int, seen: Seen) -> None:
+def remove_old(directory: Path) -> None:
+    """Remove the looks in a directory with which nobody has gone on for long."""
+    for path in directory.glob(f"{LOOKED}*"):
+        with contextlib.suppress(OSError):  # somebody else removes it too
+            if time.time() - path.stat().st_mtime > OLD_S:
+                shutil.rmtree(path)
+
+
+def _keep(kept: Path, k: int, seen: Seen) -> bool:
+    """Keep what a block has shown; whether that could be done."""
     try:
         kept.mkdir(parents=True, exist_ok=True)
         write_json(kept / f"{k:06d}.json", {"sizes": seen.size_N2.tolist(), "reasons": seen.reasons})
     except (OSError, InputError, RunError) as error:  # it is a help, no more
         logger.warning("what the images look like can't be kept (%s)", error)
+        return False
+    return True

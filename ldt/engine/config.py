@@ -1,6 +1,7 @@
 """The keys of the engine, the optimizer and the averages."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ldt.config_fields import choice
 from ldt.errors import InputError
@@ -37,17 +38,27 @@ class EngineConfig:
             )
 
 
-def stage_at_work(stage: int, precision: str, ranks: int, micro_batches: int) -> int:
-    """DeepSpeed's stage that is run.
+class AtWork(NamedTuple):
+    """What DeepSpeed runs. stage: its own; summed_bytes: of each number of a gradient while ranks are summed."""
+
+    stage: int
+    summed_bytes: int
+
+
+def at_work(stage: int, precision: str, ranks: int, micro_batches: int) -> AtWork:
+    """How a run with `engine.zero_stage` is really run.
 
     One process has nothing to share out: in float32 its stages 1 and 2 would only copy every gradient and weight
     several times in a step, for the same results. In bf16 DeepSpeed's stage 1 keeps all gradients in float32, to add up
     those of several micro-batches before it reduces them, after the backward pass; for a single one its stage 2 does
-    without, and reduces during the backward pass.
+    without, and reduces during the backward pass. Either sums over ranks in float32, which the stages asked for as 2
+    and 3 do in bf16.
     """
-    if ranks == 1 and precision == "fp32" and stage in (1, 2):
-        return 0
-    return 2 if (stage, precision, micro_batches) == (1, "bf16", 1) else stage
+    if precision == "fp32":
+        return AtWork(0 if ranks == 1 and stage < 3 else stage, 4)
+    if stage == 1:
+        return AtWork(2 if micro_batches == 1 else 1, 4)
+    return AtWork(stage, 2)
 
 
 @dataclass
@@ -70,6 +81,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer.lr={self.lr} must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas={list(self.betas)} must be at least 0 and below 1")
+        for key in ("eps", "weight_decay", "final_lr"):
+            if getattr(self, key) < 0:
+                raise InputError(f"optimizer.{key}={getattr(self, key)} must not be negative")
         if self.clip < 0:
             raise InputError(f"optimizer.clip={self.clip} must be positive, or 0 for no clipping")
         if self.muon_lr < 0:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import World, all_reduce_sum
-from ldt.engine.config import EngineConfig, OptimizerConfig, stage_at_work
+from ldt.engine.config import EngineConfig, OptimizerConfig, at_work
 from ldt.engine.memory import BUCKET
 from ldt.engine.muon import Muon
 from ldt.engine.partition import Partition
@@ -219,7 +219,7 @@ def parameter_groups(
 
 def _deepspeed_config(config: EngineConfig, micro_batches: int, parameters: int, world: World) -> dict[str, Any]:
     """Norm, clipping and the look for overflow are `Engine.apply`'s: each of DeepSpeed's own waits for the GPU."""
-    stage = stage_at_work(config.zero_stage, config.precision, world.size, micro_batches)
+    stage, summed_bytes = at_work(config.zero_stage, config.precision, world.size, micro_batches)
     bucket = min(parameters + parameters % 2, BUCKET)  # it refuses an odd one
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own reports
@@ -240,7 +240,7 @@ def _deepspeed_config(config: EngineConfig, micro_batches: int, parameters: int,
     }
     if config.precision == "bf16":
         out["data_types"] = {"grad_accum_dtype": "fp32"}
-    if (config.precision, config.zero_stage) == ("bf16", 1):  # sums over ranks stay in float32, also inside of stage 2
+    if config.precision == "bf16" and summed_bytes == 4:
         out["communication_data_type"] = "fp32"
         out["zero_optimization"]["reduce_scatter"] = False
     return out

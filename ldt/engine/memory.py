@@ -6,6 +6,7 @@ autograd keeps, taken from a forward pass of tensors without content. BENCHMARKS
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldt.diffusion.condition import Condition
-from ldt.engine.config import stage_at_work
+from ldt.engine.config import at_work
 from ldt.errors import InputError
 from ldt.nn.build import build, checkpoint_blocks
 from ldt.nn.config import ModelConfig
@@ -43,10 +44,7 @@ def state_bytes(
 
     precision: fp32 or bf16, that of the weights the network computes with; masters, moments and averages are fp32.
     """
-    reduced, stage = (
-        4 if (stage, precision) == (1, "bf16") else 0,
-        stage_at_work(stage, precision, ranks, micro_batches),
-    )
+    stage, summed = at_work(stage, precision, ranks, micro_batches)
     width = 2 if precision == "bf16" else 4
     bucket = width * min(parameters, BUCKET)
     weights, master, moments = width * parameters, 4 * parameters, 8 * parameters
@@ -59,7 +57,7 @@ def state_bytes(
         return State(persistent, persistent + 2 * weights + 2 * bucket + 2 * master // ranks)
     persistent = weights + (master + moments) // ranks + average
     if stage == 2:
-        copy = reduced * min(parameters, BUCKET)  # of a bucket in float32
+        copy = summed * min(parameters, BUCKET) if summed > width else 0
         return State(persistent, persistent + 2 * bucket + copy + 2 * master // ranks)
     if precision == "bf16":  # gradients of all weights in float32 beside those in bf16, and two flat copies
         return State(persistent + master, persistent + master + weights + 2 * master)
@@ -117,6 +115,25 @@ class Activations:
         auto = micro_batch == "auto"
         samples = self.largest(share, budget, at_least) if auto else min(int(micro_batch) or share, share)
         return samples, self.blocks_to_recompute(samples, budget, at_least)
+
+    def settle(
+        self,
+        micro_batch: int | str,
+        share: int,
+        state_of: Callable[[int], State],
+        budget: Callable[[State], float],
+        at_least: int = 0,
+    ) -> tuple[State, int, int]:
+        """`fit`, and the state beside which it fits, which may be larger in a step of several micro-batches.
+
+        state_of: of the number of micro-batches. budget: bytes for activations beside a state.
+        """
+        for micro_batches in (1, 2):
+            state = state_of(micro_batches)
+            samples, blocks = self.fit(micro_batch, share, budget(state), at_least)
+            if samples >= share:
+                break
+        return state, samples, blocks
 
     def largest(self, samples: int, budget: float, at_least: int = 0) -> int:
         """The largest micro-batch up to `samples` that fits; more blocks are recomputed only if one sample needs it."""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldt.diffusion.condition import Condition
 from ldt.engine import memory
+from ldt.engine.config import at_work
 from ldt.nn.build import build
 from ldt.nn.config import ModelConfig
 from ldt.nn.text_shape import TextShape
@@ -96,18 +97,17 @@ def optimizer_bytes(
 ) -> int:
     """What a rank moves between the backward pass and the next forward pass.
 
-    Gradients: read for their norm, and copied by DeepSpeed 0.19 into flat buffers; in bf16 at stage 1 they are reduced
-    in float32, and with several micro-batches also kept, added and zeroed in it for all weights. Adam reads and writes
+    Gradients: read for their norm, and copied by DeepSpeed 0.19 into flat buffers, in float32 where they are summed in
+    it; its own stage 1 in bf16 also keeps, adds and zeroes them in it for all weights. Adam reads and writes
     master and moments (28 bytes), writes the weights; an average takes 12. Clipping is inside of Adam's kernel. All but
     the first are a rank's share.
     """
     width = 2 if precision == "bf16" else 4
     own = 4 + 28 + 12 * averages + 4 + width  # norm, Adam, averages, master to weights
+    stage, summed = at_work(stage, precision, ranks, micro_batches)
     if stage == 0:
         return (4 + 28 + 8) * parameters + 12 * averages * parameters // ranks
-    widened = 0
     if (precision, stage) == ("bf16", 1):
-        if micro_batches > 1:
-            return (18 + 8 + 4 + 8) * parameters + own * parameters // ranks
-        widened = 2 + 4
+        return (18 + 8 + 4 + 8) * parameters + own * parameters // ranks
+    widened = width + summed if summed > width else 0
     return (4 * width + widened) * parameters + (own + 8) * parameters // ranks

@@ -108,7 +108,7 @@ class EfficientNetRAE(DC):
 
     def __init__(self, model: representation.EfficientNetRAE) -> None:
         self.model = model
-        self.image_channels = model.config.image_channels
+        self.image_channels: int = model.image_channels
         self.latent_channels, self.downsample = model.latent_channels, model.downsample
         self.preprocessing = model.preprocessing
 

@@ -27,7 +27,8 @@ STAGES = (
 )
 STEM, HEAD, CLASSES = 32, 1280, 1000
 MAP_BLOCKS, MAP_WIDTH, MAP_STRIDE = 11, 112, 16  # the deepest map at a sixteenth of the images' size
-PREPROCESSING = "bicubic-antialias-{} clip (x-0.498)/0.502"  # what `normalise` does
+RESIZED, SCALED = "bicubic-antialias", "clip (x-0.498)/0.502"  # what `normalise` does; in hashes and stored files
+PREPROCESSING = f"{RESIZED}-{{}} {SCALED}"
 
 
 class SameConv2d(nn.Conv2d):

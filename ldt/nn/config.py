@@ -114,6 +114,8 @@ class ModelConfig:
         for key in ("width", "depth", "heads", "patch"):
             if getattr(self, key) < 1:
                 raise InputError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise InputError(f"model.mlp_ratio={self.mlp_ratio} must be positive, and large enough for one channel")
         for key, most in (("width", WIDEST), ("depth", DEEPEST), ("mlp_ratio", WIDEST)):
             if getattr(self, key) > most:
                 raise InputError(f"model.{key}={getattr(self, key)} must be at most {most}")

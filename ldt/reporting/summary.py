@@ -14,10 +14,10 @@ def count(value: float) -> str:
 
 
 def score(value: float) -> str:
-    """Four significant digits, or one decimal."""
+    """Four significant digits, zeros at the end too, or one decimal."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.1f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
 def date(seconds: float) -> str:

@@ -7,6 +7,7 @@ a closed laptop) and end it when it goes on. This process counts only seconds in
 not stopped. It ends with the rank. It imports nothing of ldt, for it must be small.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -39,6 +40,9 @@ def main(pid: int, seconds: float) -> None:
         elif not is_stopped(pid):
             quiet += 1.0
     os.kill(pid, DUMP_SIGNAL)
+    said = f"process {pid} has run no Python code for {seconds:g} s and is killed; its stacks are in stalls/\n"
+    with contextlib.suppress(OSError):  # stderr is on a full disk
+        os.write(2, said.encode())
     time.sleep(DUMP_PERIOD_S)
     os.kill(pid, signal.SIGKILL)
 

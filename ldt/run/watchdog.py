@@ -50,7 +50,7 @@ class Watchdog:
             self._directory.mkdir(parents=True, exist_ok=True)
             for old in (self._dump, self._report(self._world.rank)):
                 old.unlink(missing_ok=True)
-            self._stacks = self._dump.open("w")
+            self._stacks = self._dump.open("a")
             faulthandler.register(guard.DUMP_SIGNAL, self._stacks)
             seconds = 2 * self._limit + GRACE_PERIOD_S
             command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(seconds)]
@@ -99,10 +99,9 @@ class Watchdog:
 
     def _give_up(self, since: float) -> None:
         """Report where this rank waits, see whether it goes on after all, and if not, end the process."""
-        with contextlib.suppress(OSError):  # on a full disk it is said without them
-            faulthandler.dump_traceback(self._stacks)
+        stacks_are_in = self._write_stacks()
         mine = {"rank": self._world.rank, "where": self._where, "seconds": round(self._awake - since, 1)}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # on a full disk an empty file says at least that this rank reports
             self._report(self._world.rank).write_text(json.dumps(mine))
         end = self._awake + GRACE_PERIOD_S
         while self._since == since and self._awake < end and self._tick():
@@ -114,16 +113,33 @@ class Watchdog:
         try:
             ranks = range(self._world.size)
             reports = [r for r in (mine if k == self._world.rank else self._read(k) for k in ranks) if r]
-            summary = self._summary(reports)
+            summary = f"{self._summary(reports)}; stacks are in {stacks_are_in}"
             logger.error("%s", summary)
             if reports and reports[0]["rank"] == self._world.rank:
                 self._on_stall(summary)
         finally:
             os._exit(1)
 
+    def _write_stacks(self) -> str:
+        """Write the stacks of all threads, to stderr if the disk is full; returns where they are."""
+        with open(os.memfd_create("stacks"), "r+b") as memory:  # faulthandler passes over what it can't write
+            faulthandler.dump_traceback(memory)
+            memory.seek(0)
+            stacks = memory.read()
+        try:
+            self._dump.write_bytes(stacks)
+        except OSError:
+            with contextlib.suppress(OSError):  # where that is on a full disk too
+                print(stacks.decode(errors="replace"), file=sys.stderr, flush=True)
+            return f"the lines before this one, as {self._directory} has no room"
+        return str(self._directory)
+
     def _read(self, rank: int) -> dict[str, Any]:
         try:
-            report: dict[str, Any] = json.loads(self._report(rank).read_text())
+            content = self._report(rank).read_text()
+            if not content:
+                return {"rank": rank, "where": "what its own lines name, as the disk is full"}
+            report: dict[str, Any] = json.loads(content)
         except (OSError, ValueError):
             return {}
         return report
@@ -135,7 +151,7 @@ class Watchdog:
         silent = sorted(set(range(self._world.size)) - {r["rank"] for r in reports})
         parts = [f"rank {_numbers(ranks)} in {where}" for where, ranks in places.items()]
         parts += [f"rank {_numbers(silent)} says nothing (stopped, or its node is gone)"] if silent else []
-        return f"no progress for {self._allowed:g} s: {'; '.join(parts)}; stacks are in {self._directory}"
+        return f"no progress for {self._allowed:g} s: {'; '.join(parts)}"
 
 
 def _numbers(ranks: list[int]) -> str:

@@ -44,12 +44,15 @@ def fit_into_memory(denoiser: nn.Module, config: TrainJob, spec: LatentSpec, ave
     )
     least = cost.blocks if config.model.activation_checkpointing else 0
     share, parameters = -(-config.train.global_batch // world.size), parameter_count(denoiser)
-    for micro_batches in (1, 2):  # where one does not fit, the state of a step with several may be larger
-        state = memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages, micro_batches)
-        room = min(all_gather(memory.available(world.device, world.local_size) - state.peak))  # the same on all ranks
-        samples, blocks = cost.fit(micro_batch, share, budget or memory.ROOM * room, least)
-        if samples >= share:
-            break
+
+    def state_of(micro_batches: int) -> memory.State:
+        return memory.state_bytes(parameters, engine.zero_stage, engine.precision, world.size, averages, micro_batches)
+
+    def room(state: memory.State) -> float:
+        free = memory.available(world.device, world.local_size) - state.peak
+        return budget or memory.ROOM * min(all_gather(free))  # the same on all ranks
+
+    _, samples, blocks = cost.settle(micro_batch, share, state_of, room, least)
     checkpoint_blocks(denoiser, blocks)
     held = cost.of(samples, blocks) / 1e9
     logger.info("micro-batch %d keeps %.3g GB; recomputed blocks: %d of %d", samples, held, blocks, cost.blocks)

@@ -16,6 +16,7 @@ import fsspec
 
 from ldt.data.shards.remote import STALLED, persist, within
 from ldt.errors import InputError, file_error
+from ldt.files import regular
 from ldt.paths import is_remote
 
 AHEAD = 1 << 22  # bytes read at once while an index is made
@@ -52,7 +53,8 @@ class LocalBlob(Blob):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            stat = path.stat()
+            with open(path, "rb", opener=regular) as file:
+                stat = os.fstat(file.fileno())
         except OSError as error:
             raise file_error(f"file {path}", error, "check it") from None
         self.size, self.stamp = stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}"

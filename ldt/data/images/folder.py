@@ -12,15 +12,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from ldt.data.images.labels_file import LABELS
-from ldt.data.images.listed import METADATA, ListedImages
+from ldt.data.images.listed import ListedImages
 from ldt.data.images.listing import Ints, Names
 from ldt.data.images.members import JSON_VALUE, USUAL, Fields, Members, captions_in, check_captions
 from ldt.data.images.metadata import SEPARATOR, described
-from ldt.data.images.names import is_hidden, stem
+from ldt.data.images.names import READABLE_METADATA, is_hidden, stem
 from ldt.data.images.tree import Tree
 from ldt.errors import InputError
-
-READABLE = METADATA[:2]
 
 
 class ImageFolder(ListedImages):
@@ -29,7 +27,7 @@ class ImageFolder(ListedImages):
     def __init__(self, tree: Tree, fields: Fields = USUAL) -> None:
         self._tree, self._fields, self._described_by = tree, fields, Names(b"", np.zeros(0, np.int64))
         self._endings: list[str] = []  # of captions, as they are written
-        metadata = next((name for name in READABLE if tree.holds(name)), "")
+        metadata = next((name for name in READABLE_METADATA if tree.holds(name)), "")
         members = Members(tree.where, USUAL if metadata else fields)
         self._list("", frozenset(), members)
         table = members.table()
@@ -49,7 +47,7 @@ class ImageFolder(ListedImages):
             path = f"{inside}{name}"
             if is_directory and not is_hidden(name):
                 directories.append(path)
-            elif not is_directory and (inside or name not in ("classes.txt", *READABLE)):
+            elif not is_directory and (inside or name not in ("classes.txt", *READABLE_METADATA)):
                 members.add(path, 0, size, self._number_of(members.split(path)[1]), self._reader(path))
         for path in sorted(directories):
             self._list(f"{path}/", above | {real}, members)

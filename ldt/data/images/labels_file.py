@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldt.data.images.listing import Names
+from ldt.data.images.listing import NameList, Names
 from ldt.errors import InputError
 from ldt.files import MOST_CLASSES, natural
 
@@ -18,26 +18,31 @@ LABELS = "dataset.json"
 
 def labels_in(content: bytes, names: Names, file: str) -> NDArray[np.int32] | None:
     """The class numbers of images, None where the file has no classes; `InputError` for images that it lacks."""
-    listed, ends, label_n = bytearray(), array("q"), array("i")
+    listed, label_n = listed_labels(content, file)
+    if not len(listed):
+        return None
+    place_n = listed.positions(names)
+    if (place_n < 0).any():
+        raise InputError(f"{file} has no label for {names[int((place_n < 0).argmax())]}; add it, or remove the image")
+    return label_n[place_n]
+
+
+def listed_labels(content: bytes, file: str) -> tuple[Names, NDArray[np.int32]]:
+    """The names that the file lists and their class numbers; none where its labels are null."""
+    listed, label_n = NameList(), array("i")
     try:
         for name, label in _pairs(content.decode()):
             if not natural(label) or label >= MOST_CLASSES:
                 raise InputError(f"{file} has {label!r} as the label of {name}; labels are class numbers from 0")
-            listed += name.encode("utf-8", "surrogateescape")
-            ends.append(len(listed))
+            listed.append(name)
             label_n.append(label)
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f'{file} is not readable ({error}); it needs {{"labels": [[file, class number], …]}}, or remove it'
         ) from None
-    if not ends:
-        return None
-    place_n = Names(listed, np.array(ends, np.int64)).positions(names)
-    if (place_n < 0).any():
-        raise InputError(f"{file} has no label for {names[int((place_n < 0).argmax())]}; add it, or remove the image")
-    return np.array(label_n, np.int32)[place_n]
+    return listed.names(), np.array(label_n, np.int32)
 
 
 def _pairs(text: str) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from ldt.data.images.bucket_rule import Size
 from ldt.data.images.decode import decode, shape_of, upright
 from ldt.data.images.labels_file import LABELS, labels_in
 from ldt.data.images.listing import Ints, Table
-from ldt.data.images.names import SUFFIXES
+from ldt.data.images.names import READABLE_METADATA, SUFFIXES
 from ldt.data.images.source import ImageSource
 from ldt.data.shards.remote import Remote
 from ldt.errors import InputError
@@ -21,8 +21,6 @@ from ldt.files import MOST_CLASSES, class_names, named_classes
 from ldt.paths import is_remote
 
 SINGLE_CLASS = "images"
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-READ = " and ".join(METADATA[:2])
 IMG2DATASET = re.compile(r"\d{5,}(_stats\.json|\.parquet)")
 VALUE = "value"
 """Of a table's facts `labels`: the classes are values given for each image, not the directories that they lie in."""
@@ -152,7 +150,11 @@ class ListedImages(ImageSource):
         unread = self.table.facts.get("unread")
         return [
             *super().remarks(),
-            *([f"{unread[0]} is not read: {READ} are, in the directory images.path itself"] if unread else []),
+            *(
+                [f"{unread[0]} is not read: {' and '.join(READABLE_METADATA)} are, in the directory images.path itself"]
+                if unread
+                else []
+            ),
             *([self._nested(self.names[int(nested_n[0])])] if len(nested_n) else []),
         ]
 

@@ -113,6 +113,24 @@ class Names:
         return cls(content, end_n)
 
 
+class NameList:
+    """`Names` in the making."""
+
+    def __init__(self) -> None:
+        self._content, self._ends = bytearray(), array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def append(self, name: str) -> None:
+        self._content += name.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._content))
+
+    def names(self) -> Names:
+        """The names that were appended; no more can be."""
+        return Names(self._content, _array(self._ends, np.int64))
+
+
 def numbers_of(order: Ints) -> Iterator[int]:
     """The numbers in an array as Python's, a few at a time."""
     return (i for first in range(0, len(order), CHUNK) for i in order[first : first + CHUNK].tolist())
@@ -198,7 +216,7 @@ class Listing:
     """A `Table` in the making."""
 
     def __init__(self) -> None:
-        self._names, self._ends, self._labels = bytearray(), array("q"), array("i")
+        self._names, self._labels = NameList(), array("i")
         self._numbers = {name: array("q") for name in NUMBERS}
         self._classes: dict[str, int] = {}
         self.left_out: Counter[str] = Counter()
@@ -208,8 +226,7 @@ class Listing:
         self, name: str, class_: str, size: int = -1, offset: int = 0, stored: int = -1,
         caption: tuple[int, int, int] = (-1, 0, 0),
     ) -> None:  # fmt: skip
-        self._names += name.encode("utf-8", "surrogateescape")
-        self._ends.append(len(self._names))
+        self._names.append(name)
         self._labels.append(self._classes.setdefault(class_, len(self._classes)))
         for column, value in zip(NUMBERS, (size, offset, stored, *caption, 0), strict=True):
             self._numbers[column].append(value)
@@ -218,8 +235,14 @@ class Listing:
         """The images that were added, in the order in which they came; no more can be added."""
         numbers: dict[str, NDArray[Any]] = {name: _array(column, np.int64) for name, column in self._numbers.items()}
         numbers["part"] = numbers["part"].astype(np.int32)
-        names, label_n = Names(self._names, _array(self._ends, np.int64)), _array(self._labels, np.int32)
-        return Table(names, label_n, [*self._classes], numbers, self.left_out, sorted(self.barren))
+        return Table(
+            self._names.names(),
+            _array(self._labels, np.int32),
+            [*self._classes],
+            numbers,
+            self.left_out,
+            sorted(self.barren),
+        )
 
 
 def _array(column: "array[int]", dtype: type[np.signedinteger]) -> NDArray[Any]:

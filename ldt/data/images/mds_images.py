@@ -16,12 +16,12 @@ from ldt.data.images.decode import checked
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields
+from ldt.data.images.names import CAPTION_COLUMNS
 from ldt.data.images.source import ImageSource
 from ldt.errors import InputError
 
 IMAGE_KINDS = ("jpeg", "png", "bytes", "pil")
 INTEGERS = {"int": "<i8"} | {f"{u}int{8 * n}": f"<{u or 'i'}{n}" for u in ("", "u") for n in (1, 2, 4, 8)}
-CAPTIONS = ("caption", "text")
 
 
 def index_mds(blob: Blob, fields: Fields) -> Table:
@@ -38,7 +38,7 @@ def index_mds(blob: Blob, fields: Fields) -> Table:
         if name and name not in kinds:
             raise InputError(f"{blob.name} has no {key}={name}; columns there: {', '.join(kinds)}")
     label = fields.label or next((c for c in ("label", "y", "class") if c in kinds), "")
-    caption = fields.caption or next((c for c in CAPTIONS if kinds.get(c) == "str"), "")
+    caption = fields.caption or next((c for c in CAPTION_COLUMNS if kinds.get(c) == "str"), "")
     if label and kinds[label] not in (*INTEGERS, "str"):
         raise InputError(f"{blob.name}: images.label={label} is {kinds[label]}; a whole number or a text is expected")
     listing = Listing()

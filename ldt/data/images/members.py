@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from ldt.data.images.labels_file import LABELS
-from ldt.data.images.listed import IMG2DATASET, METADATA, SINGLE_CLASS, VALUE
-from ldt.data.images.listing import Listing, Names, Table, numbers_of
-from ldt.data.images.names import HEAD, SUFFIXES, begins_like_an_image, is_hidden, stem
+from ldt.data.images.listed import IMG2DATASET, SINGLE_CLASS, VALUE
+from ldt.data.images.listing import Listing, NameList, Table, numbers_of
+from ldt.data.images.names import HEAD, METADATA, SUFFIXES, begins_like_an_image, is_hidden, stem
 from ldt.errors import InputError
 from ldt.files import parse_json
 
@@ -68,7 +66,7 @@ class Members:
 
     def __init__(self, where: str, fields: Fields) -> None:
         self.where, self.fields = where, fields
-        self._names, self._ends = bytearray(), array("q")
+        self._names = NameList()
         self._labels, self._label_n = {"": 0}, array("i")
         self._offsets, self._sizes, self._stored, self._captioned = array("q"), array("q"), array("q"), array("b")
         self.left_out: Counter[str] = Counter()
@@ -98,8 +96,7 @@ class Members:
             self.unread.append(name)
             return
         label, captioned = self._look_into(name, ending, read)
-        self._names += f"{key}\0{written}".encode("utf-8", "surrogateescape")
-        self._ends.append(len(self._names))
+        self._names.append(f"{key}\0{written}")
         self._label_n.append(self._labels.setdefault(label, len(self._labels)))
         self._offsets.append(offset)
         self._sizes.append(size)
@@ -171,7 +168,7 @@ class Members:
 
     def _samples(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Each sample's name, and its members by their endings, in the order of the names."""
-        names = Names(self._names, np.frombuffer(self._ends, np.int64) if self._ends else np.zeros(0, np.int64))
+        names = self._names.names()
         split = ((i, names[i].partition("\0")) for i in numbers_of(names.order()))
         for key, group in groupby(split, key=lambda member: member[1][0]):
             parts: dict[str, int] = {}
@@ -184,7 +181,7 @@ class Members:
     def _labels_by_value(self) -> bool:
         if self.endings[self.fields.label_ending]:
             return True
-        if self.fields.label and self.fields.label not in self.json_keys and len(self._ends):
+        if self.fields.label and self.fields.label not in self.json_keys and len(self._names):
             keys = list(self.json_keys)
             raise InputError(no_field(self.where, "images.label", self.fields.label, self._endings(), keys))
         return bool(self.fields.label)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ldt.data.images.listed import VALUE
-from ldt.data.images.listing import Names, Table
+from ldt.data.images.listing import NameList, Names, Table
 from ldt.data.images.members import Fields, label_of, texts_of
+from ldt.data.images.names import CAPTION_COLUMNS
 from ldt.data.images.tree import Tree
 from ldt.errors import InputError
 from ldt.files import parse_json
 
-CAPTIONS = ("caption", "text")  # usual names of a column
 SEPARATOR = "\0"  # of several captions of an image
 
 
@@ -32,20 +32,17 @@ def described(tree: Tree, file: str, table: Table, fields: Fields) -> tuple[Tabl
     if not rows:
         raise InputError(f"{where} names no images; write a row for each, or remove it")
     label = fields.label or ("label" if "label" in columns else "")
-    caption = fields.caption or next((c for c in CAPTIONS if c in columns), "")
-    listed, ends, classes, label_n = bytearray(), array("q"), dict[str, int](), array("i")
-    texts, text_ends = bytearray(), array("q")
+    caption = fields.caption or next((c for c in CAPTION_COLUMNS if c in columns), "")
+    listed, texts, classes, label_n = NameList(), NameList(), dict[str, int](), array("i")
     for number, row in enumerate(_rows(tree, file), 1):
-        listed += row["file_name"].encode("utf-8", "surrogateescape")
-        ends.append(len(listed))
+        listed.append(row["file_name"])
         if label:
             value = label_of(row.get(label), f"{where}: row {number}", label)
             if not value:
                 raise InputError(f"{where} has no {label} for {row['file_name']}; add it")
             label_n.append(classes.setdefault(value, len(classes)))
-        texts += SEPARATOR.join(texts_of(row.get(caption) if caption else None)).encode("utf-8", "surrogateescape")
-        text_ends.append(len(texts))
-    names = Names(listed, np.array(ends, np.int64))
+        texts.append(SEPARATOR.join(texts_of(row.get(caption) if caption else None)))
+    names = listed.names()
     row_n = names.positions(table.names)
     _check_rows(tree, where, names, table.names)
     if (row_n < 0).any():
@@ -59,7 +56,7 @@ def described(tree: Tree, file: str, table: Table, fields: Fields) -> tuple[Tabl
         table.classes, table.label_n, table.facts = order, rank[np.array(label_n)[row_n]], {"labels": VALUE}
     if not caption:
         return table, Names(b"", row_n[:0])
-    captions = Names(texts, np.array(text_ends, np.int64)).take(row_n)
+    captions = texts.names().take(row_n)
     table.numbers["caption_offset"] = np.where(np.diff(captions.end_n, prepend=0) > 0, 0, -1)
     return table, captions
 

@@ -1,4 +1,4 @@
-"""Which files are images, by their names, and which are hidden or belong to an operating system."""
+"""Which files are images, describe them, are hidden or belong to an operating system, by their names."""
 
 from PIL import Image
 
@@ -9,6 +9,9 @@ SUFFIXES = frozenset(
 )
 SYSTEM = ("@eaDir", "__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN", "#recycle")
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini", "ehthumbs.db")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+READABLE_METADATA = METADATA[:2]
+CAPTION_COLUMNS = ("caption", "text")  # usual names of a column, or key, of captions
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "PPM", "TIFF")
 HEAD = 32  # bytes at the beginning of a file by which its format is known
 

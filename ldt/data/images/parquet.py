@@ -11,11 +11,11 @@ from ldt.data.images.blobs import Blob
 from ldt.data.images.listed import SINGLE_CLASS, VALUE, ListedImages
 from ldt.data.images.listing import Listing, Table
 from ldt.data.images.members import Fields, texts_of
+from ldt.data.images.names import CAPTION_COLUMNS
 from ldt.errors import InputError, by_reason
 
 KEPT = 1 << 30  # bytes of row groups that are in memory at a time, if there is more than one
 LARGEST = "bytes of the largest row group"
-CAPTIONS = ("caption", "text")
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 
 
@@ -48,7 +48,7 @@ def index_parquet(blob: Blob, fields: Fields) -> Table:
         if name and name not in columns:
             raise InputError(f"{blob.name} has no {key}={name}; columns there: {', '.join(columns)}")
     label = fields.label or ("label" if "label" in columns else "")
-    caption = fields.caption or next((c for c in CAPTIONS if c in columns), "")
+    caption = fields.caption or next((c for c in CAPTION_COLUMNS if c in columns), "")
     names = class_names_in(file, label)
     listing, row = Listing(), 0
     for group in range(file.num_row_groups):

@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from ldt.data.images.blobs import ask, filesystem
 from ldt.errors import InputError, file_error
+from ldt.files import regular
 from ldt.paths import is_remote
 
 
@@ -67,14 +68,14 @@ class LocalTree(Tree):
 
     def read(self, name: str, what: str, limit: int = -1) -> bytes:
         try:
-            with (self._root / name).open("rb") as file:
+            with open(self._root / name, "rb", opener=regular) as file:
                 return file.read(limit)
         except OSError as error:
             raise file_error(f"{what} {self._root / name}", error, "check the file") from None
 
     def open(self, name: str) -> BinaryIO:
         try:
-            return (self._root / name).open("rb")
+            return open(self._root / name, "rb", opener=regular)
         except OSError as error:
             raise file_error(f"file {self._root / name}", error, "check the file") from None
 
