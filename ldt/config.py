@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldt.config_fields import choice, section
@@ -107,6 +107,8 @@ def _settle_paths(merged: DictConfig, schema: type, prefix: str = "") -> None:
         if OmegaConf.is_missing(merged, field.name):
             continue
         key, value, factory = prefix + field.name, merged[field.name], field.default_factory
+        if field.default == MISSING and value == "":
+            raise InputError(f"{key}= is empty; give a path")
         if "path" in field.metadata and value != field.default:
             remote = field.metadata["path"]
             settled = [usable_path(key, v, remote) for v in value] if field.default is dataclasses.MISSING else None
@@ -164,13 +166,23 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section: YAML would take the last, and a whole section would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml"
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _OnceLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise by_reason(f"config {path} is not readable as YAML: {' '.join(str(error).split())}", error) from None
     if content is None:

@@ -59,6 +59,9 @@ class SubmitJob:
         for key in ("nodes", "tasks", "cpus_per_task", "minutes", "evaluation_tasks"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("stop_seconds", "max_restarts"):
+            if getattr(self, key) < 0:
+                raise InputError(f"{key}={getattr(self, key)} must not be negative")
         if self.gpus and not self.gpus.isdecimal():
             raise InputError(
                 f"gpus={self.gpus} must be a number of GPUs a node, 0 for none; their kind goes into slurm="
@@ -152,7 +155,7 @@ def plan(arguments: Sequence[str]) -> tuple[SubmitJob, list[list[str]]]:
     if unknown := [f for f in flags if f != "--dry-run"]:
         raise InputError(f"unknown flag {unknown[0]}; settings are given as key=value, the flag is --dry-run")
     own += ["dry_run=true"] if flags else []
-    site = next((a.partition("=")[2] for a in own if a.startswith("cluster=")), "slurm")
+    site = next((a.partition("=")[2] for a in reversed(own) if a.startswith("cluster=")), "slurm")
     config = configuration.load(SubmitJob, _site_file(site), own)
     words = [a for a in others if a not in flags]
     runs = [_with_own_directory(run, words) for run in configuration.sweep(words)]

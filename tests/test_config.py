@@ -134,6 +134,41 @@ def test_every_number_is_finite(name):
                 config.load(JOBS[name], None, [f"{key}={value}"])
 
 
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "train: {bad_steps: 2}\ndata: {}\ntrain:\n  global_batch: 8\n"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, text):
+    """YAML takes the last: a whole section was lost without a word."""
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(InputError, match="twice.yaml is not readable as YAML: (seed|train) stands there twice"):
+        config.load(TrainJob, tmp_path / "twice.yaml", ["run_dir=x", "data.path=y"])
+
+
+@pytest.mark.parametrize(("job", "key"), [("train", "run_dir"), ("export", "to"), ("score", "reference")])
+def test_a_path_that_is_needed_is_not_empty(job, key):
+    with pytest.raises(InputError, match=f"{key}= is empty; give a path"):
+        config.load(JOBS[job], None, [f"{key}="])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.betas=[1.0, 0.9]", r"betas=\[1.0, 0.9\] must be at least 0 and below 1"),
+        ("optimizer.eps=-1", "eps=-1.0 must not be negative"),
+        ("optimizer.weight_decay=-1", "weight_decay=-1.0 must not be negative"),
+        ("optimizer.final_lr=-1e-4", "final_lr=-0.0001 must not be negative"),
+        ("model.mlp_ratio=-1", "mlp_ratio=-1.0 must be positive"),
+    ],
+)
+def test_numbers_that_only_a_library_would_refuse(setting, said):
+    with pytest.raises(InputError, match=said):
+        config.load(TrainJob, None, ["run_dir=x", "data.path=y", setting])
+
+
+@pytest.mark.parametrize("setting", ["stop_seconds=-1", "max_restarts=-1"])
+def test_numbers_of_a_submission(setting):
+    with pytest.raises(InputError, match="must not be negative"):
+        config.load(SubmitJob, None, [setting])
+
+
 @pytest.mark.parametrize("setting", ["guidance=inf", "guidance=-inf", "shift=1e400"])
 def test_infinity_is_no_number_either(setting):
     with pytest.raises(InputError, match="is not a finite number"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,15 @@ def test_torchs_own_kinds_of_errors_are_known():
         assert issubclass(kind, RuntimeError), "in_a_sentence would not see it"
     with pytest.raises(RunError, match=r"train\.micro_batch=auto.*Tried to allocate"), in_a_sentence():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 80 GiB.")
+
+
+def test_too_much_memory_and_places_that_can_not_be_are_sentences(tmp_path):
+    with pytest.raises(RunError, match="a node has no memory left; .* need less .Unable to allocate"), in_a_sentence():
+        np.empty(1 << 59)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "below", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=f"^{path} can't be used .*; give another path$"), in_a_sentence():
+            path.write_text("x")
 
 
 def test_a_full_disk_is_a_sentence():
