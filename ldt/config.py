@@ -95,7 +95,7 @@ def _build(merged: DictConfig, schema: type[Schema]) -> Schema:
 def _check_finite(values: Any) -> None:
     """Refuse numbers that compare with nothing, which no other check would find."""
     for key, value in flatten(values).items():
-        for number in value if isinstance(value, list) else [value]:
+        for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{key}={value} is not a finite number; give one")
 

@@ -76,7 +76,7 @@ def test_what_is_written_there(world, tmp_path, monkeypatch, capsys, name, make)
     before = {p: p.lstat().st_mode for p in tmp_path.iterdir()}
     code = main([*(word.format(**world, place=place) for word in COMMANDS[name]), "--quiet"])
     said = capsys.readouterr().err
-    assert code == 2 and str(place) in said and said.count("\n") == 1, said
+    assert code == 2 and str(tmp_path) in said and said.count("\n") == 1, said
     assert {p: p.lstat().st_mode for p in tmp_path.iterdir()} == before
 
 
