@@ -30,11 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to be written in the block; it is then synced and takes the name of `path`.
 
     A crash at any point leaves the old file or the new one. A block that raises leaves the old one and nothing else.
-    `InputError` where there is something else than a file: root would replace /dev/null for the whole machine.
     """
-    if path.exists() and not path.is_file():
-        what = "directory" if path.is_dir() else "pipe or a device"
-        raise InputError(f"{path} is a {what}; give the path of a file")
+    check_writable_place(path)
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
     try:
         with naming(path, temporary):
@@ -82,6 +79,20 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if found and int(found[1]) in NO_ROOM:
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         raise
+
+
+def check_writable_place(path: Path) -> None:
+    """`InputError` where there is something else than a file.
+
+    Who writes a pipe waits for a reader, and root would replace /dev/null, for the whole machine, by what is written.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "directory" if stat.S_ISDIR(mode) else "pipe or a device"
+        raise InputError(f"{path} is a {what}; give the path of a file")
 
 
 def write_new(path: Path, text: str) -> None:

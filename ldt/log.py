@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldt.errors import InputError, by_reason, on_one_line
-from ldt.files import naming, natural, parse_json, replacing
+from ldt.files import check_writable_place, naming, natural, parse_json, replacing
 from ldt.progress import Handler, ProgressLine
 
 
@@ -45,6 +45,7 @@ def append_jsonl(path: Path, *records: dict[str, Any]) -> None:
     """Append objects as a line each: all of them, or none where the disk is full."""
     lines = "".join(json.dumps(record, allow_nan=True, separators=(",", ":")) + "\n" for record in records)
     left = memoryview(lines.encode())
+    check_writable_place(path)
     with naming(path), path.open("ab", buffering=0) as f:
         start = f.seek(0, os.SEEK_END)
         try:

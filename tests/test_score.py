@@ -402,7 +402,7 @@ def test_precision_needs_four_images(job: Callable[..., ScoreJob], real: Path, t
 
 def test_where_nothing_can_be_written(made: Path, real: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["score", str(made), f"reference={real}", f"output={tmp_path}"]) == 2
-    assert "is a directory, and scores are lines of a file" in capsys.readouterr().err
+    assert "is a directory; give the path of a file" in capsys.readouterr().err
 
 
 def test_images_of_an_npz_are_read_one_at_a_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from ldt.cluster.gpus import choose_arithmetic
 from ldt.dist import SLOWEST_RANK_TIMEOUT, process_group, together
 from ldt.errors import InputError
 from ldt.evaluation.sets import ScoreJob, score_sets, table
-from ldt.files import unwritable
+from ldt.files import check_writable_place, unwritable
 from ldt.log import append_jsonl
 
 
@@ -20,8 +20,7 @@ def run(config: ScoreJob) -> int:
     output = Path(config.output)
 
     def check() -> None:
-        if output.is_dir():
-            raise InputError(f"output={output} is a directory, and scores are lines of a file; give its name")
+        check_writable_place(output)
         if why := unwritable(output.parent):
             raise InputError(f"{output.parent} can't be written ({why}); give a file of your own as output=")
 
