@@ -43,6 +43,7 @@ from ldt.reporting.html import Markup, script_json, tag
 from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, newest_cells, open_real
 from ldt.reporting.png import write_plots
 from ldt.reporting.reach import by_config, reaches
+from ldt.reporting.summary import score
 from ldt.run import directory, outcome
 from ldt.run.directory import NEWEST_CELLS
 from ldt.training.config import DataConfig, TrainJob
@@ -709,3 +710,11 @@ def test_the_command_that_takes_the_pictures_for_the_docs(run_dir: Path, tmp_pat
         assert phone.width == 2 * 390 and phone.height > 2000
     with Image.open(tmp_path / "out" / "report-dark.png") as dark:
         assert np.asarray(dark.convert("L"))[5, 5] < 40 < len(np.unique(np.asarray(dark.convert("L"))))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(525.007, "525.0"), (422.774, "422.8"), (12345.678, "12,345.7"), (28, "28"), (0.677, "0.677"), (np.nan, "–")],
+)
+def test_scores_of_a_table_are_alike(value, said):
+    assert score(value) == said

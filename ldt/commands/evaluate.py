@@ -22,7 +22,7 @@ from ldt.evaluation.config import EvaluateConfig
 from ldt.evaluation.follow import follow
 from ldt.evaluation.parts import with_size
 from ldt.evaluation.scorer import open_reference, score_once, short_hash
-from ldt.files import unwritable
+from ldt.files import check_writable_place, unwritable
 from ldt.metrics.detectors import make_detector
 from ldt.metrics.scores import check
 
@@ -128,6 +128,7 @@ def evaluate(config: EvaluateJob, world: World) -> list[Section]:
             loaded = load_denoiser(path, settings.weights, world.device)
             settings = with_size(settings, loaded)
             output = _output(settings, loaded.path)
+            together(partial(check_writable_place, output))
             require_writable(output.parent, "give a file of your own as")
             if reference is None:  # all checkpoints of a run have the same
                 reference = open_reference(settings, loaded, detector, world)

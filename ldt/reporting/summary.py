@@ -14,10 +14,10 @@ def count(value: float) -> str:
 
 
 def score(value: float) -> str:
-    """Four significant digits, zeros at the end too, or one decimal."""
+    """One decimal from 100 on, so that the scores of a table are alike; else four significant digits."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:,.1f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def date(seconds: float) -> str:
