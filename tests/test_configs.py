@@ -137,16 +137,18 @@ def test_arms_over_the_base_change_what_they_are_about_and_nothing_else():
         assert configs.load(TrainJob, path) == expected != base, arm
 
 
-def test_the_representation_arm_is_the_demo_on_other_latents_at_its_cost():
+def test_the_representation_arm_is_the_first_record_on_other_latents_at_its_cost():
     """As many tokens, blocks and samples; what the header says of its cost is what `ldt plan` counts."""
     path = ROOT / "study" / "representation.yaml"
-    changes = ["model.patch=1", "objective.shift_base=256", "evaluate.checkpoint=all", "log.samples_every_samples=0"]
+    recorded = ROOT.parent / "records" / "fashion_mnist-2026-11-27" / "config.yaml"
     encode = configs.load(EncodeJob, ROOT / "encode" / "fashion_mnist_representation.yaml")
-    changes += [f"data.path={encode.output}", "run_dir=runs/study/representation"]
-    arm, demo = configs.load(TrainJob, path), configs.load(TrainJob, ROOT / "fashion_mnist.yaml", changes)
-    assert arm == demo and encode.autoencoder == EMBEDDED_REPRESENTATION and encode.whitening == "element"
+    changes = ["model.patch=1", "objective.shift_base=256", f"data.path={encode.output}", "evaluate.checkpoint=all"]
+    arm, demo = configs.load(TrainJob, path), configs.load(TrainJob, recorded, changes)
+    for part in ("seed", "data", "model", "objective", "align", "train", "optimizer", "ema", "evaluate"):
+        assert getattr(arm, part) == getattr(demo, part), part
+    assert encode.autoencoder == EMBEDDED_REPRESENTATION and encode.whitening == "element"
     shapes = [(112, 4, 4), (4, 8, 8)]
-    models = [arm.model, configs.load(TrainJob, ROOT / "fashion_mnist.yaml").model]
+    models = [arm.model, configs.load(TrainJob, recorded).model]
     cost = [flops(model, shape) / 1e6 for model, shape in zip(models, shapes, strict=True)]
     assert cost[0] / cost[1] == pytest.approx(1, abs=0.02)
     header = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines())
