@@ -182,7 +182,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"config {path} does not exist; give the path of a YAML file, such as configs/fashion_mnist.yaml"
         )
     try:
-        content = yaml.load(path.read_text(), _OnceLoader)
+        content = _OnceLoader(path.read_text()).get_single_data()
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise by_reason(f"config {path} is not readable as YAML: {' '.join(str(error).split())}", error) from None
     if content is None:

@@ -27,7 +27,7 @@ SHORT = {
     "train": [
         "data.path={tmp}/data",
         "run_dir={tmp}/run",
-        "model={{width: 48, depth: 2, heads: 2}}",
+        "model={{width: 48, depth: 2, heads: 2, inner_head: 1}}",
         "train.total_samples=1280",
         "optimizer.warmup_samples=64",
         "log.every_samples=320",
@@ -155,7 +155,7 @@ def test_the_readmes_table_is_that_of_the_records():
         assert changed_files(record) == [], record
 
 
-TINY = ["model={width: 48, depth: 2, heads: 2}", "evaluate={images: 40, steps: 2, cache_dir: cache}"]
+TINY = ["model={width: 48, depth: 2, heads: 2, inner_head: 1}", "evaluate={images: 40, steps: 2, cache_dir: cache}"]
 SHORTER = {"train": ["data.window=64", "log.every_samples=320", *TINY], "sample": ["steps=2"], "evaluate": TINY[1:]}
 SHORTER["score"] = ["cache_dir=cache"]
 

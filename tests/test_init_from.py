@@ -322,7 +322,7 @@ def test_the_commands_of_the_docs_fine_tune_the_demo(tmp_path):
     page = PAGE.read_text().partition("## Fine-tuning")[2]
     encode, tune = (shlex.split(line) for line in re.findall(r"^(ldt \w+ .+)$", page, re.M)[:2])
     (tmp_path / "configs").symlink_to(PAGE.parents[1] / "configs")
-    small = ["model={width: 32, depth: 1, heads: 2}", "train.total_samples=64", "train.global_batch=32"]
+    small = ["model={width: 32, depth: 2, heads: 2, inner_head: 1}", "train.total_samples=64", "train.global_batch=32"]
     small += ["optimizer.warmup_samples=32", "log={every_samples: 32, samples_every_samples: 0}"]
     small += ["log.validation_every_samples=0"]
 

@@ -181,7 +181,7 @@ def test_it_says_whose_shape_it_took(tmp_path, capsys):
         ("latent=4x32", "latent=4x32 must be channels, height and width"),
         ("latent=4x²x32", "latent=4x²x32 must be channels, height and width"),
         ("disk_gb=0", "disk_gb=0.0 must be a number above 0"),
-        ("network_gb=.nan", "network_gb=nan must be a number above 0"),
+        ("network_gb=.nan", "network_gb=nan is not a finite number"),
         ("device_tflops=-5", "device_tflops=-5.0 must be a number from 0"),
         ("device_memory_gb=-1", "device_memory_gb=-1.0 must be a number from 0"),
         ("price=-2", "price=-2.0 must be a number from 0"),

@@ -182,7 +182,7 @@ def test_the_same_data_twice_and_empty_sources_are_named(root, tmp_path):
         (["data.path=x", "evaluate.seed=-1"], "seed=-1 must be a whole number from 0"),
         (["data.sources.a.path=x", "data.sources.a.weight=0"], "data.sources.a.weight=0.0 must be a number above 0"),
         (["data.sources.a.path=x", "data.sources.a.weight=-1"], "data.sources.a.weight=-1.0 must be"),
-        (["data.sources.a.path=x", "data.sources.a.weight=.nan"], "data.sources.a.weight=nan must be"),
+        (["data.sources.a.path=x", "data.sources.a.weight=.nan"], "data.sources.a.weight=nan is not a finite number"),
         (["data.sources.a.weight=1"], "data.sources.a.path is not set"),
         (["data.sources.a.wieght=1"], "unknown key data.sources.a.wieght"),
         (["data.sources={a b: {path: x}}"], "'a b'"),
