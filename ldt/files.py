@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -11,15 +12,18 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 from zipfile import BadZipFile
 
 import xxhash
 
 from ldt.errors import NO_ROOM, InputError, file_error
+
+T = TypeVar("T")
+TRIES = 20
 
 MOST_CLASSES = 1 << 22  # above any data set: a damaged label must not fill the memory with names or counts
 UNFINISHED = ".unfinished"  # suffix of what a killed writer leaves; never a final name
@@ -192,17 +196,48 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def beside_threads(read: Callable[[], T]) -> T:
+    """What `read` returns that makes numpy parse the header of an array.
+
+    Threads of Python 3.11 that parse at the same time can be taken for a parser that went wrong (CPython issue 106905):
+    a SystemError, of which the next try knows nothing.
+    """
+    for _ in range(TRIES):
+        with contextlib.suppress(SystemError):
+            return read()
+    return read()
+
+
 def load_npy(source: Path | BinaryIO) -> Any:
     """One array of an .npy file, never unpickled; all complaints but OSErrors are ValueErrors."""
     import numpy as np  # not for --help
 
+    def read() -> Any:
+        if not isinstance(source, Path):
+            source.seek(start)
+        return np.load(source, allow_pickle=False)
+
+    start = 0 if isinstance(source, Path) else source.tell()
     try:
-        array = np.load(source, allow_pickle=False)
+        array = beside_threads(read)
     except (SyntaxError, TokenError, EOFError, TypeError, OverflowError, MemoryError, BadZipFile) as error:
         raise ValueError(str(error) or type(error).__name__) from None
     if not isinstance(array, np.ndarray):
         raise ValueError("it is an archive of arrays")
     return array
+
+
+def npy_header(content: bytes) -> tuple[tuple[int, ...], bool, Any, int]:
+    """Shape, whether in Fortran's order, dtype and length of the header that an .npy file begins with."""
+    import numpy as np  # not for --help
+
+    def read() -> tuple[tuple[int, ...], bool, Any, int]:
+        stream = io.BytesIO(content)
+        major = np.lib.format.read_magic(stream)[0]
+        parse = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        return *parse(stream), stream.tell()
+
+    return beside_threads(read)
 
 
 def class_names(directory: Path, largest: int) -> list[str]:

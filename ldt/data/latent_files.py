@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ldt.data.images.labels_file import LABELS, listed_labels
 from ldt.errors import InputError, by_reason, file_error
-from ldt.files import MOST_CLASSES, class_names, load_npy
+from ldt.files import MOST_CLASSES, beside_threads, class_names, load_npy
 
 
 class LatentFiles(ABC):
@@ -212,9 +212,12 @@ def load(path: Path) -> NDArray[Any]:
 
 
 def _member(path: Path, key: str) -> NDArray[Any]:
-    try:
+    def read() -> NDArray[Any]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive[key]
+
+    try:
+        return beside_threads(read)
     except KeyError:
         raise InputError(f"latent {path} has no `{key}`; it needs `moments` and `label`") from None
     except OSError as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldt import log
 from ldt.dist import World, broadcast
 from ldt.errors import InputError, by_reason
-from ldt.files import load_npy, parse_json, replacing, schema_error, write_npy
+from ldt.files import beside_threads, load_npy, parse_json, replacing, schema_error, write_npy
 from ldt.metrics.detectors import Detector
 from ldt.metrics.feature_store import FeatureStore, Vanished
 from ldt.metrics.features import block_sizes, store_features
@@ -136,11 +136,15 @@ def _features_file(file: Path) -> Path:
     return file.with_suffix(".features.npy")
 
 
+def _arrays(file: Path) -> dict[str, Any]:
+    with file.open("rb") as f, np.load(f, allow_pickle=False) as z:
+        return {name: z[name] for name in z.files if name in ("mu", "sigma", "mu_s", "sigma_s", "count", "made_by")}
+
+
 def load(file: Path, detector: Detector) -> Reference:
     """Read statistics of ours or ADM's; refuses those of another detector, of another width, and NaN."""
     try:
-        with file.open("rb") as f, np.load(f, allow_pickle=False) as z:
-            held = {name: z[name] for name in z.files if name in ("mu", "sigma", "mu_s", "sigma_s", "count", "made_by")}
+        held = beside_threads(lambda: _arrays(file))
         made_by = parse_json(str(held["made_by"])) if "made_by" in held else {}
         if any(held[name].dtype.kind not in "fiu" for name in held if name != "made_by"):
             raise ValueError("statistics are real numbers")

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldt.files import beside_threads
+
 Ints = NDArray[np.int64]
 NUMBERS = ("size", "offset", "stored", "caption_offset", "caption_size", "caption_form", "part")
 """size: bytes of an image; offset: where it begins in its file; stored: how many bytes it has there where it is
@@ -183,12 +185,17 @@ class Table:
     @classmethod
     def from_bytes(cls, content: bytes) -> "Table":
         """ValueError, KeyError or the like for what `to_bytes` did not write."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as held:
-            rest = json.loads(held["rest"].tobytes())
-            numbers = {name: held[name] for name in NUMBERS}
-            names = Names(held["names"].tobytes(), held["ends"])
-            left_out = Counter(rest["left_out"])
-            return cls(names, held["labels"], rest["classes"], numbers, left_out, rest["barren"], rest["facts"])
+
+        def read() -> dict[str, NDArray[Any]]:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                return dict(archive)
+
+        held = beside_threads(read)
+        rest = json.loads(held["rest"].tobytes())
+        numbers = {name: held[name] for name in NUMBERS}
+        names = Names(held["names"].tobytes(), held["ends"])
+        left_out = Counter(rest["left_out"])
+        return cls(names, held["labels"], rest["classes"], numbers, left_out, rest["barren"], rest["facts"])
 
     @classmethod
     def joined(cls, parts: Sequence["Table"]) -> "Table":

@@ -12,7 +12,7 @@ from ldt.data.images.blobs import Blob, open_blob
 from ldt.data.images.listed import SINGLE_CLASS
 from ldt.data.images.source import ImageSource
 from ldt.errors import InputError, RunError
-from ldt.files import MOST_CLASSES, load_npy
+from ldt.files import MOST_CLASSES, load_npy, npy_header
 
 IMAGES, LABELS = "arr_0.npy", "arr_1.npy"
 
@@ -84,15 +84,12 @@ class _Rows:
 def _rows(blob: Blob, entry: zipfile.ZipInfo) -> "_Rows | NDArray":
     """A stored member as rows; one in another order of axes than numpy's usual is read whole."""
     start = stored_at(blob, entry.header_offset)
-    head = io.BytesIO(blob.read(start, min(entry.file_size, 1 << 12)))
-    version = np.lib.format.read_magic(head)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(head)
+    shape, fortran, dtype, size = npy_header(blob.read(start, min(entry.file_size, 1 << 12)))
     if fortran or dtype.hasobject or not shape:
         return load_npy(io.BytesIO(blob.read(start, entry.file_size)))
-    if head.tell() + int(np.prod(shape)) * dtype.itemsize != entry.file_size:
+    if size + int(np.prod(shape)) * dtype.itemsize != entry.file_size:
         raise ValueError(f"arr_0 of shape {list(shape)} has {entry.file_size} bytes")
-    return _Rows(blob, start + head.tell(), shape, dtype)
+    return _Rows(blob, start + size, shape, dtype)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> NDArray:

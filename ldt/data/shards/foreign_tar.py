@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ldt.data.shards.layout import FLIPPED, MOMENTS, STORED, TEXT, Index, Layout, make_index, refuse_targets
 from ldt.errors import InputError
+from ldt.files import npy_header
 from ldt.nn.text_shape import TextShape
 
 CLS, TXT, NPY = "cls", "txt", ".npy"
@@ -150,13 +151,10 @@ class _Unfit(Exception):
 @functools.lru_cache(maxsize=1024)
 def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
     """Parse a header. Samples of a shard share theirs, so results are kept: parsing takes longer than all the rest."""
-    stream = io.BytesIO(header)
-    major = np.lib.format.read_magic(stream)[0]
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype, size = npy_header(header)
     if fortran or dtype.hasobject:
         raise _Unfit
-    return dtype, shape, stream.tell()
+    return dtype, shape, size
 
 
 def _array(content: NDArray[np.uint8], start: int, size: int, layout: Layout, array: str, what: str) -> int:
