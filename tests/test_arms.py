@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from shard_data import write_shards
-from training_cases import config_case, refused_case, train_case
+from training_cases import assert_same_run, config_case, refused_case, train_case
 
 from ldt.checkpoint.load import load_denoiser
 from ldt.config import load
@@ -52,8 +52,7 @@ def test_arms_train_the_same_on_one_rank_and_on_two(pool, data, tmp_path, arm):
     settings += [f"data.path={data}", "train.total_samples=80"]
     one = pool(1).run(train_case, settings=[*settings, f"run_dir={tmp_path}/one", "engine.zero_stage=1"])
     two = pool(2).run(train_case, settings=[*settings, f"run_dir={tmp_path}/two", "engine.zero_stage=3"])
-    assert [r["digest"] for r in one] == [r["digest"] for r in two]
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=2e-4)
+    assert_same_run(one, two, rel=2e-4)
     loaded = [load_denoiser(tmp_path / name, "master").denoiser for name in ("one", "two")]
     x, t, label = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7]), Condition(torch.tensor([0, 3]))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from ldt.commands.sample import SampleJob
 from ldt.config_fields import choice, required_path_field, section
 from ldt.encoding.config import EncodeJob
 from ldt.errors import InputError
-from ldt.submit import SubmitJob
+from ldt.submit import SubmitJob, plan
 from ldt.training.config import TrainJob
 
 
@@ -85,6 +85,22 @@ def test_each_mistake_is_one_sentence_that_names_the_key(overrides, message):
 def test_this_machine_starts_no_job_after_another():
     with pytest.raises(InputError, match="evaluation=after needs a scheduler.*evaluation=watch"):
         config.load(SubmitJob, None, ["cluster=local", "evaluation=after"])
+
+
+def test_the_last_site_counts():
+    """As the last of every other key does; the settings of the first are not left behind."""
+    job, _ = plan(["configs/debug.yaml", "cluster=configs/cluster/example.yaml", "cluster=local"])
+    assert (job.cluster, job.slurm, job.tasks) == ("local", {}, SubmitJob().tasks)
+    job, _ = plan(["configs/debug.yaml", "cluster=local", "cluster=configs/cluster/example.yaml"])
+    assert job.slurm["partition"] == "a100"
+
+
+@pytest.mark.parametrize("sizes", ["images.size={}", "images.buckets=[64x64,{}x64]", "images.buckets=[64x64,64x{}]"])
+def test_images_of_no_size_that_fits_anywhere_are_refused(sizes):
+    paths = ["images.path=a", "output=b", "autoencoder=c"]
+    config.load(EncodeJob, None, [*paths, sizes.format(16384)])
+    with pytest.raises(InputError, match="a side of 16385 pixels, in images.size or images.buckets, is more than 16,3"):
+        config.load(EncodeJob, None, [*paths, sizes.format(16385)])
 
 
 @pytest.mark.parametrize(

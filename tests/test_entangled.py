@@ -10,7 +10,7 @@ from plans import ROOT, planned
 from run_data import randomised
 from shard_data import write_shards
 from torch.utils.flop_counter import FlopCounterMode
-from training_cases import refused_case, train_case
+from training_cases import assert_same_run, refused_case, train_case, trained_in_parts
 
 import ldt
 from ldt import log, rng
@@ -241,10 +241,7 @@ def test_training_is_the_same_at_any_world_and_stage(pool, data, reference, tmp_
     """… also when another world ends what this one has begun."""
     settings = [f"run_dir={tmp_path}/run", f"data.path={data}/mds", f"engine.zero_stage={stage}", *REG]
     settings += [f"train.micro_batch={micro_batch}"]
-    pool(ranks).run(train_case, settings=[*settings, "train.total_samples=112"])
-    ours = pool(1).run(train_case, settings=[*settings, "train.total_samples=120"])
-    assert [r["digest"] for r in ours] == [r["digest"] for r in reference[1]]
-    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in reference[1]], rel=1e-4)
+    assert_same_run(trained_in_parts(pool, ranks, settings, 112, 120), reference[1])
 
 
 def test_the_first_loss_is_that_of_the_formula(pool, data, tmp_path):
@@ -364,8 +361,9 @@ def test_the_formula_counts_what_torch_counts(keys):
 
 
 def test_the_plan_counts_it():
-    path = ROOT / "configs" / "study" / "reg.yaml"
-    (config, on, _), (_, off, _) = (planned(path, "latent=4x8x8", f"align.token_weight={w}") for w in (0.03, 0))
+    """Where the data are not there, as features of a ViT-B."""
+    path, shape = ROOT / "configs" / "study" / "reg.yaml", ("data.path=not_there", "latent=4x8x8")
+    (config, on, _), (_, off, _) = (planned(path, *shape, f"align.token_weight={w}") for w in (0.03, 0))
     width, features = 192, 768
     assert on.parameters - off.parameters == 2 * width * features + 2 * width + features
     more = flops(config.model, (4, 8, 8), None, features) - flops(config.model, (4, 8, 8))

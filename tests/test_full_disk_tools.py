@@ -46,7 +46,7 @@ def program_of(main: Callable[[], Any], *words: object) -> int:
 
 def process(main: Callable[[], Any]) -> int:
     with pytest.raises(SystemExit) as end:
-        program.finish(main)
+        program.run_tool(main)
     assert isinstance(end.value.code, int)
     return end.value.code
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from shard_data import make_loader, write_shards
 from tiny_autoencoders import make_kind
-from training_cases import refused_case, train_case
+from training_cases import assert_same_run, refused_case, train_case
 
 from ldt import cli
 from ldt.api import load
@@ -161,8 +161,7 @@ def test_a_run_on_them_is_the_same_at_any_world_and_stage(pool, data, alone, tmp
     ]  # one of the two a place: it acts before ranks share anything
     settings = [f"data.path={data}/{whitening}", f"engine.zero_stage={stage}"]
     records = pool(ranks).run(train_case, settings=[*settings, "train.total_samples=80", f"run_dir={tmp_path}/run"])
-    assert [r["digest"] for r in records] == [r["digest"] for r in alone[whitening]]
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in alone[whitening]], rel=2e-4)
+    assert_same_run(records, alone[whitening], rel=2e-4)
 
 
 def test_what_is_learnt_of_them_is_sampled_exported_and_decoded(pool, encode, tiny, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from plans import ROOT, planned
 from run_data import randomised, shared_run
 from shard_data import write_shards
-from training_cases import train_case
+from training_cases import assert_same_run, train_case, trained_in_parts
 
 from ldt import rng
 from ldt.cli import main
@@ -300,12 +300,7 @@ def test_training_is_the_same_at_any_world_and_stage(pool, data, reference, tmp_
     """… also when another world ends what this one has begun."""
     placement = [f"run_dir={tmp_path}/run", f"data.path={data}", f"engine.zero_stage={stage}", *MEAN_FLOW]
     placement += [f"train.micro_batch={micro_batch}"]
-    pool(ranks).run(train_case, settings=[*placement, "train.total_samples=80"])
-    ours = pool(1).run(train_case, settings=[*placement, "train.total_samples=120"])
-    theirs = reference[1]
-    assert [r["samples_seen"] for r in ours] == [r["samples_seen"] for r in theirs]
-    assert [r["digest"] for r in ours] == [r["digest"] for r in theirs]
-    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    assert_same_run(trained_in_parts(pool, ranks, placement, 80, 120), reference[1])
 
 
 def test_with_guidance_inside_too(pool, data, tmp_path):
@@ -313,8 +308,7 @@ def test_with_guidance_inside_too(pool, data, tmp_path):
     one = pool(1).run(train_case, settings=[*settings, f"run_dir={tmp_path}/one", "engine.zero_stage=0"])
     placement = ["engine.zero_stage=2", "train.micro_batch=3"]
     two = pool(2).run(train_case, settings=[*settings, *placement, f"run_dir={tmp_path}/two"])
-    assert [r["digest"] for r in one] == [r["digest"] for r in two]
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    assert_same_run(one, two)
     plain = [*settings, "objective.mean_flow_guidance=1", "train.total_samples=16", f"run_dir={tmp_path}/plain"]
     other = pool(1).run(train_case, settings=plain)
     assert [r["digest"] for r in other] == [r["digest"] for r in one[:2]], "it draws nothing"

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,23 @@ from ldt.data.split import Split
 from ldt.dist import World
 from ldt.errors import InputError
 from ldt.evaluation.config import EvaluateConfig
+from ldt.evaluation.scorer import NOT_IN_RESULT
 from ldt.files import write_json
 from ldt.image_files import class_grid, write_cells, write_picture
 from ldt.log import append_jsonl
 from ldt.nn.config import ModelConfig
 from ldt.nn.sizes import flops
-from ldt.reporting.curves import best_score, decimate, evaluation_groups, hours_at, make_charts, restarts, smooth
+from ldt.reporting.curves import (
+    SETTINGS,
+    SETTINGS_UNNAMED,
+    best_score,
+    decimate,
+    evaluation_groups,
+    hours_at,
+    make_charts,
+    restarts,
+    smooth,
+)
 from ldt.reporting.history import read_history, running_hours
 from ldt.reporting.html import Markup, script_json, tag
 from ldt.reporting.pictures import NEIGHBOURS, distances, nearest, newest_cells, open_real
@@ -256,6 +267,23 @@ def test_scores_that_do_not_compare_are_called_so(run_dir: Path, tmp_path: Path)
     assert "best fd_efficientnet_lite0 of the runs do not compare: they differ in images, reference_hash." in words
 
 
+def test_every_setting_that_decides_a_score_keeps_scores_apart(run_dir: Path, tmp_path: Path) -> None:
+    """All keys of an evaluation but those of places, those of what is measured, and those in the detector's hash."""
+    keys = {f.name for f in fields(EvaluateConfig)} - {*NOT_IN_RESULT, "metrics", "detector", "resize"}
+    keys |= {"detector_hash", "reference_hash", "guide_hash", "captions_hash"}  # in the place of paths
+    assert keys == {*SETTINGS, *SETTINGS_UNNAMED}
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    records = [json.loads(line) for line in (other / "evaluations.jsonl").read_text().splitlines()]
+    for changes in ({"guidance_inner": 2.5}, {"guide_scale": 1.5, "guide_hash": "x"}, {"guide_scale": 1.5}):
+        append_jsonl(other / "evaluations.jsonl", records[0] | changes | {"fd_efficientnet_lite0": 1.0})
+    before, after = (evaluation_groups(read_history(path, "run")) for path in (run_dir, other))
+    assert len(after) == len(before) + 3
+    labels = ", ".join(after)
+    assert "guidance_inner 2.5" in labels and "no guidance_inner" in labels and "guide_scale 1.5" in labels
+    heads = [" ".join(words_of(page_of(path)).split()) for path in (other, run_dir)]
+    assert "steps guidance guidance_inner guide_scale weights" in heads[0] and "steps guidance weights" in heads[1]
+
+
 def an_arm(path: Path, seed: int, lr: float, scores: list[float], validation: list[float], minutes: float) -> Path:
     """A run of three evaluations at 1,000, 2,000 and 3,000 samples, so many minutes apart."""
     path.mkdir()
@@ -313,6 +341,11 @@ def test_a_loss_at_fixed_times_is_said_to_be_another_one(tmp_path: Path, run_dir
 
     assert "the velocity's loss at fixed times, which are not those of training" in caption(three_arms(tmp_path)[0])
     assert caption(run_dir).endswith("dots: averaged weights on held-out images")
+    assert "inner head" not in caption(run_dir)
+    config = run_dir / "config.yaml"
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    (other / "config.yaml").write_text(config.read_text().replace("inner_head: 0", "inner_head: 1"))
+    assert "training batches, the inner head's loss included; dots" in caption(other)
 
 
 def test_compute_of_a_score_is_that_of_training(run_dir: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from contents import assert_same_rows
 from shard_data import make_loader, make_validation_loader, write_shards
-from training_cases import refused_case, train_case
+from training_cases import assert_same_run, refused_case, train_case
 
 from ldt import cli
 from ldt.checkpoint.checkpoint import resolve
@@ -122,8 +122,7 @@ def test_a_run_goes_on_at_any_world_and_says_what_it_saw(pool, root, tmp_path):
         log = pool(ranks).run(
             train_case, settings=[*parts, f"train.total_samples={total}", f"engine.zero_stage={stage}"]
         )
-    assert [r["digest"] for r in log] == [r["digest"] for r in whole]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+    assert_same_run(log, whole, rel=1e-5)
     manifest = read_manifest(resolve(tmp_path / "parts"))
     assert manifest["sampling"]["std_C"] == mixed(root).manifest.std_C
     assert manifest["progress"]["data_fingerprint"] == mixed(root).manifest.fingerprint

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from run_data import make_autoencoder, opened
 from shard_data import make_loader
-from training_cases import refused_case, train_case
+from training_cases import assert_same_run, refused_case, train_case
 
 from ldt.checkpoint.checkpoint import resolve
 from ldt.checkpoint.load import load_denoiser
@@ -227,9 +227,7 @@ def run_dir(pool, data, tmp_path_factory):
     settings = [*TEXT, f"data.path={data}/tar", "log.samples_every_samples=80", "log.validation_every_samples=80"]
     one = pool(1).run(train_case, settings=[*settings, f"run_dir={path}/one"])
     two = pool(2).run(train_case, settings=[*settings, f"run_dir={path}/two", "engine.zero_stage=3"])
-    assert [r["digest"] for r in one] == [r["digest"] for r in two]
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert_same_run(one, two)
     return path / "one"
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from program import finish
+from program import run_tool
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,4 +50,4 @@ def clone(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from program import finish
+from program import run_tool
 
 from ldt.checkpoint.manifest import versions
 from ldt.files import write_json
@@ -63,4 +63,4 @@ def hardware() -> str:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

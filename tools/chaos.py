@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from capabilities import drop_overrides
-from program import finish as finish_with
+from program import run_tool
 from ranks import start_ranks
 from shard_data import write_shards
 
@@ -394,4 +394,4 @@ def compare(undisturbed: Path, disturbed: Path, total: int) -> None:
 
 
 if __name__ == "__main__":
-    finish_with(main)
+    run_tool(main)

@@ -22,7 +22,7 @@ import numpy as np
 from capabilities import drop_overrides
 from chaos import Failed, Ranks, command, finish, wait_for
 from PIL import Image
-from program import finish as finish_with
+from program import run_tool
 from ranks import start_ranks
 
 from ldt import cli
@@ -195,4 +195,4 @@ FAULTS: dict[str, Callable[[Ranks, Path, random.Random], None]] = {
 
 
 if __name__ == "__main__":
-    finish_with(main)
+    run_tool(main)

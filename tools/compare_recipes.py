@@ -1,6 +1,6 @@
 """What a recipe needs to reach the score of the tuned DiT, with both trained and scored here.
 
-    python tools/compare_recipes.py --recipe configs/recipes/small.yaml --recipe-samples 36000 --seeds 0,1
+    python tools/compare_recipes.py --recipe configs/recipes/small.yaml --recipe-samples 20000 --seeds 0,1
 
 For each seed it trains the DiT arm (configs/study/dit.yaml) to its end and scores it, then trains the recipe and scores
 its checkpoints: with the arm's sampler, steps, images and detector, on the same data and machine, guided as in the
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from program import finish
+from program import run_tool
 from ranks import start_ranks
 
 from ldt.checkpoint.checkpoint import Checkpoint, checkpoints_of
@@ -274,4 +274,4 @@ def spread(values: Sequence[float], words: Any) -> str:
 
 
 if __name__ == "__main__":
-    finish(lambda: main(sys.argv[1:]))
+    run_tool(lambda: main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from PIL import Image
-from program import finish
+from program import run_tool
 
 from ldt.files import making
 
@@ -68,4 +68,4 @@ def _write(output: Path, emoji: dict[str, str], image: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

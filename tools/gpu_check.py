@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_train import matrix_peak
-from program import finish
+from program import run_tool
 from shard_data import write_shards
 
 from ldt.cluster.gpus import choose_arithmetic
@@ -184,4 +184,4 @@ def page(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

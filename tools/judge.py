@@ -12,7 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from program import finish
+from program import run_tool
 from torch import Tensor, nn
 from train_autoencoder import images, split
 
@@ -81,4 +81,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sets", nargs="+", help=".npz files of ldt sample or tools/reconstruct.py")
     sets = parser.parse_args().sets
-    finish(lambda: main(sets))
+    run_tool(lambda: main(sets))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from program import finish
+from program import run_tool
 
 from ldt.data.images import EMBEDDED
 from ldt.data.images.open import open_images
@@ -64,4 +64,4 @@ def ldt(work: Path, *words: str, ranks: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

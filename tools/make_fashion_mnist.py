@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from program import finish
+from program import run_tool
 
 from ldt.files import replacing, write_atomic
 
@@ -35,4 +35,4 @@ def main(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    finish(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_tool(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

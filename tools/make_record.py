@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from program import finish
+from program import run_tool
 
 from ldt.commands.verify import HASHES, hash_file
 from ldt.errors import InputError
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

@@ -9,11 +9,11 @@ from typing import NoReturn
 from ldt.errors import InputError, RunError, file_error, in_a_sentence
 
 
-def finish(main: Callable[[], int | None]) -> NoReturn:
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool and leave with its exit code: 2 where its input is wrong, 1 where something else went wrong."""
     name = Path(sys.argv[0]).stem
     try:
-        sys.exit(run(main))
+        sys.exit(_exit_code(main))
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -22,7 +22,7 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
-def run(main: Callable[[], int | None]) -> int:
+def _exit_code(main: Callable[[], int | None]) -> int:
     """The exit code; expected failures are `InputError` or `RunError`."""
     try:
         with in_a_sentence():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from program import finish
+from program import run_tool
 
 from ldt.data.images import EMBEDDED, prepare
 from ldt.data.images.open import open_images
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--images", type=int, default=1300)
     arguments = parser.parse_args()
-    finish(lambda: main(arguments.autoencoder, arguments.output, arguments.images))
+    run_tool(lambda: main(arguments.autoencoder, arguments.output, arguments.images))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from program import finish
+from program import run_tool
 
 from ldt.files import write_atomic
 from ldt.reporting.curves import best_score, hours_at, of_most_images, score_names
@@ -77,4 +77,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    finish(lambda: main(sys.argv[1:]))
+    run_tool(lambda: main(sys.argv[1:]))

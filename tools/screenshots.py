@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from browser import Browser
-from program import finish
+from program import run_tool
 
 VIEWS = {
     "desktop": {"width": 1200, "height": 900},
@@ -49,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

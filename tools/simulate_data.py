@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from program import finish
+from program import run_tool
 
 from ldt.data.latent_spec import LatentSpec
 from ldt.data.mixture import MixedOrder
@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

@@ -6,7 +6,7 @@ Prints the job ids and where to look. `--dry-run` shows what would be submitted.
 import sys
 from inspect import cleandoc
 
-from program import finish
+from program import run_tool
 
 from ldt.config import defaults_yaml
 from ldt.submit import SubmitJob, submit
@@ -24,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_tool(main)

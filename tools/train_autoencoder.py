@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from program import finish
+from program import run_tool
 from torch import Tensor, nn
 
 from ldt.data.images import EMBEDDED, prepare
@@ -149,4 +149,4 @@ def read_arguments(doc: str, factor: int) -> tuple[argparse.Namespace, Tensor]:
 
 if __name__ == "__main__":
     arguments, content = read_arguments(__doc__, FACTOR)
-    finish(lambda: main(arguments.target, content, arguments.steps, arguments.batch))
+    run_tool(lambda: main(arguments.target, content, arguments.steps, arguments.batch))

@@ -12,7 +12,7 @@ thread: the same machine makes the same file again.
 from pathlib import Path
 
 import torch
-from program import finish
+from program import run_tool
 from torch import Tensor, nn
 from train_autoencoder import optimise, psnr, read_arguments, reconstruction_loss, replace_files, split
 
@@ -55,4 +55,4 @@ def main(target: Path, everything: Tensor, steps: int, batch: int) -> None:
 
 if __name__ == "__main__":
     arguments, content = read_arguments(__doc__, EfficientNetRAE.downsample)
-    finish(lambda: main(arguments.target, content, arguments.steps, arguments.batch))
+    run_tool(lambda: main(arguments.target, content, arguments.steps, arguments.batch))

@@ -103,7 +103,7 @@ class ImageInput(Input):
 
         settings = (wanted.fit, wanted.exif, self.size, self._autoencoder.image_channels)
         name = on_rank_zero(world, lambda: identity(source, *settings))
-        kept = Path(wanted.index_dir).expanduser() / (f"{LOOKED}{name}") if wanted.index_dir else None
+        kept = Path(wanted.index_dir).expanduser() / f"{LOOKED}{name}" if wanted.index_dir else None
         if kept:
             on_rank_zero(world, lambda: remove_old(kept.parent))
         reasons = look(source, see, config.threads, world, kept, skip=True).reasons

@@ -137,6 +137,24 @@ def make_norm(config: ModelConfig, width: int, affine: bool) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
 
 
+class OutputNorm(nn.Module):
+    """What stands before an output layer: a norm, which the condition shifts and scales where it modulates blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        modulated = config.conditioning == "adaln_zero"
+        self.norm = make_norm(config, config.width, affine=not modulated)
+        self.modulation = Modulation(config.width, 2 * config.width) if modulated else None
+
+    def normed(self, h_BND: Tensor, modulation_B1D: Tensor | None) -> Tensor:
+        """Tokens [B, N, D], ready for the layer."""
+        h_BND = self.norm(h_BND)
+        if self.modulation is None:
+            return h_BND
+        assert modulation_B1D is not None
+        return modulate(h_BND, *self.modulation(modulation_B1D).chunk(2, dim=-1))
+
+
 def make_position(config: ModelConfig, rows: int, columns: int, prefix: int) -> nn.Parameter | None:
     """Positions added to the tokens: learned for all of them, or fixed sine-cosine for the image's."""
     if config.positions == "learned":

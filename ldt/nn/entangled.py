@@ -25,20 +25,17 @@ from torch import Tensor, nn
 
 from ldt.diffusion.condition import Condition
 from ldt.diffusion.objectives import Objective
-from ldt.nn.block import Modulation, make_norm, modulate
+from ldt.nn.block import OutputNorm
 from ldt.nn.config import ModelConfig
 from ldt.nn.embedding import Rotation
 
 
-class ClassToken(nn.Module):
+class ClassToken(OutputNorm):
     """The layers around the blocks: z_t [B, F] → a token [B, 1, D], and that after the blocks → a prediction [B, F]."""
 
     def __init__(self, config: ModelConfig, features: int) -> None:
-        super().__init__()
-        modulated = config.conditioning == "adaln_zero"
+        super().__init__(config)
         self.embed = nn.Linear(features, config.width)
-        self.norm = make_norm(config, config.width, affine=not modulated)
-        self.modulation = Modulation(config.width, 2 * config.width) if modulated else None
         self.predict = nn.Linear(config.width, features)
         nn.init.xavier_uniform_(self.embed.weight)
         for zero in (self.embed.bias, self.predict.weight, self.predict.bias):
@@ -52,12 +49,7 @@ class ClassToken(nn.Module):
 
     def read(self, h_B1D: Tensor, modulation_B1D: Tensor | None) -> Tensor:
         """What the blocks have made of it: [B, F]; zero at first, as the last layer is."""
-        h_B1D = self.norm(h_B1D)
-        if self.modulation is not None:
-            assert modulation_B1D is not None
-            shift_B1D, scale_B1D = self.modulation(modulation_B1D).chunk(2, dim=-1)
-            h_B1D = modulate(h_B1D, shift_B1D, scale_B1D)
-        return self.predict(h_B1D)[:, 0]
+        return self.predict(self.normed(h_B1D, modulation_B1D))[:, 0]
 
 
 def with_unturned(rotation: Rotation) -> Rotation:

@@ -14,9 +14,15 @@ SCORE_NAME = re.compile(
     r"(fd|fid|sfid|kid|mmd_rbf|mind|is|inception_score|precision|recall|density|coverage|clip|caption_retrieval)(_\w+)?"
 )
 HIGHER_IS_BETTER = ("is", "inception_score", "precision", "recall", "density", "coverage", "clip", "caption_retrieval")
-SETTINGS = ("images", "sampler", "steps", "guidance", "weights", "labels", "shift", "precision", "seed", "size")
+SETTINGS = (
+    "images", "sampler", "steps", "guidance", "guidance_inner", "guide_scale",
+    "weights", "labels", "shift", "precision", "seed", "size",
+)  # fmt: skip
 """Evaluation keys that decide a score, in the order in which a legend names them."""
-SETTINGS_UNNAMED = ("guidance_low", "guidance_high", "block", "detector_hash", "reference_hash")
+SETTINGS_UNNAMED = (
+    "guidance_low", "guidance_high", "guide_hash", "block", "decode_slice",
+    "detector_hash", "reference_hash", "captions_hash",
+)  # fmt: skip
 MOST_POINTS = 1200
 SMOOTH_FROM = 200
 
@@ -220,7 +226,9 @@ def _loss_chart(runs: Sequence[History]) -> Chart:
     smoothed = " (smoothed)" if any(s.style == "faint" for s in series) else ""
     fixed = any(run.lines[i].get("validation_times") for run in runs for i in run.validations)
     other = " (the velocity's loss at fixed times, which are not those of training)" if fixed else ""
-    caption = f"line: training batches{smoothed}, dots: averaged weights on held-out images{other}"
+    two = any(run.config.get("model", {}).get("inner_head") for run in runs)
+    inner = ", the inner head's loss included" if two else ""
+    caption = f"line: training batches{smoothed}{inner}; dots: averaged weights on held-out images{other}"
     return Chart("loss", "Loss", series, caption=_sentence(caption, _not_finite(runs, "loss")))
 
 
@@ -267,4 +275,6 @@ def _setting(key: str, value: Any) -> str:
         "steps": lambda v: f"{v} steps",
         "weights": lambda v: f"{v} weights",
     }
+    if value is None:  # it stands in a result only where it is in use
+        return f"no {key}"
     return words.get(key, lambda v: f"{key} {v}")(value)

@@ -193,7 +193,7 @@ class Table:
         held = beside_threads(read)
         rest = json.loads(held["rest"].tobytes())
         numbers = {name: held[name] for name in NUMBERS}
-        names = Names(held["names"].tobytes(), held["ends"])
+        names = Names(held.pop("names").tobytes(), held["ends"])
         left_out = Counter(rest["left_out"])
         return cls(names, held["labels"], rest["classes"], numbers, left_out, rest["barren"], rest["facts"])
 
